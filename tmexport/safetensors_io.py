@@ -1,0 +1,69 @@
+"""Reading safetensors one tensor at a time, without mapping the file: peak memory is one tensor, not the model.
+
+The safetensors library validates the header (offsets, overlaps, dtypes, sizes); we only seek and read, and widen
+bfloat16, which numpy does not have.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from tmexport.errors import CheckpointError
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, absolute byte offset, safetensors dtype name, shape."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The tensor in its stored dtype; bfloat16 arrives as fp32 (exact).
+
+        Raises:
+            CheckpointError: the file shrank, or the dtype is not one a checkpoint holds.
+        """
+        if self.dtype not in _DTYPES:
+            raise CheckpointError(f"{self.path}: dtype {self.dtype} is not supported; expected F32, F16 or BF16")
+        count = int(np.prod(self.shape, dtype=np.int64))
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = np.fromfile(file, _DTYPES[self.dtype], count)
+        if data.size != count:
+            raise CheckpointError(f"{self.path}: ends inside a tensor; expected {count} values, found {data.size}")
+        if self.dtype == "BF16":
+            data = (data.astype(np.uint32) << 16).view(np.float32)
+        return data.reshape(self.shape)
+
+
+def index_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file, by name, without reading the data.
+
+    Raises:
+        CheckpointError: the file is missing or is not a valid safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            pass  # the library's own validation of the whole header against the file's size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: is not a valid safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
