@@ -154,7 +154,11 @@ def write_checkpoint(
             flat[name] = np.ascontiguousarray(tensor)
     raw = config.to_hf()
     if group_sizes:
-        raw["quantization_config"] = {"quant_method": "ternary", "group_size": group_sizes.pop(), "version": FORMAT_VERSION}
+        raw["quantization_config"] = {
+            "quant_method": "ternary",
+            "group_size": group_sizes.pop(),
+            "version": FORMAT_VERSION,
+        }
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -208,7 +212,9 @@ def _index_shards(folder: Path, index_path: Path, reader: object) -> dict[str, S
     merged: dict[str, StoredTensor] = {}
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or shard.startswith("."):
-            raise CheckpointError(f"{index_path}: names the file {shard!r}; expected a plain file name in the same folder")
+            raise CheckpointError(
+                f"{index_path}: names the file {shard!r}; expected a plain file name in the same folder"
+            )
         if (folder / shard).is_symlink() and not (folder / shard).resolve().is_file():
             raise CheckpointError(f"{folder / shard}: is a link to nothing")
         for name, tensor in reader(folder / shard).items():  # type: ignore[operator]
@@ -235,13 +241,17 @@ def _drop_tied_head(folder: Path, config: Mamba2Config, stored: dict[str, Stored
     return {name: tensor for name, tensor in stored.items() if name != LM_HEAD}
 
 
-def _check_tensors(folder: Path, config: Mamba2Config, group_size: int | None, stored: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(
+    folder: Path, config: Mamba2Config, group_size: int | None, stored: Mapping[str, StoredTensor]
+) -> None:
     wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     projections = set(projection_names(config)) if group_size else set()
     for name, shape in expected_shapes(config).items():
         if name in projections and group_size:
             if shape[1] % group_size:
-                raise CheckpointError(f"{folder}: {name} has rows of {shape[1]}, not a multiple of the group size {group_size}")
+                raise CheckpointError(
+                    f"{folder}: {name} has rows of {shape[1]}, not a multiple of the group size {group_size}"
+                )
             wanted[name + ".codes"] = ((shape[0], shape[1] // 4), ("U8",))
             wanted[name + ".scales"] = ((shape[0], shape[1] // group_size), ("F16",))
         else:

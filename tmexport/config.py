@@ -41,7 +41,17 @@ class Mamba2Config:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "n_groups", "chunk_size"):
+        for name in (
+            "d_model",
+            "n_layer",
+            "vocab_size",
+            "d_state",
+            "d_conv",
+            "expand",
+            "headdim",
+            "n_groups",
+            "chunk_size",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_DIMENSION:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {_LARGEST_DIMENSION}")
@@ -136,13 +146,13 @@ def parse_config(raw: Mapping[str, Any]) -> Mamba2Config:
     )
 
 
-def _need(raw: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - JSON
+def _need(raw: Mapping[str, Any], key: str) -> Any:
     if key not in raw:
         raise ConfigError(f"{key} is missing")
     return raw[key]
 
 
-def _as_float(value: Any, name: str) -> float:  # noqa: ANN401 - JSON
+def _as_float(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{name} is {value!r}; expected a finite number")
     return float(value)
@@ -154,7 +164,7 @@ def _refuse_unless(raw: Mapping[str, Any], allowed: Mapping[str, Any], why: str)
             raise ConfigError(f"{key} is {raw[key]!r}; only {want!r} can be represented ({why})")
 
 
-def _refuse_dt_clamp(limit: Any) -> None:  # noqa: ANN401 - JSON
+def _refuse_dt_clamp(limit: Any) -> None:
     if limit is None:
         return
     if isinstance(limit, list | tuple) and len(limit) == 2:
@@ -165,7 +175,9 @@ def _refuse_dt_clamp(limit: Any) -> None:  # noqa: ANN401 - JSON
         no_upper = high in ("inf", "Infinity", None) or (isinstance(high, int | float) and math.isinf(high))
         if low in (0, 0.0, None) and no_upper:
             return
-    raise ConfigError(f"dt is clamped to {limit!r}; only (0, infinity) can be represented (llama.cpp does not clamp dt)")
+    raise ConfigError(
+        f"dt is clamped to {limit!r}; only (0, infinity) can be represented (llama.cpp does not clamp dt)"
+    )
 
 
 def _from_hf(raw: Mapping[str, Any]) -> Mamba2Config:
@@ -198,7 +210,7 @@ def _from_hf(raw: Mapping[str, Any]) -> Mamba2Config:
     return config
 
 
-def _first_id(value: Any) -> Any:  # noqa: ANN401 - JSON
+def _first_id(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else value
 
 
@@ -210,14 +222,23 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> Mamba2Config:
         raise ConfigError(f"ssm_cfg.layer is {ssm.get('layer', 'Mamba1')!r}; expected 'Mamba2'")
     _refuse_unless(
         ssm,
-        {"bias": False, "conv_bias": True, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None},
+        {
+            "bias": False,
+            "conv_bias": True,
+            "D_has_hdim": False,
+            "rmsnorm": True,
+            "norm_before_gate": False,
+            "d_ssm": None,
+        },
         "llama.cpp's mamba2 has no other",
     )
     _refuse_unless(raw, {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}, "only pure Mamba-2 is supported")
     _refuse_dt_clamp(ssm.get("dt_limit"))
     vocab, multiple = _need(raw, "vocab_size"), raw.get("pad_vocab_size_multiple", 8)
     if not isinstance(vocab, int) or not isinstance(multiple, int) or vocab < 1 or multiple < 1:
-        raise ConfigError(f"vocab_size {vocab!r} and pad_vocab_size_multiple {multiple!r} must be positive whole numbers")
+        raise ConfigError(
+            f"vocab_size {vocab!r} and pad_vocab_size_multiple {multiple!r} must be positive whole numbers"
+        )
     return Mamba2Config(
         d_model=raw["d_model"],
         n_layer=raw["n_layer"],

@@ -7,6 +7,7 @@ bfloat16, which numpy does not have.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize if self.dtype in _DTYPES else 0
+
     def read(self) -> np.ndarray:
         """The tensor in its stored dtype; bfloat16 arrives as fp32 (exact).
 
@@ -35,7 +40,7 @@ class StoredTensor:
         """
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: dtype {self.dtype} is not supported; expected F32, F16 or BF16")
-        count = int(np.prod(self.shape, dtype=np.int64))
+        count = math.prod(self.shape)
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = np.fromfile(file, _DTYPES[self.dtype], count)

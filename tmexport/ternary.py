@@ -48,7 +48,9 @@ class TernaryTensor:
         """
         n, k = self.shape
         if self.group_size not in GROUP_SIZES or k % self.group_size:
-            raise CheckpointError(f"{name}: group size {self.group_size} does not fit rows of {k}; expected 64, 128 or 256")
+            raise CheckpointError(
+                f"{name}: group size {self.group_size} does not fit rows of {k}; expected 64, 128 or 256"
+            )
         if self.scales.shape != (n, k // self.group_size) or self.scales.dtype != np.float16:
             raise CheckpointError(
                 f"{name}: scales are {self.scales.dtype} {list(self.scales.shape)}; expected float16 {[n, k // self.group_size]}"

@@ -40,7 +40,9 @@ def index_torch_bin(path: Path) -> dict[str, StoredTensor]:
     index, size = {}, path.stat().st_size
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in names:
-            raise CheckpointError(f"{path}: {name} is a {getattr(tensor, 'dtype', type(tensor).__name__)}; expected floats")
+            raise CheckpointError(
+                f"{path}: {name} is a {getattr(tensor, 'dtype', type(tensor).__name__)}; expected floats"
+            )
         start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if start is None or not tensor.is_contiguous():
             raise CheckpointError(f"{path}: {name} is not stored contiguously; save it again with torch.save")

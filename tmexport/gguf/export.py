@@ -1,0 +1,160 @@
+"""A checkpoint as a GGUF: the plan (what goes in, as which type, how large), then the file, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, expected_shapes, projection_names
+from tmexport.errors import NotTernaryError, UsageError
+from tmexport.gguf.encode import encode_float, encode_ternary, scales_per_block
+from tmexport.gguf.names import gguf_name, gguf_shape, gguf_values, model_metadata
+from tmexport.gguf.tokenizer import tokenizer_metadata
+from tmexport.gguf.types import FILE_TYPES, GGMLType
+from tmexport.gguf.writer import PlannedTensor, header_bytes, write_gguf
+from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
+
+TYPES = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0, "f16": GGMLType.F16}
+EMBEDDING_TYPES = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.Q4_0}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything that will be in the file. `parameters` counts values, for the ratio to fp16."""
+
+    kind: GGMLType
+    group_size: int | None
+    metadata: dict[str, Any]
+    tensors: list[PlannedTensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of the file."""
+        return len(header_bytes(self.metadata, self.tensors)) + sum(-(-t.n_bytes // 32) * 32 for t in self.tensors)
+
+    @property
+    def n_bytes_fp16(self) -> int:
+        """What the same parameters take in fp16."""
+        return 2 * sum(int(np.prod(t.shape, dtype=np.int64)) for t in self.tensors)
+
+    def write(self, path: Path, on_tensor: Callable[[PlannedTensor], None]) -> int:
+        """Write the file atomically; returns its size in bytes."""
+        return write_gguf(path, self.metadata, self.tensors, on_tensor)
+
+
+def plan_export(
+    checkpoint: Checkpoint,
+    kind: str = "auto",
+    embedding: str = "f16",
+    ptq: bool = False,
+    tokenizer: Path | None = None,
+) -> ExportPlan:
+    """Decide every tensor's type; reads weights only as far as `auto` must to know the smallest exact type.
+
+    Args:
+        checkpoint: of any dialect.
+        kind: auto, or a key of TYPES, for in_proj and out_proj.
+        embedding: a key of EMBEDDING_TYPES, for the embedding and an untied head.
+        ptq: round weights that are not ternary to nearest; the only lossy path.
+        tokenizer: a tokenizer.json to use instead of the checkpoint's.
+
+    Raises:
+        NotTernaryError: `auto` or a ternary type on weights that are not exactly ternary, without `ptq`.
+        UsageError: the dimensions do not divide into the type's blocks.
+    """
+    config = checkpoint.config
+    if kind == "f16":
+        chosen, group_size = GGMLType.F16, None
+    elif ptq:
+        group_size = next((g for g in GROUP_SIZES if config.d_model % g == 0 and config.d_inner % g == 0), None)
+        if group_size is None:
+            raise UsageError(f"d_model {config.d_model} and d_inner {config.d_inner} do not divide into groups of 64")
+        chosen = TYPES.get(kind, GGMLType.TQ1_0 if group_size == 256 else GGMLType.Q2_0)
+    else:
+        group_size = _shared_group_size(checkpoint)
+        chosen = TYPES.get(kind, GGMLType.TQ1_0 if group_size == 256 else GGMLType.Q2_0)
+    for k in (config.d_model, config.d_inner):
+        if k % chosen.block_size:
+            raise UsageError(
+                f"rows of {k} weights do not divide into {chosen.name} blocks of {chosen.block_size}; use --type q2_0"
+            )
+    shapes = expected_shapes(config)
+    projections = set(projection_names(config))
+    tensors = []
+    for name, shape in shapes.items():
+        target = gguf_shape(name, config, shape)
+        if name in projections:
+            make, tensor_kind = partial(_projection, checkpoint, name, chosen, group_size, ptq), chosen
+        elif name in (EMBEDDING, LM_HEAD):
+            tensor_kind = EMBEDDING_TYPES[embedding]
+            if shape[1] % tensor_kind.block_size:
+                raise UsageError(f"embedding rows of {shape[1]} do not divide into {tensor_kind.name} blocks; use f16")
+            make = partial(_float, checkpoint, name, tensor_kind, target)
+        else:
+            tensor_kind = GGMLType.F32
+            make = partial(_float, checkpoint, name, tensor_kind, target)
+        tensors.append(PlannedTensor(gguf_name(name), target, tensor_kind, make))
+    name = checkpoint.path.resolve().name
+    metadata = model_metadata(config, FILE_TYPES[chosen], name, group_size)
+    source = tokenizer or checkpoint.tokenizer
+    metadata |= tokenizer_metadata(source, config) if source else {"tokenizer.ggml.model": "none"}
+    return ExportPlan(chosen, group_size, metadata, tensors)
+
+
+def _shared_group_size(checkpoint: Checkpoint) -> int:
+    """The widest group for which every projection is exactly ternary: 256 where scales inside a block agree."""
+    widest = GROUP_SIZES[0]
+    for name in projection_names(checkpoint.config):
+        if checkpoint.group_size == widest:
+            return widest
+        try:
+            widest = min(widest, _widest_group(checkpoint.ternary(name), name))
+        except NotTernaryError as error:
+            raise _refusal(error) from None
+    return widest
+
+
+def _refusal(error: NotTernaryError) -> NotTernaryError:
+    return NotTernaryError(
+        f"{error}; train it with `python -m qat.train`, export it as it is with --type f16, "
+        "or round it with --ptq rtn, which loses quality"
+    )
+
+
+def _widest_group(tensor: TernaryTensor, name: str) -> int:
+    for block in GROUP_SIZES:
+        if tensor.shape[1] % block:
+            continue
+        try:
+            scales_per_block(tensor, block, name)
+        except NotTernaryError:
+            continue
+        return block
+    raise AssertionError("a tensor's own group size always fits")
+
+
+def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int | None, ptq: bool) -> np.ndarray:
+    if kind is GGMLType.F16:
+        return encode_float(checkpoint.dense(name), kind, name)
+    if ptq:
+        assert group_size is not None
+        try:  # a weight that already is ternary stays as it is
+            tensor = checkpoint.ternary(name)
+            scales_per_block(tensor, max(kind.block_size, group_size), name)
+        except NotTernaryError:
+            tensor = quantize_absmean(checkpoint.dense(name), group_size)
+        return encode_ternary(tensor, kind, name)
+    try:
+        return encode_ternary(checkpoint.ternary(name), kind, name)
+    except NotTernaryError as error:
+        raise _refusal(error) from None
+
+
+def _float(checkpoint: Checkpoint, name: str, kind: GGMLType, shape: tuple[int, ...]) -> np.ndarray:
+    values = gguf_values(name, checkpoint.dense(name)).reshape(-1, shape[-1])
+    return encode_float(values, kind, name)

@@ -1,0 +1,147 @@
+"""Compare a checkpoint with the GGUF that was exported from it, bit for bit where the format allows.
+
+Codes and scales come back through `gguf.decode`, which shares nothing with the writer's packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tmexport.checkpoint import Checkpoint, expected_shapes
+from tmexport.errors import NotTernaryError
+from tmexport.gguf.decode import decode_ternary, dequantize
+from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata, gguf_name
+from tmexport.gguf.reader import GGUFFile
+from tmexport.gguf.types import GGMLType
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where the file is not the checkpoint."""
+
+    tensor: str
+    row: int | None
+    group: int | None
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        place = [self.tensor]
+        if self.row is not None:
+            place.append(f"row {self.row}")
+        if self.group is not None:
+            place.append(f"group {self.group}")
+        return f"{', '.join(place)}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared: tensors and values that are equal, and the first difference if there is one."""
+
+    ternary_tensors: int
+    codes: int
+    scales: int
+    other_tensors: int
+    difference: Difference | None
+
+
+def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str], None] = lambda name: None) -> Report:
+    """Compare every tensor, the dimensions and the tokenizer; stops at the first difference.
+
+    Raises:
+        GGUFError: the GGUF is damaged.
+        CheckpointError: the checkpoint is damaged.
+    """
+    difference = _compare_model(checkpoint, gguf)
+    n_ternary = n_codes = n_scales = n_other = 0
+    for name in expected_shapes(checkpoint.config) if difference is None else ():
+        kind = gguf.tensors[gguf_name(name)].type
+        if kind.is_ternary:
+            difference, codes, scales = _compare_ternary(checkpoint, gguf, name)
+            n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales
+        else:
+            difference = _compare_float(checkpoint, gguf, name, kind)
+            n_other += 1
+        if difference is not None:
+            break
+        on_tensor(gguf_name(name))
+    return Report(n_ternary, n_codes, n_scales, n_other, difference)
+
+
+def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
+    found, expected = config_from_metadata(gguf), checkpoint.config
+    for field in (
+        "d_model",
+        "n_layer",
+        "vocab_size",
+        "d_state",
+        "d_conv",
+        "expand",
+        "headdim",
+        "n_groups",
+        "rms_eps",
+        "tie_embeddings",
+    ):
+        if getattr(found, field) != getattr(expected, field):
+            return Difference(field, None, None, repr(getattr(expected, field)), repr(getattr(found, field)))
+    stored = gguf.metadata.get(TOKENIZER_JSON_KEY)
+    if checkpoint.tokenizer is not None and stored != Path(checkpoint.tokenizer).read_text(encoding="utf-8"):
+        return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
+    return None
+
+
+def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, name: str) -> tuple[Difference | None, int, int]:
+    target = gguf_name(name)
+    info = gguf.tensors[target]
+    codes, scales = decode_ternary(gguf.blocks(target), info.type, info.shape[-1], target)
+    try:
+        expected = checkpoint.ternary(name)
+    except NotTernaryError as error:
+        return Difference(target, None, None, "an exactly ternary weight in the checkpoint", str(error)), 0, 0
+    # Both sides at the finer of group and block, so that either may be the wider one.
+    step = min(expected.group_size, info.type.block_size)
+    want = np.repeat(expected.scales, expected.group_size // step, axis=1)
+    have = np.repeat(scales, info.type.block_size // step, axis=1)
+    differs = expected.codes != codes
+    if differs.any():
+        row, column = map(int, np.argwhere(differs)[0])
+        place = f"code {expected.codes[row, column]} in column {column}"
+        return Difference(target, row, column // expected.group_size, place, f"{codes[row, column]}"), 0, 0
+    differs = want.view(np.uint16) != have.view(np.uint16)
+    if differs.any():
+        row, index = map(int, np.argwhere(differs)[0])
+        group = index * step // expected.group_size
+        return Difference(target, row, group, f"scale {want[row, index]!r}", f"{have[row, index]!r}"), 0, 0
+    return None, codes.size, scales.size
+
+
+def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, name: str, kind: GGMLType) -> Difference | None:
+    target = gguf_name(name)
+    k = gguf.tensors[target].shape[-1]
+    found = dequantize(gguf.blocks(target), kind, k, target)
+    expected = checkpoint.dense(name).astype(np.float32, copy=False)
+    if name.endswith(".A_log"):
+        expected = (-np.exp(expected.astype(np.float64))).astype(np.float32)
+    expected = expected.reshape(found.shape)
+    if kind is GGMLType.F32:
+        ok = expected.view(np.uint32) == found.view(np.uint32)
+    elif kind is GGMLType.F16:
+        ok = expected.astype(np.float16).astype(np.float32) == found
+    else:
+        ok = np.abs(expected - found) <= _largest_error(expected, kind)
+    if ok.all():
+        return None
+    row, column = map(int, np.argwhere(~ok)[0])
+    return Difference(target, row, None, f"{expected[row, column]!r} in column {column}", f"{found[row, column]!r}")
+
+
+def _largest_error(expected: np.ndarray, kind: GGMLType) -> np.ndarray:
+    """Half a step of each block of 32 (a whole step in Q4_0, whose 16 levels are not symmetric), and the scale's fp16 rounding."""
+    magnitude = np.abs(expected).reshape(expected.shape[0], -1, 32).max(axis=2)
+    steps, share = (127, 0.5) if kind is GGMLType.Q8_0 else (8, 1.0)
+    bound = magnitude / steps * share + magnitude * 2.0**-11 + 2.0**-24 * steps
+    return np.repeat(bound, 32, axis=1)
