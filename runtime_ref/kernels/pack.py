@@ -1,0 +1,99 @@
+"""Matrices in the kernels' layout: 16 interleaved rows, so that each 32-bit lane of a vector owns one output row.
+
+    PackedTernary  codes uint8 [n/16, k/16, 16, 4], scales fp16 bits [n/16, k/group, 16]
+                   the four bytes of (step s, row r) form one dword; bits 2i..2i+1 of its byte j hold code + 1 of
+                   column 16 s + 4 i + j
+    PackedQ8       codes int8 [n/16, k/4, 16, 4], scales [n/16, k/32, 16]; byte j of step s holds column
+                   4 s + (0, 2, 1, 3)[j], so that shifts of 16-bit halves give the pairs (0, 1) and (2, 3)
+    PackedQ4       codes uint8 [n/16, k/8, 16, 4], scales [n/16, k/32, 16]; in the dword of step s, bits 4i..4i+3 hold
+                   column 8 s + 2 i (code + 8) and bits 16 + 4i.. column 8 s + 2 i + 1
+    PackedHalf, PackedFloat   values [n, k up to a multiple of 16], row-major
+
+Rows are filled up to a multiple of 16 with zero codes and zero scales.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, TernaryMatrix
+
+ROWS = 16
+
+
+class PackedTernary(NamedTuple):
+    codes: np.ndarray
+    scales: np.ndarray
+
+
+class PackedQ8(NamedTuple):
+    codes: np.ndarray
+    scales: np.ndarray
+
+
+class PackedQ4(NamedTuple):
+    codes: np.ndarray
+    scales: np.ndarray
+
+
+class PackedHalf(NamedTuple):
+    values: np.ndarray
+
+
+class PackedFloat(NamedTuple):
+    values: np.ndarray
+
+
+Packed = PackedTernary | PackedQ8 | PackedQ4 | PackedHalf | PackedFloat
+
+
+def pack(matrix: Matrix) -> Packed:
+    """`matrix` [n, k] in the kernels' layout."""
+    if isinstance(matrix, DenseMatrix):
+        return _pack_dense(matrix.values)
+    n, k = matrix.codes.shape
+    filled = -(-n // ROWS) * ROWS
+    scales = np.zeros((filled, matrix.scales.shape[1]), np.float16)
+    scales[:n] = matrix.scales
+    scales = np.ascontiguousarray(scales.view(np.uint16).reshape(filled // ROWS, ROWS, -1).transpose(0, 2, 1))
+    codes = np.zeros((filled, k), np.int8)
+    codes[:n] = matrix.codes
+    if isinstance(matrix, TernaryMatrix):
+        # [tile, row, step, i, j] -> [tile, step, row, j], the four i side by side in a byte
+        fields = (codes + 1).astype(np.uint8).reshape(filled // ROWS, ROWS, k // 16, 4, 4)
+        packed = np.zeros((filled // ROWS, ROWS, k // 16, 4), np.uint8)
+        for i in range(4):
+            packed |= fields[:, :, :, i] << (2 * i)
+        return PackedTernary(np.ascontiguousarray(packed.transpose(0, 2, 1, 3)), scales)
+    assert isinstance(matrix, BlockMatrix)
+    if matrix.bits == 8:
+        grouped = codes.reshape(filled // ROWS, ROWS, k // 4, 4)[..., [0, 2, 1, 3]]
+        return PackedQ8(np.ascontiguousarray(grouped.transpose(0, 2, 1, 3)), scales)
+    fields = (codes + 8).astype(np.uint8).reshape(filled // ROWS, ROWS, k // 8, 4, 2)
+    nibbles = np.empty((filled // ROWS, ROWS, k // 8, 4), np.uint8)  # byte j: bits 8j.. of the dword
+    for half in range(2):
+        for low in range(2):
+            nibbles[..., 2 * half + low] = fields[..., 2 * low, half] | fields[..., 2 * low + 1, half] << 4
+    return PackedQ4(np.ascontiguousarray(nibbles.transpose(0, 2, 1, 3)), scales)
+
+
+def _pack_dense(values: np.ndarray) -> PackedHalf | PackedFloat:
+    n, k = values.shape
+    filled = np.zeros((n, -(-k // 16) * 16), values.dtype)
+    filled[:, :k] = values
+    return PackedHalf(filled.view(np.uint16)) if values.dtype == np.float16 else PackedFloat(filled)
+
+
+def stack(layers: list[Packed], where: str) -> Packed:
+    """The matrices of all layers as one, with a leading layer axis.
+
+    Raises:
+        ValueError: they are not all of one type and shape.
+    """
+    kind = type(layers[0])
+    shapes = {tuple(a.shape for a in layer) for layer in layers}
+    if any(type(layer) is not kind for layer in layers) or len(shapes) != 1:
+        raise ValueError(f"{where}: the layers differ in type or shape; expected one type for all")
+    return kind(*(np.stack(parts) for parts in zip(*layers, strict=True)))

@@ -1,0 +1,227 @@
+"""Model: a ternary Mamba-2 that runs. `State` is what it remembers of one text; one model serves many states.
+
+    model = Model.load("model.gguf")
+    state = model.new_state()
+    logits = model.prefill(state, tokens)      # fp32 [vocab], after the last token
+    logits = model.decode(state, token)        # the same bits as if `token` had been part of the prefill
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime_ref.errors import NumericsError, StateError
+from runtime_ref.gguf_source import gguf_source
+from runtime_ref.kernels.build import Built, build
+from runtime_ref.kernels.engine import run
+from runtime_ref.kernels.profiles import PROFILES, STATE_DTYPES
+from runtime_ref.kernels.scratch import Scratch, allocate
+from runtime_ref.sampling import Sampling, choose
+from runtime_ref.state import State
+from runtime_ref.team import Team
+from runtime_ref.weights import Source
+from tmexport.config import Mamba2Config
+from tmexport.errors import UsageError
+
+CHUNK = 64  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
+
+
+def default_threads() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Model:
+    """Weights in the kernels' layout, a profile, and a team of threads. Calls from several threads take turns."""
+
+    def __init__(self, source: Source, profile: str = "exact", threads: int | None = None) -> None:
+        if profile not in PROFILES:
+            raise UsageError(f"profile is {profile!r}; expected exact or fast")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise UsageError(f"{threads} threads; expected 1 to 1024")
+        self.config: Mamba2Config = source.config
+        self.profile = profile
+        self._built: Built = build(source, profile)
+        self.fingerprint = _fingerprint(self._built)
+        self._team = Team(threads or default_threads())
+        self._lock = threading.Lock()
+        self._scratch: Scratch = allocate(1, self.config)
+
+    @classmethod
+    def load(cls, path: Path | str, profile: str = "exact", threads: int | None = None) -> Model:
+        """The model in a GGUF file.
+
+        Raises:
+            GGUFError: the file is damaged, or not a Mamba-2 of a type this runtime computes.
+            UsageError: an unknown profile, or a number of threads that cannot be.
+        """
+        return cls(gguf_source(path), profile, threads)
+
+    @property
+    def threads(self) -> int:
+        return self._team.size
+
+    def compiled(self) -> bool:
+        """Whether the kernels for this model are compiled in this process."""
+        return bool(run.signatures) and self._signature() in run.signatures
+
+    def compile(self) -> None:
+        """Compile the kernels for this model, or load them from the cache; otherwise the first call does it."""
+        run.compile(self._signature())
+
+    def new_state(self) -> State:
+        """The state before the first token."""
+        c = self.config
+        return State(
+            np.zeros((c.n_layer, c.d_conv - 1, c.conv_dim), np.float32),
+            np.zeros((c.n_layer, c.n_heads, c.headdim, c.d_state), STATE_DTYPES[self.profile]),
+            0,
+            self.fingerprint,
+            self.profile,
+        )
+
+    def load_state(self, path: Path | str) -> State:
+        """A state saved by `State.save`.
+
+        Raises:
+            StateError: the file is damaged, or belongs to another model or profile.
+        """
+        return State.load(path, self.new_state())
+
+    def decode(self, state: State, token: int) -> np.ndarray:
+        """Logits fp32 [vocab] after one more token; the state is updated.
+
+        Raises:
+            UsageError: the token is outside the vocabulary.
+            NumericsError: an Inf or a NaN appeared; the layer is named, and the state is no longer meaningful.
+        """
+        return self._forward([state], np.array([[token]], np.int64), all_logits=False)[0]
+
+    def decode_batch(self, states: Sequence[State], tokens: Sequence[int]) -> np.ndarray:
+        """One token for each of several different states, sharing one pass over the weights; logits [states, vocab].
+
+        Raises: as `decode`; ValueError for a state that occurs twice or a length mismatch.
+        """
+        if len({id(s) for s in states}) != len(states) or len(states) != len(tokens):
+            raise ValueError("expected distinct states and one token for each")
+        return self._forward(list(states), np.array(tokens, np.int64).reshape(-1, 1), all_logits=False)
+
+    def prefill(
+        self, state: State, tokens: Sequence[int], on_progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Logits fp32 [vocab] after the last of `tokens` (at least one); the state is updated.
+
+        Raises: as `decode`.
+        """
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+        if not len(ids):
+            raise UsageError("the prompt has no tokens; expected at least one")
+        logits = np.zeros(0, np.float32)
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            logits = self._forward([state], part[None], all_logits=False)[0]
+            if on_progress:
+                on_progress(len(part))
+        return logits
+
+    def score(self, state: State, tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Logits after every token, fp32 [chunk, vocab] at a time; the state is updated.
+
+        Raises: as `decode`.
+        """
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+        for start in range(0, len(ids), CHUNK):
+            yield self._forward([state], ids[None, start : start + CHUNK], all_logits=True)
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        state: State | None = None,
+        stop: Sequence[int] = (),
+        on_logits: Callable[[np.ndarray], None] | None = None,
+    ) -> Iterator[int]:
+        """Token after token; ends after `max_tokens`, or with a token of `stop` (which is yielded).
+
+        Args:
+            prompt: token ids, at least one.
+            max_tokens: the most tokens to yield.
+            sampling: how to choose; greedy if None.
+            state: continue from here (it is updated); a new state if None.
+            stop: ids that end the text.
+            on_logits: called with the logits each token was chosen from.
+        """
+        how = sampling or Sampling()
+        state = state or self.new_state()
+        rng = np.random.default_rng(how.seed)
+        logits = self.prefill(state, prompt)
+        for position in range(max_tokens):
+            if on_logits:
+                on_logits(logits)
+            token = choose(logits, how, rng)
+            yield token
+            if token in stop or position + 1 == max_tokens:
+                return
+            logits = self.decode(state, token)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._team.close()
+
+    def _forward(self, states: list[State], tokens: np.ndarray, all_logits: bool) -> np.ndarray:
+        """tokens [sequences, length] -> logits [sequences, vocab], or [sequences * length, vocab]."""
+        vocab = self.config.vocab_size
+        outside = (tokens < 0) | (tokens >= vocab)
+        if outside.any():
+            raise UsageError(f"token {tokens[outside][0]} is outside the vocabulary of {vocab}")
+        for state in states:
+            if state.model != self.fingerprint or state.profile != self.profile:
+                raise StateError("the state belongs to another model or profile")
+        sequences, length = tokens.shape
+        with self._lock:
+            if len(self._scratch.x) < tokens.size:
+                self._scratch = allocate(tokens.size, self.config)
+            rows = tokens.size if all_logits else sequences
+            logits = np.empty((rows, vocab), np.float32)
+            addresses = [np.array([getattr(s, part).ctypes.data for s in states], np.uint64) for part in ("conv", "ssm")]
+            self._team.run(
+                run, *self._built, self._scratch, tokens.reshape(-1), *addresses, sequences, length, all_logits, logits
+            )
+            self._check(logits, tokens.size)
+        for state in states:
+            state.tokens += length
+        return logits
+
+    def _check(self, logits: np.ndarray, rows: int) -> None:
+        bad = self._scratch.bad[:rows]
+        if (bad >= 0).any():
+            layer = int(bad[bad >= 0].min())
+            where = f"layer {layer - 1}" if layer else "the embedding"
+            raise NumericsError(f"an Inf or a NaN appears in the output of {where}; the weights or the state are damaged")
+        if not np.isfinite(logits).all():
+            raise NumericsError("an Inf or a NaN appears in the output of the head; the weights are damaged")
+
+    def _signature(self) -> tuple[object, ...]:
+        from numba import typeof
+
+        one = np.zeros(1, np.uint64)
+        args = (
+            0, 1, self._team.sync, *self._built, self._scratch, np.zeros(1, np.int64), one, one, 1, 1, False,
+            np.zeros((1, 1), np.float32),
+        )  # fmt: skip
+        return tuple(typeof(a) for a in args)
+
+
+def _fingerprint(built: Built) -> str:
+    """Identifies the weights by their small tensors: enough to tell models apart, and the same in every container."""
+    digest = hashlib.sha256()
+    for array in built.small:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]

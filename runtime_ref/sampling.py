@@ -1,0 +1,42 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tmexport.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the largest logit (the lowest token id of equals); top_k 0 and top_p 1 keep all tokens."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}; expected 0 or more")
+        if self.top_k < 0:
+            raise UsageError(f"top-k is {self.top_k}; expected 0 (all tokens) or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UsageError(f"top-p is {self.top_p}; expected above 0 and at most 1")
+
+
+def choose(logits: np.ndarray, how: Sampling, rng: np.random.Generator) -> int:
+    """The next token from logits fp32 [vocab]; probabilities in fp64."""
+    if how.temperature == 0.0:
+        return int(np.argmax(logits))
+    order = np.argsort(-logits, kind="stable")
+    if how.top_k:
+        order = order[: how.top_k]
+    scaled = logits[order].astype(np.float64) / how.temperature
+    weights = np.exp(scaled - scaled[0])
+    total = np.cumsum(weights)
+    kept = 1 + int(np.searchsorted(total, how.top_p * total[-1])) if how.top_p < 1.0 else len(order)
+    total = total[:kept]
+    return int(order[min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), kept - 1)])
