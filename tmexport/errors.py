@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+_LONGEST_MESSAGE = 1000
+
 
 class TmexportError(Exception):
-    """Base of every error this project raises on purpose; the command line prints it as one line and exits."""
+    """Base of every error this project raises on purpose; the command line prints it as one line and exits.
+
+    Its text is one line of printable characters whatever it quotes: names and values in a stranger's file may hold
+    line breaks, terminal escapes or a megabyte of padding.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST_MESSAGE:
+            text = text[: _LONGEST_MESSAGE // 2] + " ... " + text[-_LONGEST_MESSAGE // 2 :]
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class UsageError(TmexportError):

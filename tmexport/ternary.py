@@ -17,6 +17,11 @@ SMALLEST_SCALE = np.float16(2.0**-14)  # the smallest normal fp16
 LARGEST_SCALE = np.float16(65504.0)
 
 
+def first_true(mask: np.ndarray) -> tuple[int, ...]:
+    """The index of the first true element. (np.argwhere would build an index for every one: 24 bytes a bad weight.)"""
+    return tuple(int(i) for i in np.unravel_index(int(mask.argmax()), mask.shape))
+
+
 @dataclass(frozen=True)
 class TernaryTensor:
     """A ternary matrix [n, k]: codes int8 [n, k], scales fp16 [n, k / group_size]."""
@@ -60,7 +65,7 @@ class TernaryTensor:
         bits = self.scales.view(np.uint16)
         bad = (bits != 0) & ((bits < 0x0400) | (bits >= 0x7C00))  # subnormal; infinite, NaN or with the sign set
         if bad.any():
-            row, group = np.argwhere(bad)[0]
+            row, group = first_true(bad)
             raise CheckpointError(
                 f"{name}: row {row}, group {group} has the scale {self.scales[row, group]}; expected +0 or a positive normal fp16"
             )
@@ -68,7 +73,7 @@ class TernaryTensor:
         if empty.any():
             used = (self.codes.reshape(n, -1, self.group_size) != 0).any(axis=2)
             if (used & empty).any():
-                row, group = np.argwhere(used & empty)[0]
+                row, group = first_true(used & empty)
                 raise CheckpointError(f"{name}: row {row}, group {group} has non-zero codes but the scale 0")
         return self
 
@@ -112,7 +117,7 @@ def exact_ternary(weight: np.ndarray, name: str, group_size: int) -> TernaryTens
     scale_ok = (scales.astype(np.float32) == largest) & ((bits == 0) | ((bits >= 0x0400) & (bits < 0x7C00)))
     ok = scale_ok & ((grouped == 0) | (np.abs(grouped) == largest[:, :, None])).all(axis=2)
     if not ok.all():
-        row, group = np.argwhere(~ok)[0]
+        row, group = first_true(~ok)
         values = np.unique(np.abs(grouped[row, group]))
         shown = ", ".join(f"{v:.6g}" for v in values[:3]) + (", ..." if len(values) > 3 else "")
         raise NotTernaryError(
@@ -139,7 +144,7 @@ def unpack_codes(packed: np.ndarray, name: str) -> np.ndarray:
         codes[:, :, position] = (packed >> (2 * position)) & 3
     codes -= 1
     if codes.max(initial=0) > 1:
-        row, column = np.argwhere(codes.reshape(packed.shape[0], -1) > 1)[0]
+        row, column = first_true(codes.reshape(packed.shape[0], -1) > 1)
         raise CheckpointError(f"{name}: row {row}, column {column} holds the 2-bit value 3; expected 0, 1 or 2")
     return codes.reshape(packed.shape[0], -1)
 

@@ -17,6 +17,7 @@ from tmexport.gguf.decode import decode_ternary, dequantize
 from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata, gguf_name
 from tmexport.gguf.reader import GGUFFile
 from tmexport.gguf.types import GGMLType
+from tmexport.ternary import first_true
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,12 @@ def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, name: str) -> tuple
     have = np.repeat(scales, info.type.block_size // step, axis=1)
     differs = expected.codes != codes
     if differs.any():
-        row, column = map(int, np.argwhere(differs)[0])
+        row, column = first_true(differs)
         place = f"code {expected.codes[row, column]} in column {column}"
         return Difference(target, row, column // expected.group_size, place, f"{codes[row, column]}"), 0, 0
     differs = want.view(np.uint16) != have.view(np.uint16)
     if differs.any():
-        row, index = map(int, np.argwhere(differs)[0])
+        row, index = first_true(differs)
         group = index * step // expected.group_size
         return Difference(target, row, group, f"scale {want[row, index]!r}", f"{have[row, index]!r}"), 0, 0
     return None, codes.size, scales.size
@@ -135,7 +136,7 @@ def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, name: str, kind: GGML
         ok = np.abs(expected - found) <= _largest_error(expected, kind)
     if ok.all():
         return None
-    row, column = map(int, np.argwhere(~ok)[0])
+    row, column = first_true(~ok)
     return Difference(target, row, None, f"{expected[row, column]!r} in column {column}", f"{found[row, column]!r}")
 
 

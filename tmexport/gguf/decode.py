@@ -6,6 +6,7 @@ import numpy as np
 
 from tmexport.errors import GGUFError
 from tmexport.gguf.types import GGMLType
+from tmexport.ternary import first_true
 
 
 def decode_ternary(blocks: np.ndarray, kind: GGMLType, k: int, name: str = "tensor") -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +31,7 @@ def decode_ternary(blocks: np.ndarray, kind: GGMLType, k: int, name: str = "tens
     bits = scales.view(np.uint16)
     bad = (bits != 0) & ((bits < 0x0400) | (bits >= 0x7C00))
     if bad.any():
-        row, block = np.argwhere(bad)[0]
+        row, block = first_true(bad)
         raise GGUFError(
             f"{name}: row {row}, block {block} has the scale {scales[row, block]}; expected +0 or a positive normal fp16"
         )
@@ -47,7 +48,7 @@ def decode_ternary(blocks: np.ndarray, kind: GGMLType, k: int, name: str = "tens
             codes[:, :, element] = (grid[:, :, 2 + element // 4] >> (2 * (element % 4))) & 3
     codes -= 1
     if codes.max(initial=0) > 1:
-        row, block, _ = np.argwhere(codes > 1)[0]
+        row, block, _ = first_true(codes > 1)
         raise GGUFError(f"{name}: row {row}, block {block} holds the 2-bit code 3; expected 0, 1 or 2")
     return codes.reshape(n, k), scales
 
@@ -67,9 +68,9 @@ _DIGITS, _IS_WRITTEN = _base3_digits()
 
 def _unpack_base3(grid: np.ndarray, codes: np.ndarray, name: str) -> None:
     if not _IS_WRITTEN[grid[:, :, :52]].all():
-        row, block, byte = np.argwhere(~_IS_WRITTEN[grid[:, :, :52]])[0]
+        row, block, byte = first_true(~_IS_WRITTEN[grid[:, :, :52]])
         raise GGUFError(
-            f"{name}: row {row}, block {block}, byte {byte} is {grid[row, block, byte]}, not five base-3 digits"
+            f"{name}: row {row}, block {block}, byte {byte} is {grid[row, block, byte]}, which no base-3 digits give"
         )
     for element in range(256):
         if element < 160:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tmexport.errors import NotTernaryError, TmexportError
 from tmexport.gguf.types import GGMLType
-from tmexport.ternary import TernaryTensor
+from tmexport.ternary import TernaryTensor, first_true
 
 _ROWS_AT_ONCE = 256  # keeps the intermediates in cache and the peak memory at one encoded tensor
 
@@ -46,7 +46,7 @@ def scales_per_block(tensor: TernaryTensor, block: int, name: str) -> np.ndarray
     joined = tensor.scales.reshape(tensor.shape[0], -1, block // tensor.group_size)
     differs = (joined != joined[:, :, :1]).any(axis=2)
     if differs.any():
-        row, index = np.argwhere(differs)[0]
+        row, index = first_true(differs)
         raise NotTernaryError(
             f"{name}: row {row}, groups {index * joined.shape[2]} to {(index + 1) * joined.shape[2] - 1} have different scales, "
             f"but a block of {block} stores one; groups of {tensor.group_size} need --type q2_0"
