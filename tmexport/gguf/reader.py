@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from tmexport.errors import GGUFError
 from tmexport.gguf.types import GGMLType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_NAME = 2**16
 _MAX_DIMENSIONS = 4
-_SMALLEST_KEY = 8 + 1 + 4 + 1  # an empty-ish key, its type, a value of a byte
+# A model has some 30 keys and 9 tensors a layer. Small ones cost a Python object of 10 times their size, so their number is
+# bounded: whatever the file says, opening it takes less than its own size in memory, and 16 MB.
+_MAX_KEYS, _MAX_TENSORS = 4096, 16384
+_SMALLEST_KEY = 8 + 4 + 1  # an empty key, its type, a value of a byte
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8
 
 
@@ -36,9 +40,35 @@ class TensorInfo:
     nbytes: int
 
 
+class StoredArray(Sequence[Any]):
+    """An array value; its items are decoded when asked for, because a list would take several times the file's bytes."""
+
+    def __init__(self, count: int, item: Callable[[int], Any]) -> None:
+        self._count, self._item = count, item
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._item(i) for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._item(index % self._count)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list | StoredArray) and len(self) == len(other) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        more = ", ..." if self._count > 4 else ""
+        return f"[{', '.join(map(repr, self[:4]))}{more}]"
+
+
 @dataclass(frozen=True)
 class GGUFFile:
-    """A validated GGUF file: metadata by key, tensors by name in file order, and the mapped bytes."""
+    """A validated GGUF file: metadata by key (arrays as `StoredArray`), tensors by name in file order, the mapped bytes."""
 
     path: Path
     metadata: dict[str, Any]
@@ -62,20 +92,20 @@ class _Cursor:
     """A position in the header; every read is checked against the end of the file."""
 
     def __init__(self, data: np.ndarray) -> None:
-        self._view = memoryview(data)
+        self.view = memoryview(data)
         self.at = 0
 
     @property
     def left(self) -> int:
-        return len(self._view) - self.at
+        return len(self.view) - self.at
 
     def take(self, count: int, what: str) -> memoryview:
         if count > self.left:
             raise GGUFError(
-                f"ends at byte {len(self._view)} inside {what} (byte {self.at}); the file is truncated or damaged"
+                f"ends at byte {len(self.view)} inside {what} (byte {self.at}); the file is truncated or damaged"
             )
         self.at += count
-        return self._view[self.at - count : self.at]
+        return self.view[self.at - count : self.at]
 
     def number(self, code: str, what: str) -> Any:
         value = self.take(struct.calcsize("<" + code), what)
@@ -133,6 +163,10 @@ def _parse(cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, Tensor
     n_tensors, n_keys = cursor.number("Q", "the tensor count"), cursor.number("Q", "the key count")
     if n_tensors * _SMALLEST_TENSOR + n_keys * _SMALLEST_KEY > cursor.left:
         raise GGUFError(f"promises {n_tensors} tensors and {n_keys} keys, more than its {size} bytes can hold")
+    if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
+        raise GGUFError(
+            f"has {n_tensors} tensors and {n_keys} keys; expected at most {_MAX_TENSORS} and {_MAX_KEYS} of a Mamba-2 model"
+        )
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = cursor.string("a key", _MAX_NAME)
@@ -163,11 +197,28 @@ def _value(cursor: _Cursor, what: str) -> Any:
     if kind == _STRING:
         if count * 8 > cursor.left:
             raise GGUFError(f"{what} promises {count} strings at byte {cursor.at}, more than the file can hold")
-        return [cursor.string(what) for _ in range(count)]
+        return _strings(cursor, count, what)
     if kind not in _SCALARS:
         raise GGUFError(f"{what} is an array of the type {kind} at byte {cursor.at - 12}; expected numbers or strings")
     item = struct.calcsize("<" + _SCALARS[kind])
-    return np.frombuffer(cursor.take(count * item, what), np.dtype("<" + _SCALARS[kind])).tolist()
+    numbers = np.frombuffer(cursor.take(count * item, what), np.dtype("<" + _SCALARS[kind]))
+    if kind == _BOOL and count and numbers.view(np.uint8).max() > 1:
+        raise GGUFError(f"{what} before byte {cursor.at} is an array of booleans that holds other bytes than 0 and 1")
+    return StoredArray(count, lambda i: numbers[i].item())
+
+
+def _strings(cursor: _Cursor, count: int, what: str) -> StoredArray:
+    starts = np.empty(count, np.int64)
+    for i in range(count):
+        starts[i] = cursor.at
+        cursor.string(what)
+    view = cursor.view
+
+    def item(i: int) -> str:
+        start = int(starts[i])
+        return str(view[start + 8 : start + 8 + int.from_bytes(view[start : start + 8], "little")], "utf-8")
+
+    return StoredArray(count, item)
 
 
 def _declaration(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], GGMLType, int]:
