@@ -1,9 +1,9 @@
 """Run a ternary Mamba-2 GGUF on a CPU: `Model.load(path)`, and the definition of "correct" (`runtime_ref.reference`).
 
-    from runtime_ref import Model
-    model = Model.load("model.gguf")
-    for token in model.generate([1, 2, 3], max_tokens=16):
-        print(token)
+from runtime_ref import Model
+model = Model.load("model.gguf")
+for token in model.generate([1, 2, 3], max_tokens=16):
+    print(token)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["Model", "State"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - lazy, so that `import runtime_ref` does not pay for numba
+def __getattr__(name: str) -> Any:
     if name in __all__:
         from runtime_ref import model
 

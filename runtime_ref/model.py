@@ -1,9 +1,9 @@
 """Model: a ternary Mamba-2 that runs. `State` is what it remembers of one text; one model serves many states.
 
-    model = Model.load("model.gguf")
-    state = model.new_state()
-    logits = model.prefill(state, tokens)      # fp32 [vocab], after the last token
-    logits = model.decode(state, token)        # the same bits as if `token` had been part of the prefill
+model = Model.load("model.gguf")
+state = model.new_state()
+logits = model.prefill(state, tokens)      # fp32 [vocab], after the last token
+logits = model.decode(state, token)        # the same bits as if `token` had been part of the prefill
 """
 
 from __future__ import annotations
@@ -190,7 +190,9 @@ class Model:
                 self._scratch = allocate(tokens.size, self.config)
             rows = tokens.size if all_logits else sequences
             logits = np.empty((rows, vocab), np.float32)
-            addresses = [np.array([getattr(s, part).ctypes.data for s in states], np.uint64) for part in ("conv", "ssm")]
+            addresses = [
+                np.array([getattr(s, part).ctypes.data for s in states], np.uint64) for part in ("conv", "ssm")
+            ]
             self._team.run(
                 run, *self._built, self._scratch, tokens.reshape(-1), *addresses, sequences, length, all_logits, logits
             )
@@ -204,7 +206,9 @@ class Model:
         if (bad >= 0).any():
             layer = int(bad[bad >= 0].min())
             where = f"layer {layer - 1}" if layer else "the embedding"
-            raise NumericsError(f"an Inf or a NaN appears in the output of {where}; the weights or the state are damaged")
+            raise NumericsError(
+                f"an Inf or a NaN appears in the output of {where}; the weights or the state are damaged"
+            )
         if not np.isfinite(logits).all():
             raise NumericsError("an Inf or a NaN appears in the output of the head; the weights are damaged")
 

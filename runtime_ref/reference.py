@@ -130,7 +130,9 @@ def integer_matmul(codes: np.ndarray, scales: np.ndarray, q: np.ndarray, q_scale
     y = np.zeros(n, np.float32)
     for b, q_scale in enumerate(q_scales):
         span = slice(b * block, (b + 1) * block)
-        isum = codes[:, span].astype(np.float64) @ q[span].astype(np.float64)  # integers below 2**53: exact in any order
+        isum = codes[:, span].astype(np.float64) @ q[span].astype(
+            np.float64
+        )  # integers below 2**53: exact in any order
         scale = scales[:, b * block // group].astype(np.float32)
         y = y + isum.astype(np.float32) * (scale * q_scale)
     return y

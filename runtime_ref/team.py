@@ -25,7 +25,7 @@ class Team:
             threading.Thread(target=self._work, args=(tid, queue), daemon=True, name=f"runtime_ref-{tid}").start()
             self._queues.append(queue)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> None:  # noqa: ANN401 - passed through
+    def run(self, function: Callable[..., Any], *args: Any) -> None:
         for queue in self._queues:
             queue.put((function, args))
         function(0, self.size, self.sync, *args)

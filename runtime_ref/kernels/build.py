@@ -69,9 +69,7 @@ def build(source: Source, profile: str) -> Built:
         blocks.append(block)
     embedding = _one(source, "token_embd.weight")
     head = embedding if source.tied else _one(source, "output.weight")
-    return Built(
-        Portable(16), PROFILES[profile], dims_of(c, *blocks), small, embedding, stacks[0], stacks[1], head
-    )
+    return Built(Portable(16), PROFILES[profile], dims_of(c, *blocks), small, embedding, stacks[0], stacks[1], head)
 
 
 def activation_block(matrix: Matrix, profile: str) -> int:

@@ -14,6 +14,7 @@ from runtime_ref.kernels.intrinsics import (
     half_to_float,
     pointer_f32,
     pointer_u16,
+    sched_yield,
 )
 from runtime_ref.kernels.math import exp, silu, softplus
 from runtime_ref.kernels.matmul import embed, multiply, prepare, tree16
@@ -22,6 +23,7 @@ from runtime_ref.kernels.profiles import Exact
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 ZERO = np.float32(0.0)
+SPINS = 2000  # a few microseconds: longer than a phase's imbalance, far shorter than a time slice
 
 
 @njit
@@ -34,8 +36,11 @@ def barrier(sync, threads):
         atomic_store(sync, 0, 0)
         atomic_store(sync, 8, generation + 1)
     else:
+        spins = 0
         while atomic_load(sync, 8) == generation:
-            pass
+            spins += 1
+            if spins > SPINS:
+                sched_yield()
 
 
 @njit
@@ -89,7 +94,11 @@ def read_state(profile, value):
 
 @overload(read_state)
 def _read_state(profile, value):
-    return (lambda profile, value: value) if profile.instance_class is Exact else (lambda profile, value: half_to_float(value))
+    return (
+        (lambda profile, value: value)
+        if profile.instance_class is Exact
+        else (lambda profile, value: half_to_float(value))
+    )
 
 
 def round_state(profile, value):
@@ -98,7 +107,11 @@ def round_state(profile, value):
 
 @overload(round_state)
 def _round_state(profile, value):
-    return (lambda profile, value: value) if profile.instance_class is Exact else (lambda profile, value: float_to_half(value))
+    return (
+        (lambda profile, value: value)
+        if profile.instance_class is Exact
+        else (lambda profile, value: float_to_half(value))
+    )
 
 
 @njit

@@ -10,7 +10,14 @@ from numba.extending import intrinsic
 
 # ruff: noqa: ANN001, ANN201, ANN202 - the signature of an intrinsic is Numba's (typing context, types)
 
-I8, I16, I32, I64, HALF, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64, HALF, F32 = (
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.HalfType(),
+    ir.FloatType(),
+)
 
 
 @intrinsic
@@ -53,7 +60,7 @@ def bits_float(typingctx, bits):
     return types.float32(types.int32), codegen
 
 
-def _pointer(element: types.Type) -> Any:  # noqa: ANN401 - an intrinsic
+def _pointer(element: types.Type) -> Any:
     @intrinsic
     def as_pointer(typingctx, address):
         def codegen(context, builder, sig, args):
@@ -63,6 +70,9 @@ def _pointer(element: types.Type) -> Any:  # noqa: ANN401 - an intrinsic
 
     return as_pointer
 
+
+# Gives the core to another thread: what a barrier does when there are more threads than cores.
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 pointer_f32 = _pointer(types.float32)
 pointer_u16 = _pointer(types.uint16)

@@ -6,7 +6,7 @@ Every product writes out[r, n] (+)= sum over blocks, ascending, of float(isum) *
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 from numba.extending import overload
 
 from runtime_ref.kernels.intrinsics import bits_float, float_bits, half_to_float
@@ -238,6 +238,3 @@ def _embed_half(packed, token, out):
 def _embed_float(packed, token, out):
     for i in range(out.shape[0]):
         out[i] = packed.values[0, token, i]
-
-
-__all__ = ["embed", "multiply", "prepare", "tree16", "types"]

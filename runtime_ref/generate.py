@@ -1,0 +1,107 @@
+"""Continue a text with a GGUF model.
+
+    python -m runtime_ref.generate MODEL.gguf --prompt "Fellow citizens" -n 64 --temperature 0
+
+The text goes to stdout as it is made, speeds go to stderr; --json prints one object instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from runtime_ref.command import compile_kernels, run_command
+from runtime_ref.model import Model
+from runtime_ref.sampling import Sampling
+from runtime_ref.tokenizer import Tokenizer
+from tmexport.errors import UsageError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model_path", metavar="MODEL.gguf", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option(
+    "-n", "--tokens", "count", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate."
+)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the most likely token.")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens of this total probability."
+)
+@click.option("--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 keeps all.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random choice.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
+@click.option("--profile", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
+              help="exact: 16-bit activations; fast: 8-bit activations and a 16-bit state.")  # fmt: skip
+@click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a saved state.")
+@click.option("--save-state", type=click.Path(path_type=Path), help="Save the state when done.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+def generate(
+    model_path: Path,
+    prompt: str,
+    count: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    threads: int | None,
+    profile: str,
+    load_state: Path | None,
+    save_state: Path | None,
+    as_json: bool,
+) -> None:
+    """Continue a text with MODEL.gguf; it ends after -n tokens, or with the model's end-of-text token.
+
+    \b
+    Example:
+      python -m runtime_ref.generate model.gguf --prompt "Fellow citizens" -n 64 --temperature 0.8 --top-p 0.95
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    tokenizer = Tokenizer.from_gguf(model_path)
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UsageError("--prompt has no tokens; give at least one character")
+    model = Model.load(model_path, profile, threads)
+    state = model.load_state(load_state) if load_state else model.new_state()
+    compile_kernels(model)
+    stop = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
+    digest, stream = hashlib.sha256(), tokenizer.stream()
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+
+    def seen(logits: np.ndarray) -> None:
+        digest.update(logits.tobytes())
+        if len(times) == 1:
+            times.append(time.perf_counter())
+
+    if not as_json:
+        click.echo(prompt, nl=False)
+    for token in model.generate(ids, count, sampling, state, stop, seen):
+        tokens.append(token)
+        if not as_json:
+            click.echo(stream.push(token), nl=False)
+    end = time.perf_counter()
+    if not as_json:
+        click.echo(stream.flush())
+    if save_state:
+        state.save(save_state)
+    prompt_rate = len(ids) / (times[1] - times[0])
+    rate = (len(tokens) - 1) / (end - times[1]) if len(tokens) > 1 else 0.0
+    if as_json:
+        result = {"text": tokenizer.decode(tokens), "tokens": tokens, "logits_sha256": digest.hexdigest(), "prompt_tokens": len(ids),
+                  "prompt_tokens_per_second": prompt_rate, "tokens_per_second": rate, "profile": profile,
+                  "threads": model.threads}  # fmt: skip
+        click.echo(json.dumps(result))
+    else:
+        click.echo(
+            f"prompt {len(ids)} tokens, {prompt_rate:.1f} tokens/s; generated {len(tokens)}, {rate:.1f} tokens/s",
+            err=True,
+        )
+
+
+if __name__ == "__main__":
+    run_command(generate, "runtime_ref.generate")
