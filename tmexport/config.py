@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tmexport.errors import ConfigError
+from tmexport.files import file_in, read_text
 
 _LARGEST_DIMENSION = 2**24  # far above any model, far below an overflow: stops absurd values before they are used
+_LARGEST = {"n_layer": 1024, "vocab_size": 2**21}  # lists of tensors and of tokens are as long as these
+_LARGEST_FILE = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class Mamba2Config:
             "chunk_size",
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_DIMENSION:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {_LARGEST_DIMENSION}")
+            largest = _LARGEST.get(name, _LARGEST_DIMENSION)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+                raise ConfigError(f"{name} is {_show(value)}; expected a whole number from 1 to {largest}")
         if self.d_conv < 2:
             raise ConfigError(f"d_conv is {self.d_conv}; expected at least 2")
         if self.d_inner % self.headdim:
@@ -65,8 +69,12 @@ class Mamba2Config:
             raise ConfigError(f"the norm's epsilon is {self.rms_eps!r}; expected a number between 0 and 1")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
-                raise ConfigError(f"{name} is {value!r}; expected a token id below the vocabulary of {self.vocab_size}")
+            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
+                raise ConfigError(
+                    f"{name} is {_show(value)}; expected a token id below the vocabulary of {self.vocab_size}"
+                )
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tied embeddings are {_show(self.tie_embeddings)}; expected true or false")
 
     @property
     def d_inner(self) -> int:
@@ -118,12 +126,13 @@ def load_config(folder: Path | str) -> tuple[Mamba2Config, dict[str, Any]]:
 
     Raises:
         ConfigError: the file is missing, is not JSON, or describes a model that cannot be exported.
+        CheckpointError: the file is a link that leaves the folder, or not a file.
     """
     path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; expected a checkpoint folder with a config.json")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a checkpoint folder with a config.json") from None
+        raw = json.loads(read_text(file_in(folder, "config.json"), _LARGEST_FILE))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -153,9 +162,16 @@ def _need(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def _as_float(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} is {value!r}; expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:  # NaN fails too
+        raise ConfigError(f"{name} is {_show(value)}; expected a finite number")
     return float(value)
+
+
+def _show(value: Any) -> str:
+    """A value for a message; the digits of a huge whole number cannot be printed (and take forever)."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"a whole number of {value.bit_length()} bits"
+    return repr(value)
 
 
 def _refuse_unless(raw: Mapping[str, Any], allowed: Mapping[str, Any], why: str) -> None:
@@ -172,7 +188,7 @@ def _refuse_dt_clamp(limit: Any) -> None:
         # transformers writes infinity as the JSON extension Infinity, as a string, or as {"__float__": "Infinity"}.
         if isinstance(high, dict):
             high = high.get("__float__")
-        no_upper = high in ("inf", "Infinity", None) or (isinstance(high, int | float) and math.isinf(high))
+        no_upper = high in ("inf", "Infinity", None) or (isinstance(high, float) and math.isinf(high))
         if low in (0, 0.0, None) and no_upper:
             return
     raise ConfigError(
@@ -197,7 +213,7 @@ def _from_hf(raw: Mapping[str, Any]) -> Mamba2Config:
         headdim=raw.get("head_dim", 64),
         n_groups=raw.get("n_groups", 8),  # transformers' default, not mamba_ssm's
         rms_eps=_as_float(raw.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon"),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=raw.get("tie_word_embeddings", False),
         chunk_size=raw.get("chunk_size", 256),
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=_first_id(raw.get("eos_token_id")),
@@ -249,6 +265,6 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> Mamba2Config:
         headdim=ssm.get("headdim", 64),
         n_groups=ssm.get("ngroups", 1),
         rms_eps=_as_float(raw.get("norm_epsilon", 1e-5), "norm_epsilon"),
-        tie_embeddings=bool(raw.get("tie_embeddings", True)),
+        tie_embeddings=raw.get("tie_embeddings", True),
         chunk_size=ssm.get("chunk_size", 256),
     )

@@ -9,7 +9,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tmexport.errors import TmexportError
+from tmexport.errors import CheckpointError, TmexportError
+
+
+def file_in(folder: Path | str, name: str) -> Path:
+    """`folder`/`name`, after checking that it is a regular file inside the folder.
+
+    A checkpoint folder is a stranger's: a link in it must not lead our reader elsewhere (and a pipe must not stop it). The
+    one exception is Hugging Face's cache, where each file of `snapshots/<revision>/` is a link into `blobs/` beside it.
+
+    Raises:
+        CheckpointError: it is missing, not a regular file, or a link that leaves the folder.
+    """
+    path = Path(folder) / name
+    try:
+        real, home = path.resolve(strict=True), Path(folder).resolve(strict=True)
+        is_file = real.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # ELOOP is a RuntimeError, a NUL in the name a ValueError
+        raise CheckpointError(f"{path}: no such file ({getattr(error, 'strerror', None) or error})") from None
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{path}: is a link that leaves the folder, to {real}; put the file itself there")
+    if not is_file:
+        raise CheckpointError(f"{path}: is not a regular file")
+    return path
+
+
+def read_text(path: Path, largest: int) -> str:
+    """The text of a small UTF-8 file.
+
+    Raises:
+        ValueError: it has more than `largest` bytes, or is not UTF-8.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"has more than {largest} bytes")
+    return data.decode("utf-8")
 
 
 @contextlib.contextmanager
@@ -27,7 +66,9 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     try:
         if path.is_dir():
             raise TmexportError(f"{path}: is a folder; expected the name of a file to write")
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        if path.exists() and not path.is_file():  # the rename would replace /dev/null itself
+            raise TmexportError(f"{path}: is a device or a pipe; expected the name of a file to write")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()

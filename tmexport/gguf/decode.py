@@ -67,8 +67,10 @@ _DIGITS, _IS_WRITTEN = _base3_digits()
 
 
 def _unpack_base3(grid: np.ndarray, codes: np.ndarray, name: str) -> None:
-    if not _IS_WRITTEN[grid[:, :, :52]].all():
-        row, block, byte = first_true(~_IS_WRITTEN[grid[:, :, :52]])
+    written = _IS_WRITTEN[grid[:, :, :52]]
+    written[:, :, 48:] &= _DIGITS[grid[:, :, 48:52], 4] == 0  # the last four bytes hold four digits, padded with a 0
+    if not written.all():
+        row, block, byte = first_true(~written)
         raise GGUFError(
             f"{name}: row {row}, block {block}, byte {byte} is {grid[row, block, byte]}, which no base-3 digits give"
         )
@@ -88,10 +90,18 @@ def dequantize(blocks: np.ndarray, kind: GGMLType, k: int, name: str = "tensor")
     """The values of a tensor: uint8 [n, row_bytes] -> fp32 [n, k].
 
     Raises:
-        GGUFError: the blocks of a ternary type are damaged.
+        GGUFError: the blocks of a ternary type are damaged, or a value is NaN or infinite.
     """
-    n = blocks.shape[0]
-    raw = np.ascontiguousarray(blocks)
+    values = _dequantize(np.ascontiguousarray(blocks), kind, k, name)
+    finite = np.isfinite(values)
+    if not finite.all():
+        row, column = first_true(~finite)
+        raise GGUFError(f"{name}: row {row}, column {column} is {values[row, column]}; expected a finite number")
+    return values
+
+
+def _dequantize(raw: np.ndarray, kind: GGMLType, k: int, name: str) -> np.ndarray:
+    n = raw.shape[0]
     if kind.is_ternary:
         codes, scales = decode_ternary(raw, kind, k, name)
         return (codes.reshape(n, -1, kind.block_size) * scales.astype(np.float32)[:, :, None]).reshape(n, k)

@@ -13,7 +13,7 @@ from tmexport.errors import ConfigError, GGUFError
 from tmexport.gguf.decode import decode_ternary
 from tmexport.gguf.reader import GGUFFile
 from tmexport.gguf.types import GGMLType
-from tmexport.ternary import GROUP_SIZES
+from tmexport.ternary import GROUP_SIZES, first_true
 
 CONTEXT_LENGTH = 2**20  # a recurrent model has no limit; llama.cpp's converter writes this
 GROUP_SIZE_KEY = "tmexport.group_size"
@@ -30,6 +30,7 @@ _LAYER = {
     "mixer.norm.weight": "ssm_norm.weight",
     "mixer.out_proj.weight": "ssm_out.weight",
 }
+_MATRICES = ("ssm_in.weight", "ssm_out.weight", "token_embd.weight", "output.weight")
 _GLOBAL = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEAD: "output.weight"}
 
 
@@ -107,6 +108,11 @@ def config_from_metadata(gguf: GGUFFile) -> Mamba2Config:
         raise GGUFError(
             f"{gguf.path}: inner size {d_inner} does not fit embedding length {d_model} and {n_heads} heads"
         )
+    rows = meta.get("mamba2.vocab_size", embedding.shape[0])
+    if rows != embedding.shape[0]:
+        raise GGUFError(
+            f"{gguf.path}: mamba2.vocab_size is {rows!r}, but token_embd.weight has {embedding.shape[0]} rows; expected them to agree"
+        )
     epsilon = meta.get("mamba2.attention.layer_norm_rms_epsilon")
     try:
         config = Mamba2Config(
@@ -152,6 +158,10 @@ def _check_tensors(gguf: GGUFFile, config: Mamba2Config) -> None:
             raise GGUFError(f"{gguf.path}: has no tensor {name}; expected shape {list(shape)}")
         if info.shape != shape:
             raise GGUFError(f"{gguf.path}: {name} has the shape {list(info.shape)}; expected {list(shape)}")
+        if info.type.is_ternary and not name.endswith(("ssm_in.weight", "ssm_out.weight")):
+            raise GGUFError(f"{gguf.path}: {name} is {info.type.name}; only ssm_in and ssm_out may be ternary")
+        if not name.endswith(_MATRICES) and info.type not in (GGMLType.F32, GGMLType.F16, GGMLType.BF16):
+            raise GGUFError(f"{gguf.path}: {name} is {info.type.name}; expected F32")
     extra = set(gguf.tensors) - set(expected)
     if extra:
         raise GGUFError(f"{gguf.path}: holds {min(extra)}, which a Mamba-2 of these dimensions does not have")
@@ -177,6 +187,8 @@ def group_size_of(gguf: GGUFFile) -> int | None:
         fits = all(gguf.tensors[name].shape[-1] % recorded == 0 for name in names) if recorded in GROUP_SIZES else False
         if not fits or (wide_blocks and recorded != 256):
             raise GGUFError(f"{gguf.path}: {GROUP_SIZE_KEY} is {recorded!r}, which does not fit its ternary tensors")
+        if not wide_blocks:
+            _check_scales_agree(gguf, names, recorded)
         return recorded
     if wide_blocks:
         return 256
@@ -191,3 +203,16 @@ def group_size_of(gguf: GGUFFile) -> int | None:
                 break
             size //= 2
     return size
+
+
+def _check_scales_agree(gguf: GGUFFile, names: list[str], group_size: int) -> None:
+    """The Q2_0 blocks of a group must repeat one scale, or whoever keeps one scale a group computes something else."""
+    for name in names:
+        n, k = gguf.tensors[name].shape
+        blocks = gguf.blocks(name).reshape(n, k // group_size, group_size // 64, GGMLType.Q2_0.block_bytes)
+        differs = (blocks[..., :2] != blocks[:, :, :1, :2]).any(axis=(2, 3))
+        if differs.any():
+            row, group = first_true(differs)
+            raise GGUFError(
+                f"{gguf.path}: {name}, row {row}, group {group} has different scales, but {GROUP_SIZE_KEY} is {group_size}"
+            )
