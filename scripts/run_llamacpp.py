@@ -1,0 +1,134 @@
+"""Run a GGUF file in a stock llama.cpp (the `xllamacpp` wheel), greedily and without its log.
+
+Example: python scripts/run_llamacpp.py demo_out/student.gguf --prompt "Fellow citizens" -n 64
+
+The last line on stdout is one JSON object, with the fields of `Completion`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import BinaryIO
+
+import click
+
+from tmexport.errors import TmexportError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What llama.cpp said.
+
+    text: the continuation, without the prompt; bytes that are not UTF-8 become U+FFFD.
+    tokens: its token ids. logprobs: natural logarithms of their probabilities; margins: how far below the second best was.
+    prompt_tokens_per_second, tokens_per_second: llama.cpp's own timings, medians over the runs.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    prompt_tokens: int
+    prompt_tokens_per_second: float
+    tokens_per_second: float
+
+
+@contextlib.contextmanager
+def _captured_output() -> Iterator[BinaryIO]:
+    """A file that receives what C++ code writes to stdout and stderr while the block runs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield log
+        finally:
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])
+
+
+def _reason(log: BinaryIO) -> str:
+    """llama.cpp's own words for why it did not load a file."""
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if " E " in line]
+    loading = [line for line in lines if "error loading model: " in line]
+    if loading:
+        return loading[0].split("error loading model: ", 1)[1]
+    return lines[0].split(" E ", 1)[1].strip() if lines else "no reason given"
+
+
+def complete(model: Path, prompt: str, n: int, threads: int = 1, runs: int = 1) -> Completion:
+    """Continue `prompt` by the most probable token, n times or until the end-of-text token.
+
+    The tokens come from a first run that also asks for probabilities; the timings from `runs` further ones that do not.
+
+    Raises:
+        TmexportError: llama.cpp does not load the file or refuses the request; with its reason.
+    """
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(model)
+    parameters.n_parallel = 1
+    parameters.n_ctx = max(512, len(prompt.encode()) + n + 1)  # no token is shorter than a byte
+    parameters.n_gpu_layers = 0
+    parameters.warmup = False
+    parameters.verbosity = 1  # errors alone
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    request = {"prompt": prompt, "max_tokens": n, "temperature": 0, "cache_prompt": False}
+    with _captured_output() as log:
+        try:
+            server = xllamacpp.Server(parameters)
+        except RuntimeError:
+            raise TmexportError(f"{model}: llama.cpp does not load it: {_reason(log)}") from None
+        answers = [server.handle_completions(request | {"logprobs": 2})]
+        answers += [server.handle_completions(request) for _ in range(runs)]
+        del server  # its threads write to the log while they stop
+    for answer in answers:
+        if "error" in answer:
+            raise TmexportError(f"{model}: llama.cpp refuses the prompt: {answer['error']['message']}")
+    steps = answers[0]["choices"][0]["logprobs"]["content"]
+    timings = [answer["timings"] for answer in answers[1:]] or [answers[0]["timings"]]
+    return Completion(
+        text=b"".join(bytes(step["bytes"]) for step in steps).decode(errors="replace"),
+        tokens=[step["id"] for step in steps],
+        logprobs=[step["logprob"] for step in steps],
+        margins=[step["top_logprobs"][0]["logprob"] - step["top_logprobs"][1]["logprob"] for step in steps],
+        prompt_tokens=answers[0]["usage"]["prompt_tokens"],
+        prompt_tokens_per_second=median(timing["prompt_per_second"] for timing in timings),
+        tokens_per_second=median(timing["predicted_per_second"] for timing in timings),
+    )
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("-n", "n", default=64, show_default=True, help="Tokens to generate.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--runs", default=3, show_default=True, help="Timed runs; the median is reported.")
+def main(model: Path, prompt: str, n: int, threads: int, runs: int) -> None:
+    """Continue a prompt with a stock llama.cpp, greedily.
+
+    Example: python scripts/run_llamacpp.py demo_out/student.gguf --prompt "Fellow citizens" -n 64
+    """
+    try:
+        completion = complete(model, prompt, n, threads, runs)
+    except TmexportError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(json.dumps(asdict(completion)))
+
+
+if __name__ == "__main__":
+    main()
