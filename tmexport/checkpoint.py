@@ -7,6 +7,7 @@ form of the latter. Whatever the dialect, tensors go by their Hugging Face names
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ import numpy as np
 
 from tmexport.config import Mamba2Config, load_config
 from tmexport.errors import CheckpointError
-from tmexport.files import atomic_write
+from tmexport.files import atomic_write, file_in, read_text
 from tmexport.safetensors_io import StoredTensor, index_safetensors
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, pack_codes, unpack_codes, widest_exact
 from tmexport.torch_bin import index_torch_bin
 
 FORMAT_VERSION = 1
+_LARGEST_INDEX = 2**22
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 _STATE_SPACES_EMBEDDING = "backbone.embedding.weight"
 
@@ -109,8 +111,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         stored[EMBEDDING] = stored.pop(_STATE_SPACES_EMBEDDING)
     stored = _drop_tied_head(folder, config, stored)
     _check_tensors(folder, config, group_size, stored)
-    tokenizer = folder / "tokenizer.json"
-    return Checkpoint(folder, config, group_size, tokenizer if tokenizer.is_file() else None, stored)
+    has_tokenizer = os.path.lexists(folder / "tokenizer.json")
+    tokenizer = file_in(folder, "tokenizer.json") if has_tokenizer else None
+    return Checkpoint(folder, config, group_size, tokenizer, stored)
 
 
 def write_checkpoint(
@@ -164,7 +167,11 @@ def write_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be made: {error.strerror}") from None
     if tokenizer is not None and Path(tokenizer) != folder / "tokenizer.json":
-        _write(folder / "tokenizer.json", Path(tokenizer).read_bytes())
+        try:
+            text = Path(tokenizer).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{tokenizer}: cannot be read: {error.strerror}") from None
+        _write(folder / "tokenizer.json", text)
     _write(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
     _write(folder / "model.safetensors", save(flat, metadata={"format": "pt"}))
 
@@ -195,17 +202,17 @@ def _group_size(folder: Path, raw: Mapping[str, object]) -> int | None:
 def _index(folder: Path) -> dict[str, StoredTensor]:
     """Where every tensor lies, whichever way the weights are split over files."""
     for stem, reader in (("model.safetensors", index_safetensors), ("pytorch_model.bin", index_torch_bin)):
-        if (folder / stem).exists():
-            return reader(folder / stem)
-        index_path = folder / f"{stem}.index.json"
-        if index_path.exists():
-            return _index_shards(folder, index_path, reader)
+        if os.path.lexists(folder / stem):
+            return reader(file_in(folder, stem))
+        index = f"{stem}.index.json"
+        if os.path.lexists(folder / index):
+            return _index_shards(folder, file_in(folder, index), reader)
     raise CheckpointError(f"{folder}: holds no weights; expected model.safetensors or pytorch_model.bin")
 
 
 def _index_shards(folder: Path, index_path: Path, reader: object) -> dict[str, StoredTensor]:
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index_path, _LARGEST_INDEX))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_path}: is not a shard index with a weight_map: {error!r}") from None
@@ -215,11 +222,11 @@ def _index_shards(folder: Path, index_path: Path, reader: object) -> dict[str, S
             raise CheckpointError(
                 f"{index_path}: names the file {shard!r}; expected a plain file name in the same folder"
             )
-        if (folder / shard).is_symlink() and not (folder / shard).resolve().is_file():
-            raise CheckpointError(f"{folder / shard}: is a link to nothing")
-        for name, tensor in reader(folder / shard).items():  # type: ignore[operator]
-            if name in merged:
-                raise CheckpointError(f"{index_path}: {name} is in more than one shard")
+        for name, tensor in reader(file_in(folder, shard)).items():  # type: ignore[operator]
+            if name in merged or weight_map.get(name, shard) != shard:
+                raise CheckpointError(
+                    f"{index_path}: {name} is in {shard}, but the index or another shard has it as well; expected one place"
+                )
             merged[name] = tensor
     missing = sorted(set(weight_map) - set(merged))
     if missing:

@@ -16,6 +16,7 @@ import safetensors
 
 from tmexport.errors import CheckpointError
 
+_LARGEST_HEADER = 2**22  # some 100 bytes a tensor; as Python objects a header takes 10 times its size
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
 
 
@@ -41,9 +42,12 @@ class StoredTensor:
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: dtype {self.dtype} is not supported; expected F32, F16 or BF16")
         count = math.prod(self.shape)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = np.fromfile(file, _DTYPES[self.dtype], count)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = np.fromfile(file, _DTYPES[self.dtype], count)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
         if data.size != count:
             raise CheckpointError(f"{self.path}: ends inside a tensor; expected {count} values, found {data.size}")
         if self.dtype == "BF16":
@@ -58,10 +62,12 @@ def index_safetensors(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: the file is missing or is not a valid safetensors file.
     """
     try:
-        with safetensors.safe_open(path, framework="np"):
-            pass  # the library's own validation of the whole header against the file's size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > _LARGEST_HEADER:
+                raise CheckpointError(f"{path}: claims a header of {length} bytes; expected at most {_LARGEST_HEADER}")
+            with safetensors.safe_open(path, framework="np"):
+                pass  # the library's own validation of the whole header against the file's size
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
