@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer as HuggingFaceTokenizer
-
 from tmexport.errors import TokenizerError
 from tmexport.gguf.names import TOKENIZER_JSON_KEY
 from tmexport.gguf.reader import GGUFFile, open_gguf
+from tmexport.gguf.tokenizer import parse_tokenizer
 
 _LONGEST_CHARACTER = 8  # tokens held back for an unfinished character before it is called invalid
 
@@ -17,10 +16,7 @@ class Tokenizer:
     """encode: text -> token ids; decode: ids -> text, special tokens left out."""
 
     def __init__(self, text: str, where: str) -> None:
-        try:
-            self._tokenizer = HuggingFaceTokenizer.from_str(text)
-        except Exception as error:  # the library raises a bare Exception
-            raise TokenizerError(f"{where}: its tokenizer cannot be read: {error}") from None
+        self._tokenizer = parse_tokenizer(text, where)
 
     @classmethod
     def from_gguf(cls, gguf: GGUFFile | Path | str) -> Tokenizer:

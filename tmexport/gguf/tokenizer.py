@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmexport.config import Mamba2Config
 from tmexport.errors import TokenizerError
+from tmexport.files import read_text
 from tmexport.gguf.names import TOKENIZER_JSON_KEY
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_LARGEST_TOKENIZER = 2**26  # the largest in use have 30 MB
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.h, enum llama_token_type
 
 # Split patterns that llama.cpp knows under a name; ByteLevel's own pattern is GPT-2's.
@@ -21,6 +26,8 @@ _SPLIT_PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
 }
+_COMPONENTS = {"BPE", "ByteLevel", "Split", "Sequence", "TemplateProcessing", "String", "SpecialToken"}
+_COMPONENTS |= {"NFC", "NFD", "NFKC", "NFKD"}
 
 
 def tokenizer_metadata(path: Path, config: Mamba2Config) -> dict[str, Any]:
@@ -69,15 +76,51 @@ def tokenizer_metadata(path: Path, config: Mamba2Config) -> dict[str, Any]:
 
 
 def _load(path: Path) -> tuple[str, dict[str, Any]]:
-    """The file's text and its JSON, after the tokenizers library has accepted it."""
+    """The file's text and its JSON, after `parse_tokenizer` has accepted it."""
+    try:
+        text = read_text(path, _LARGEST_TOKENIZER)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from None
+    parse_tokenizer(text, str(path))
+    return text, json.loads(text)
+
+
+def parse_tokenizer(text: str, where: str) -> Tokenizer:
+    """A tokenizer from the text of a tokenizer.json that a stranger may have written.
+
+    A regular expression in such a file runs on whatever the user types, and one can be written that never ends; so only
+    the expressions and the components that byte-level BPE tokenizers are made of get as far as the library. Padding and
+    truncation, which the file can set to any length, are switched off.
+
+    Raises:
+        TokenizerError: `where`, and what was found.
+    """
     from tokenizers import Tokenizer
 
+    def check(item: dict[str, Any]) -> dict[str, Any]:
+        pattern, kind = item.get("Regex"), item.get("type")
+        if isinstance(pattern, str) and pattern not in _SPLIT_PATTERNS:
+            raise TokenizerError(
+                f"{where}: splits text by the expression {pattern[:200]!r}, which llama.cpp has no name for"
+            )
+        if isinstance(kind, str) and kind not in _COMPONENTS:
+            raise TokenizerError(
+                f"{where}: has a component of type {kind[:40]!r}; expected a byte-level BPE (GPT-2 or GPT-NeoX style)"
+            )
+        return item
+
     try:
-        text = path.read_text(encoding="utf-8")
-        Tokenizer.from_str(text)
-        return text, json.loads(text)
-    except Exception as error:  # the library raises bare Exception for every malformed file
-        raise TokenizerError(f"{path}: is not a tokenizer.json the tokenizers library can load: {error}") from None
+        if len(text) > _LARGEST_TOKENIZER:
+            raise ValueError(f"has more than {_LARGEST_TOKENIZER} characters")
+        json.loads(text, object_hook=check)
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+    except (TokenizerError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and its panics are BaseExceptions
+        raise TokenizerError(f"{where}: is not a tokenizer.json the tokenizers library can load: {error}") from None
 
 
 def _pre(path: Path, raw: dict[str, Any], ids: dict[str, int]) -> str:
