@@ -1,0 +1,77 @@
+"""Small random models in memory, under GGUF names, with dynamics that stay finite."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from runtime_ref.model import Model
+from runtime_ref.reference import ReferenceModel
+from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix, load_weights, memory_source
+from tmexport.config import Mamba2Config
+
+CONFIG = Mamba2Config(d_model=256, n_layer=2, vocab_size=300, d_state=64, n_groups=2)
+TOKENS = [5, 299, 0, 17, 17, 255, 63, 128, 4, 5]
+
+
+def matrix(rng: np.random.Generator, n: int, k: int, kind: str) -> Matrix:
+    """kind: ternary256, ternary64 (as in a Q2_0 file), q8_0, q4_0, f16 or f32."""
+    if kind.startswith("ternary"):
+        group = int(kind.removeprefix("ternary"))
+        codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
+        scales = (k**-0.5 * rng.uniform(0.5, 2.0, (n, k // group))).astype(np.float16)
+        scales[n // 2] = 0.0
+        codes[n // 2] = 0
+        return TernaryMatrix(codes, scales, 256 if group == 256 else 32)
+    if kind in ("q8_0", "q4_0"):
+        bits = int(kind[1])
+        codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k)).astype(np.int8)
+        return BlockMatrix(codes, (rng.uniform(0.5, 2.0, (n, k // 32)) / 2 ** (bits + 3)).astype(np.float16), bits)
+    values = rng.standard_normal((n, k)) * k**-0.5
+    return DenseMatrix(values.astype(np.float16 if kind == "f16" else np.float32))
+
+
+def tensors(
+    config: Mamba2Config, body: str = "ternary256", embedding: str = "q8_0", head: str | None = None, seed: int = 0
+) -> dict[str, np.ndarray | Matrix]:
+    """Every tensor of a model; head None ties it to the embedding."""
+    rng, c = np.random.default_rng(seed), config
+    named: dict[str, np.ndarray | Matrix] = {
+        "token_embd.weight": matrix(rng, c.vocab_size, c.d_model, embedding),
+        "output_norm.weight": rng.uniform(0.5, 1.5, c.d_model).astype(np.float32),
+    }
+    if head:
+        named["output.weight"] = matrix(rng, c.vocab_size, c.d_model, head)
+    for i in range(c.n_layer):
+        named |= {
+            f"blk.{i}.attn_norm.weight": rng.uniform(0.5, 1.5, c.d_model).astype(np.float32),
+            f"blk.{i}.ssm_in.weight": matrix(rng, c.d_in_proj, c.d_model, body),
+            f"blk.{i}.ssm_conv1d.weight": rng.uniform(-0.5, 0.5, (c.conv_dim, c.d_conv)).astype(np.float32),
+            f"blk.{i}.ssm_conv1d.bias": rng.uniform(-0.1, 0.1, c.conv_dim).astype(np.float32),
+            f"blk.{i}.ssm_dt.bias": rng.uniform(-5.0, 0.0, c.n_heads).astype(np.float32),
+            f"blk.{i}.ssm_a": -rng.uniform(1.0, 16.0, (c.n_heads, 1)).astype(np.float32),
+            f"blk.{i}.ssm_d": rng.uniform(0.5, 1.5, (c.n_heads, 1)).astype(np.float32),
+            f"blk.{i}.ssm_norm.weight": rng.uniform(0.5, 1.5, c.d_inner).astype(np.float32),
+            f"blk.{i}.ssm_out.weight": matrix(rng, c.d_model, c.d_inner, body),
+        }
+    return named
+
+
+def source(body: str = "ternary256", embedding: str = "q8_0", head: str | None = None, seed: int = 0) -> Source:
+    return memory_source(CONFIG, tensors(CONFIG, body, embedding, head, seed))
+
+
+def reference_logits(src: Source, profile: str, tokens: list[int]) -> np.ndarray:
+    """Logits fp32 [tokens, vocab] of the specification."""
+    model = ReferenceModel(load_weights(src), profile)
+    state = model.new_state()
+    return np.stack([model.step(state, token) for token in tokens])
+
+
+def all_logits(model: Model, tokens: list[int]) -> np.ndarray:
+    return np.concatenate(list(model.score(model.new_state(), tokens)))
+
+
+def sha(logits: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(logits, np.float32).tobytes()).hexdigest()
