@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tmexport import __version__
-from tmexport.errors import TmexportError
+from tmexport.errors import TmexportError, UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,6 +28,9 @@ class _Group(click.Group):
         except TmexportError as error:
             click.echo(f"tmexport: {error}", err=True)
             ctx.exit(error.exit_code)
+        except MemoryError:
+            click.echo("tmexport: out of memory; nothing was left half written", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("tmexport: interrupted; nothing was left half written", err=True)
             ctx.exit(130)
@@ -45,7 +49,13 @@ def cli() -> None:
 
 def main() -> None:
     """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
     cli()
+
+
+def _terminate(*_: object) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that the temporary file is removed; the shell's exit code for it is 143."""
+    sys.exit(143)
 
 
 def _progress() -> Progress:
@@ -106,6 +116,8 @@ def gguf(
     size = plan.n_bytes
     if not dry_run:
         assert output is not None
+        if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
+            raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
         with _progress() as progress:
             task = progress.add_task("writing", total=len(plan.tensors))
             size = plan.write(output, lambda tensor: progress.advance(task))
@@ -116,7 +128,8 @@ def gguf(
                   "bytes": size, "bytes_fp16": plan.n_bytes_fp16, "ratio_to_fp16": ratio, "ptq": ptq, "tensors": tensors}  # fmt: skip
         click.echo(json.dumps(result))
     else:
-        what = f"{output}: would be" if dry_run else f"{output}:"
+        shown = click.format_filename(output) if output else None
+        what = f"{shown}: would be" if dry_run else f"{shown}:"
         click.echo(f"{what} {size / 1e6:.1f} MB, {plan.n_bytes_fp16 / 1e6:.1f} MB in fp16: {ratio:.2f} x smaller")
 
 
@@ -146,7 +159,7 @@ def verify(checkpoint: Path, exported: Path, as_json: bool) -> None:
         click.echo(json.dumps(vars(report) | {"equal": difference is None, "difference": difference}))
     elif report.difference is None:
         click.echo(
-            f"{exported}: equal. {report.codes:,} codes and {report.scales:,} scales in {report.ternary_tensors} ternary tensors "
+            f"{click.format_filename(exported)}: equal. {report.codes:,} codes and {report.scales:,} scales in {report.ternary_tensors} ternary tensors "
             f"bit for bit; {report.other_tensors} other tensors within their type's rounding"
         )
     if report.difference is not None:
@@ -172,12 +185,13 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(summary.as_dict()))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     config, totals = summary.config, summary.as_dict()
     console = Console()
     console.print(
-        f"[bold]{path}[/]: {summary.format}, {summary.parameters:,} parameters, {summary.bytes / 1e6:.2f} MB",
+        f"[bold]{escape(click.format_filename(path))}[/]: {summary.format}, {summary.parameters:,} parameters, {summary.bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
     console.print(

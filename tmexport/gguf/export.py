@@ -99,7 +99,7 @@ def plan_export(
             tensor_kind = GGMLType.F32
             make = partial(_float, checkpoint, name, tensor_kind, target)
         tensors.append(PlannedTensor(gguf_name(name), target, tensor_kind, make))
-    name = checkpoint.path.resolve().name
+    name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
     metadata = model_metadata(config, FILE_TYPES[chosen], name, group_size)
     source = tokenizer or checkpoint.tokenizer
     metadata |= tokenizer_metadata(source, config) if source else {"tokenizer.ggml.model": "none"}
