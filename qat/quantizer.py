@@ -1,0 +1,96 @@
+"""The ternary fake-quantiser: fp32 latent weights train, their ternary rounding computes.
+
+scale = mean|w| of the group, recomputed at every forward and rounded to fp16; code = round(clip(w / scale, -1, 1)); the
+gradient passes straight through to the latent weight (Ternary Mamba, arXiv 2606.18114; BitNet b1.58, arXiv 2402.17764).
+The same convention as `tmexport.ternary.quantize_absmean`, so what is exported is bit for bit what was trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qat.model import Mamba2LM
+from tmexport.errors import UsageError
+from tmexport.ternary import GROUP_SIZES, LARGEST_SCALE, SMALLEST_SCALE, TernaryTensor
+
+
+def group_scales(weight: Tensor, group_size: int) -> Tensor:
+    """mean|w| of every group as fp16, clamped to the positive normal fp16 numbers; [n, k] -> [n, k / group_size]."""
+    grouped = weight.detach().float().unflatten(-1, (-1, group_size))
+    mean = grouped.abs().mean(-1)
+    return mean.clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)).to(torch.float16)
+
+
+def group_codes(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """round(clip(w / scale, -1, 1)), halves to even, as fp32 [n, k / group_size, group_size]."""
+    grouped = weight.detach().float().unflatten(-1, (-1, group_size))
+    return (grouped / scales.float()[..., None]).clamp_(-1, 1).round_()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: code * scale, exactly. Backward: the identity."""
+
+    @staticmethod
+    def forward(ctx: object, weight: Tensor, group_size: int) -> Tensor:
+        scales = group_scales(weight, group_size)
+        return group_codes(weight, scales, group_size).mul_(scales.float()[..., None]).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class TernaryWeight(nn.Module):
+    """Parametrization of a `weight` [n, k]: the latent fp32 weight goes in, code * scale (fp32) comes out."""
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _StraightThrough.apply(weight, self.group_size)
+
+    def quantize(self, latent: Tensor) -> TernaryTensor:
+        """The codes and scales that `forward` uses for this latent weight."""
+        scales = group_scales(latent, self.group_size)
+        codes = group_codes(latent, scales, self.group_size).flatten(-2).to(torch.int8)
+        return TernaryTensor(codes.cpu().numpy(), scales.cpu().numpy(), self.group_size)
+
+
+def make_ternary(model: Mamba2LM, group_size: int) -> Mamba2LM:
+    """Put a fake-quantiser on every in_proj and out_proj of `model`, in place.
+
+    Raises:
+        UsageError: the group size is not 64, 128 or 256, or does not divide the rows.
+    """
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"group size {group_size} is not supported; expected 64, 128 or 256")
+    for name, module in model.ternary_modules().items():
+        if module.in_features % group_size:
+            raise UsageError(
+                f"{name} has rows of {module.in_features} weights, not a multiple of the group size {group_size}; "
+                "choose a smaller --group-size"
+            )
+        parametrize.register_parametrization(module, "weight", TernaryWeight(group_size))
+    return model
+
+
+def quantized_weights(model: Mamba2LM) -> dict[str, TernaryTensor]:
+    """Codes and scales of every ternary weight of `model`, by its Hugging Face name."""
+    return {
+        f"{name}.weight": module.parametrizations.weight[0].quantize(module.parametrizations.weight.original)  # type: ignore[union-attr,index,operator,arg-type]
+        for name, module in model.ternary_modules().items()
+        if parametrize.is_parametrized(module, "weight")
+    }
+
+
+@torch.no_grad()
+def zero_ratios(model: Mamba2LM) -> dict[str, float]:
+    """Share of zero codes of every ternary weight, by the name of its module."""
+    ratios = {}
+    for name, module in model.ternary_modules().items():
+        if parametrize.is_parametrized(module, "weight"):
+            ratios[name] = 1.0 - torch.count_nonzero(module.weight).item() / module.weight.numel()
+    return ratios

@@ -1,0 +1,149 @@
+"""Recipe: every setting of a training run. Defaults, then a TOML file, then flags; what came of it is saved as TOML.
+
+A recipe file has the tables [teacher] (used with --from-scratch) and [student] (used with --teacher); the keys are the
+fields below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tmexport.errors import UsageError
+
+_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+_FREE_ON_RESUME = {"minutes", "threads", "save_every"}  # these do not change what is computed
+
+
+def _setting(default: Any, text: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run. Numbers outside the bounds given with each field are refused."""
+
+    d_model: int = _setting(256, "from scratch: width", 1)
+    n_layer: int = _setting(4, "from scratch: layers", 1)
+    d_state: int = _setting(64, "from scratch: state size", 1)
+    headdim: int = _setting(64, "from scratch: width of a head", 1)
+    expand: int = _setting(2, "from scratch: d_inner / d_model", 1)
+    n_groups: int = _setting(1, "from scratch: groups of B and C", 1)
+    vocab_size: int = _setting(4096, "from scratch: size of the tokenizer that is trained", 257)
+    group_size: int = _setting(256, "weights that share a scale: 64, 128 or 256", 64, 256)
+    steps: int = _setting(1000, "optimiser steps", 1)
+    tokens: int = _setting(0, "tokens to train on; if given, replaces --steps", 0)
+    seq_len: int = _setting(256, "tokens a sequence", 1)
+    batch_size: int = _setting(8, "sequences an optimiser step", 1)
+    lr: float = _setting(2.5e-4, "peak learning rate", 0)
+    final_lr: float = _setting(0.0, "learning rate at the end, as a share of the peak", 0, 1)
+    warmup: float = _setting(0.02, "share of the steps over which the learning rate rises", 0, 1)
+    weight_decay: float = _setting(0.1, "decoupled weight decay, on matrices only", 0)
+    beta1: float = _setting(0.9, "AdamW: decay of the mean", 0, 1)
+    beta2: float = _setting(0.95, "AdamW: decay of the variance", 0, 1)
+    clip: float = _setting(1.0, "largest norm of the gradient; 0 = no limit", 0)
+    kd_weight: float = _setting(0.5, "w in (1 - w) CE + w T^2 KL(teacher || student)", 0, 1)
+    temperature: float = _setting(1.0, "T in the loss", 1e-3)
+    dtype: str = _setting("float32", "compute type: float32, or bfloat16 (autocast; weights stay fp32)")
+    seed: int = _setting(0, "seed of initial weights and order of the data", 0, 2**31)
+    log_every: int = _setting(20, "steps between entries with the zero ratio of every layer", 1)
+    eval_every: int = _setting(200, "steps between evaluations on the held-out text", 1)
+    eval_tokens: int = _setting(32768, "tokens of the held-out text used for these evaluations", 1)
+    save_every: int = _setting(200, "steps between checkpoints", 1)
+    minutes: float = _setting(0.0, "stop after this time, whatever the steps; 0 = no limit", 0)
+    threads: int = _setting(0, "CPU threads; 0 = one a core", 0)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            wanted = {"int": int, "float": float, "str": str}[str(field.type)]
+            if wanted is float and type(value) is int:
+                object.__setattr__(self, field.name, value := float(value))
+            if type(value) is not wanted:
+                raise UsageError(f"{field.name} is {value!r}; expected a value of type {field.type}")
+            low, high = field.metadata["low"], field.metadata["high"]
+            if wanted is not str and not low <= value <= high:
+                raise UsageError(f"{field.name} is {value}; expected a number from {low:g} to {high:g}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UsageError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
+        if self.tokens:
+            object.__setattr__(self, "steps", max(1, self.tokens // self.tokens_per_step))
+            object.__setattr__(self, "tokens", 0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up to `lr`, then a cosine down to `final_lr * lr` at the last step."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        done = (step - rise) / max(1, self.steps - 1 - rise)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    def to_toml(self, table: str) -> str:
+        """The recipe as the table of a recipe file."""
+        lines = [f"[{table}]"]
+        for field in dataclasses.fields(self):
+            if field.name != "tokens":
+                lines.append(f"{field.name} = {json.dumps(getattr(self, field.name))}")
+        return "\n".join(lines) + "\n"
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A click decorator: one flag for every field of Recipe, None where the user gave none."""
+    kinds = {"int": int, "float": float, "str": str}
+    for field in reversed(dataclasses.fields(Recipe)):
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{field.metadata['help']} [{field.default}]"
+        command = click.option(flag, field.name, type=kinds[str(field.type)], default=None, help=text)(command)
+    return command
+
+
+def load_recipe(name: str | None, table: str, flags: Mapping[str, Any]) -> Recipe:
+    """Defaults, then table `table` of the recipe file `name` (a path, or a name in recipes/), then the flags given.
+
+    Raises:
+        UsageError: no such recipe, an unknown key, or a value out of bounds.
+    """
+    values: dict[str, Any] = {}
+    if name is not None:
+        path = Path(name) if name.endswith(".toml") else _RECIPES / f"{name}.toml"
+        values = read_table(path, table)
+    values.update({key: value for key, value in flags.items() if value is not None})
+    if flags.get("steps") is not None and flags.get("tokens") is None:
+        values.pop("tokens", None)
+    return Recipe(**values)
+
+
+def read_table(path: Path, table: str) -> dict[str, Any]:
+    """One table of a recipe file, keys checked."""
+    try:
+        parsed = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in _RECIPES.glob("*.toml"))) or "none"
+        raise UsageError(f"{path}: no such recipe; known by name: {known}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: is not a TOML file: {error}") from None
+    values = parsed.get(table)
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: has no table [{table}]; found {', '.join(parsed) or 'nothing'}")
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Recipe)})
+    if unknown:
+        raise UsageError(f"{path}: [{table}] has the unknown key {unknown[0]!r}; see --help for the settings there are")
+    return values
+
+
+def changed_settings(saved: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Settings that matter to the result and differ from the saved run's."""
+    now = dataclasses.asdict(recipe)
+    return [key for key in now if key not in _FREE_ON_RESUME and saved.get(key) != now[key]]

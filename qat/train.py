@@ -1,0 +1,201 @@
+"""Train a ternary student from a full-precision teacher, or a small teacher from nothing.
+
+    python -m qat.train --from-scratch --recipe demo-cpu --data speeches.jsonl --out out/teacher
+    python -m qat.train --teacher out/teacher --recipe demo-cpu --data speeches.jsonl --out out/student
+
+OUT gets the checkpoint (config.json, model.safetensors, tokenizer.json), the resolved recipe.toml, metrics.jsonl,
+curves.png, and in checkpoints/ what --resume needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from qat.curves import draw_curves
+from qat.data import Batches, TokenStream, tokenize_files
+from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
+from qat.memory import keep_freed_memory
+from qat.model import Mamba2LM, load_model
+from qat.progress import run_command
+from qat.quantizer import make_ternary, quantized_weights
+from qat.recipe import Recipe, load_recipe, options
+from qat.tokenizer import END_OF_TEXT, train_tokenizer
+from qat.trainer import Run, fit
+from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
+from tmexport.config import Mamba2Config
+from tmexport.errors import CheckpointError, UsageError
+from tmexport.files import atomic_write
+from tmexport.ternary import TernaryTensor
+
+
+def train(
+    recipe: Recipe,
+    data: list[Path],
+    out: Path,
+    teacher: Path | None = None,
+    held_out: list[Path] | None = None,
+    tokenizer: Path | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe; returns a summary. Without a teacher, a full-precision model is trained from nothing.
+
+    Raises:
+        TmexportError: the data, the teacher or a setting cannot be used, or the loss is not finite.
+        KeyboardInterrupt: after saving; `resume` goes on from there.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    torch.manual_seed(recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (out / "checkpoints" / "latest.pt").is_file() and not resume:
+        raise UsageError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
+    if teacher is None:
+        tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
+        config = _config_of(recipe, tokenizer)
+        teacher_model = None
+    else:
+        checkpoint = open_checkpoint(teacher)
+        if checkpoint.group_size is not None:
+            raise CheckpointError(f"{teacher}: is already ternary; expected a full-precision teacher")
+        config, tokenizer = checkpoint.config, find_tokenizer(teacher, tokenizer)
+        teacher_model = load_model(teacher).requires_grad_(False).eval()
+    eos = end_of_text_id(config, tokenizer)
+    stream = tokenize_files(data, tokenizer, config.vocab_size, eos, out / "cache")
+    batches = Batches(stream.tokens, recipe.seq_len, recipe.batch_size, recipe.seed)
+    student = Mamba2LM(config)
+    if teacher_model is not None:
+        student.load_state_dict(teacher_model.state_dict())
+        make_ternary(student, recipe.group_size)
+    run = Run(recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, device=device)
+    if held_out:
+        scored = tokenize_files(held_out, tokenizer, config.vocab_size, eos, out / "cache")
+        run.held_out, run.held_out_bytes = _first_tokens(scored, recipe.eval_tokens, eos, tokenizer)
+    with atomic_write(out / "recipe.toml") as file:
+        file.write(recipe.to_toml("student" if teacher else "teacher").encode())
+    try:
+        summary = fit(run, resume)
+    finally:
+        if run.metrics.is_file() and run.metrics.stat().st_size:
+            draw_curves(run.metrics, out / "curves.png")
+    write_checkpoint(out, config, model_tensors(student), tokenizer)
+    return {"out": str(out), **summary}
+
+
+def model_tensors(model: Mamba2LM) -> dict[str, np.ndarray | TernaryTensor]:
+    """Every tensor of a model by its Hugging Face name: codes and scales where it is fake-quantised, else fp32."""
+    tensors: dict[str, np.ndarray | TernaryTensor] = {**quantized_weights(model)}
+    for name in expected_shapes(model.config):
+        if name not in tensors:
+            tensors[name] = model.get_parameter(name).detach().float().cpu().numpy()
+    return tensors
+
+
+def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | None) -> Path:
+    """OUT/tokenizer.json: the one given, the one of the run that is resumed, or one trained on the data."""
+    path = out / "tokenizer.json"
+    if given is not None:
+        find_tokenizer(out, given)
+        shutil.copyfile(given, path)
+    elif not path.is_file():
+        click.echo(f"training a tokenizer of {recipe.vocab_size} tokens", err=True)
+        train_tokenizer(data, recipe.vocab_size, path)
+    return path
+
+
+def _config_of(recipe: Recipe, tokenizer: Path) -> Mamba2Config:
+    from tokenizers import Tokenizer
+
+    known = Tokenizer.from_file(str(tokenizer))
+    eos = known.token_to_id(END_OF_TEXT)
+    return Mamba2Config(
+        d_model=recipe.d_model,
+        n_layer=recipe.n_layer,
+        vocab_size=known.get_vocab_size(),
+        d_state=recipe.d_state,
+        expand=recipe.expand,
+        headdim=recipe.headdim,
+        n_groups=recipe.n_groups,
+        bos_token_id=eos,
+        eos_token_id=eos,
+    )
+
+
+def _first_tokens(stream: TokenStream, count: int, eos: int, tokenizer: Path) -> tuple[np.ndarray, int]:
+    """About `count` tokens, an equal share from the beginning of every document, and the bytes of their text."""
+    from tokenizers import Tokenizer
+
+    documents = list(documents_of(stream.tokens, eos))
+    if len(stream.tokens) <= count:
+        return np.concatenate(documents), stream.text_bytes
+    share = max(2, count // len(documents))
+    known = Tokenizer.from_file(str(tokenizer))
+    parts = [ids[:share] for ids in documents]
+    # A cut may fall inside a UTF-8 character, which decodes as U+FFFD (3 bytes for 1 to 3): a few bytes of many thousands.
+    return np.concatenate(parts), sum(len(known.decode(ids[1:].tolist()).encode()) for ids in parts)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--teacher", type=click.Path(path_type=Path), help="checkpoint folder of the full-precision model")
+@click.option("--from-scratch", is_flag=True, help="train a full-precision model from nothing instead")
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="text, JSON Lines, Parquet or a folder; repeatable",
+)
+@click.option(
+    "--held-out", multiple=True, type=click.Path(path_type=Path), help="text to score during training; repeatable"
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="folder for the result")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if the teacher's folder has none")
+@click.option("--recipe", "recipe_name", help="TOML file, or the name of one in recipes/ (demo-cpu)")
+@click.option("--resume", is_flag=True, help="go on with the run in OUT, if there is one")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object at the end")
+@options
+def main(
+    teacher: Path | None,
+    from_scratch: bool,
+    data: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    out: Path,
+    tokenizer: Path | None,
+    recipe_name: str | None,
+    resume: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train a ternary student from a teacher (quantisation-aware training with distillation).
+
+    Example: python -m qat.train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
+    """
+    if (teacher is None) != from_scratch:
+        raise UsageError("give either --teacher DIR or --from-scratch")
+    recipe = load_recipe(recipe_name, "student" if teacher else "teacher", flags)
+    try:
+        summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})", err=True)
+        raise
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        score = summary["held_out_bits_per_byte"]
+        shown = f", {score:.4f} bits per byte held out" if score is not None else ""
+        click.echo(f"{out}: {summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s{shown}")
+
+
+if __name__ == "__main__":
+    run_command(main)

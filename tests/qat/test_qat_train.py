@@ -1,0 +1,234 @@
+"""Training end to end on a tiny model: results, exact resume, and the ways it must refuse or stop."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import qat.trainer
+from qat.errors import DataError, TrainingError
+from qat.evaluate import evaluate
+from qat.model import load_model
+from qat.ptq import round_to_nearest
+from qat.recipe import Recipe, load_recipe
+from qat.train import train
+from tmexport.checkpoint import open_checkpoint, projection_names
+from tmexport.errors import CheckpointError, TokenizerError, UsageError
+from tmexport.ternary import quantize_absmean
+
+TINY = {"d_model": 64, "n_layer": 1, "d_state": 16, "headdim": 32, "vocab_size": 300}
+TINY |= {"steps": 30, "seq_len": 32, "batch_size": 4, "lr": 1e-2, "threads": 1, "log_every": 5, "save_every": 10}
+STUDENT = Recipe(**{**TINY, "group_size": 64, "lr": 3e-3, "eval_every": 10, "weight_decay": 0.0})
+
+
+@pytest.fixture(scope="session")
+def teacher(corpus, tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("teacher")
+    train(Recipe(**TINY), [corpus], out, held_out=[corpus])
+    return out
+
+
+def curve(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def test_teacher_learns_and_is_a_checkpoint(teacher, corpus):
+    rows = curve(teacher)
+    assert [row["step"] for row in rows] == list(range(30))
+    assert rows[0]["loss"] == pytest.approx(math.log(300), abs=0.3)  # a uniform guess at first
+    assert rows[-1]["loss"] < 4.0
+    assert (teacher / "curves.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = open_checkpoint(teacher)
+    assert checkpoint.group_size is None
+    assert (checkpoint.config.eos_token_id, checkpoint.config.vocab_size) == (0, 300)
+    saved = load_recipe(str(teacher / "recipe.toml"), "teacher", {})
+    assert saved == Recipe(**TINY)
+
+
+def test_evaluate_by_hand(teacher, corpus, tmp_path):
+    text = "The union of the States. Ünion — 漢\n"
+    path = tmp_path / "one.txt"
+    path.write_text(text, encoding="utf-8")
+    score = evaluate(teacher, [path])
+    from tokenizers import Tokenizer
+
+    ids = [0, *Tokenizer.from_file(str(teacher / "tokenizer.json")).encode(text).ids]
+    with torch.no_grad():
+        log_p = load_model(teacher)(torch.tensor([ids[:-1]])).double().log_softmax(-1)[0]
+    nats = -sum(log_p[i, token].item() for i, token in enumerate(ids[1:]))
+    assert score.tokens == len(ids) - 1
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(nats / score.tokens), rel=1e-5)
+
+
+def test_qat_beats_rounding(teacher, corpus, tmp_path):
+    summary = train(STUDENT, [corpus], tmp_path / "qat", teacher, held_out=[corpus])
+    round_to_nearest(teacher, tmp_path / "rtn", 64)
+    scores = {
+        name: evaluate(path, [corpus]).bits_per_byte
+        for name, path in (("teacher", teacher), ("rtn", tmp_path / "rtn"), ("qat", tmp_path / "qat"))
+    }
+    assert scores["qat"] < scores["rtn"]
+    assert scores["teacher"] < scores["rtn"]
+    assert summary["held_out_bits_per_byte"] <= scores["qat"] + 1e-3  # the lowest of all evaluations
+    assert 0.1 < summary["zero_ratio"] < 0.6
+    checkpoint = open_checkpoint(tmp_path / "qat")
+    assert checkpoint.group_size == 64
+    last = torch.load(tmp_path / "qat" / "checkpoints" / "latest.pt", weights_only=True)["model"]
+    for name in projection_names(checkpoint.config):
+        latent = last[name.replace(".weight", ".parametrizations.weight.original")].numpy()
+        assert np.array_equal(checkpoint.ternary(name).codes, quantize_absmean(latent, 64).codes)
+
+
+def test_rtn_is_absmean(teacher, tmp_path):
+    round_to_nearest(teacher, tmp_path, 64)
+    source, rounded = open_checkpoint(teacher), open_checkpoint(tmp_path)
+    for name in source.names:
+        wanted = (
+            quantize_absmean(source.dense(name), 64).dense() if name.endswith("_proj.weight") else source.dense(name)
+        )
+        assert np.array_equal(rounded.dense(name), wanted), name
+
+
+@pytest.mark.parametrize("stop_after", [7, 10])
+def test_resume_is_exact(teacher, corpus, tmp_path, monkeypatch, stop_after):
+    """Interrupted in the middle (at a checkpoint or not), the run ends with the same curve and the same bits."""
+    train(STUDENT, [corpus], tmp_path / "whole", teacher, held_out=[corpus])
+    show = qat.trainer._show
+
+    def press_ctrl_c(bar, step, entry, zeros):
+        show(bar, step, entry, zeros)
+        if step == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(qat.trainer, "_show", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        train(STUDENT, [corpus], tmp_path / "parts", teacher, held_out=[corpus])
+    monkeypatch.undo()
+    assert len(curve(tmp_path / "parts")) == stop_after
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    train(STUDENT, [corpus], tmp_path / "parts", teacher, held_out=[corpus], resume=True)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "recipe.toml"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_resume_drops_steps_after_the_checkpoint(teacher, corpus, tmp_path):
+    """A crash between checkpoints: entries of steps that are done again appear once."""
+    train(STUDENT, [corpus], tmp_path, teacher)
+    whole = curve(tmp_path)
+    state = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
+    assert state["step"] == 30
+    train(STUDENT, [corpus], tmp_path, teacher, resume=True)  # complete already: nothing is done again
+    assert curve(tmp_path) == whole
+
+
+def test_minutes_stop_early(teacher, corpus, tmp_path):
+    summary = train(Recipe(**{**TINY, "group_size": 64, "minutes": 1e-6}), [corpus], tmp_path, teacher)
+    assert (summary["steps"], summary["stopped_by"]) == (1, "minutes")
+    assert open_checkpoint(tmp_path).group_size == 64
+
+
+def test_refuses_to_overwrite_or_mix_runs(teacher, corpus, tmp_path):
+    train(STUDENT, [corpus], tmp_path, teacher)
+    with pytest.raises(UsageError, match="already holds a run; continue it with --resume"):
+        train(STUDENT, [corpus], tmp_path, teacher)
+    changed = Recipe(**{**TINY, "group_size": 64, "lr": 1e-4, "eval_every": 10, "weight_decay": 0.0})
+    with pytest.raises(UsageError, match="lr = 0.003, now it is 0.0001"):
+        train(changed, [corpus], tmp_path, teacher, resume=True)
+    (tmp_path / "checkpoints" / "latest.pt").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="is damaged or not a checkpoint"):
+        train(STUDENT, [corpus], tmp_path, teacher, resume=True)
+
+
+def test_loss_that_is_not_finite_stops(teacher, corpus, tmp_path):
+    with pytest.raises(TrainingError, match=r"step \d+: the loss or its gradient is (nan|inf); lower --lr"):
+        train(Recipe(**{**TINY, "group_size": 64, "lr": 1e30, "clip": 0.0}), [corpus], tmp_path, teacher)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_vocabulary_of_another_model(teacher, corpus, tmp_path):
+    raw = json.loads((teacher / "tokenizer.json").read_text())
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<|extra|>"})
+    other = tmp_path / "tokenizer.json"
+    other.write_text(json.dumps(raw))
+    with pytest.raises(TokenizerError, match="up to 300, but the model has 300 embeddings"):
+        train(STUDENT, [corpus], tmp_path / "out", teacher, tokenizer=other)
+
+
+def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
+    round_to_nearest(teacher, tmp_path / "rtn", 64)
+    with pytest.raises(CheckpointError, match="already ternary"):
+        train(STUDENT, [corpus], tmp_path / "a", tmp_path / "rtn")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(STUDENT, [corpus], tmp_path / "b", tmp_path / "missing")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(DataError, match="holds no text"):
+        train(STUDENT, [empty], tmp_path / "c", teacher)
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def test_commands(teacher, corpus, tmp_path):
+    small = ["--steps", 3, "--seq-len", 32, "--batch-size", 2, "--group-size", 64, "--threads", 1]
+    done = command("qat.train", "--teacher", teacher, "--data", corpus, "--out", tmp_path / "s", "--json", *small)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["steps"] == 3
+    assert "tok/s" in done.stderr
+    done = command("qat.evaluate", tmp_path / "s", "--data", corpus, "--json")
+    assert json.loads(done.stdout)["bits_per_byte"] == pytest.approx(evaluate(tmp_path / "s", [corpus]).bits_per_byte)
+    for arguments in (
+        ["qat.train", "--data", corpus, "--out", tmp_path / "x"],
+        ["qat.train", "--teacher", teacher, "--data", corpus, "--out", tmp_path / "x", "--lr", "-1"],
+        ["qat.train", "--teacher", teacher, "--data", corpus, "--out", tmp_path / "x", "--recipe", "nonsense"],
+        ["qat.train", "--teacher", teacher, "--data", corpus, "--out", tmp_path / "x", "--steps", "many"],
+        ["qat.ptq", "rtn", "--teacher", teacher, "--out", tmp_path / "x"],  # group 256 does not fit a width of 64
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2, arguments
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_exits_130(teacher, corpus, tmp_path):
+    arguments = ["--teacher", teacher, "--data", corpus, "--out", tmp_path, "--group-size", 64, "--threads", 1]
+    arguments += ["--steps", 100000, "--seq-len", 32, "--batch-size", 2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qat.train", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and metrics.stat().st_size > 0:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    saved = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
+    assert saved["step"] == len(metrics.read_text().splitlines())
