@@ -27,7 +27,7 @@ class Scale:
     speeches: int | None = None
     teacher: str = ""
     student: str = ""
-    tokens: int = 64
+    tokens: int = 128
     runs: int = 5
 
 

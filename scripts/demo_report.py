@@ -60,6 +60,9 @@ def said_speed(printed: dict[str, Any]) -> str:
     return f"{printed['tokens_per_second']:,.0f} tokens/s"
 
 
+_RUN = ("text", "tokens", "tokens_per_second", "prompt_tokens_per_second")
+
+
 def results_of(steps: dict[str, Step], records: Records, prompt: str) -> dict[str, Any]:
     """All that was measured, read from what the commands printed.
 
@@ -82,12 +85,8 @@ def results_of(steps: dict[str, Step], records: Records, prompt: str) -> dict[st
             "gguf_bytes": exported["bytes"],
             "verified_codes": proof["codes"],
             "verified_scales": proof["scales"],
-            "runtime_ref": {
-                key: ours[key] for key in ("text", "tokens", "tokens_per_second", "prompt_tokens_per_second")
-            },
-            "llama_cpp": {
-                key: stock[key] for key in ("text", "tokens", "tokens_per_second", "prompt_tokens_per_second")
-            },
+            "runtime_ref": {key: ours[key] for key in _RUN},
+            "llama_cpp": {key: stock[key] for key in (*_RUN, "margins")},
         }
     teacher, rtn, student = (models[name]["bits_per_byte"] for name in ("teacher", "rtn", "student"))
     recovery = 100.0 * (rtn - student) / (rtn - teacher) if rtn > teacher else None
@@ -128,10 +127,9 @@ def first_difference(results: dict[str, Any]) -> str:
     total, same = len(ours["tokens"]), agreement(results)
     if same == total == len(stock["tokens"]):
         return f"All {total} tokens are the same."
-    return (
-        f"The first {same} of {total} tokens are the same. At the next one llama.cpp's two best tokens were "
-        f"{stock['margins'][same]:.4f} apart in log probability; after it, the texts have different beginnings."
-    )
+    margin = stock["margins"][same] if same < len(stock["margins"]) else None
+    why = "" if margin is None else f" (llama.cpp's two best were {margin:.4f} apart in log probability)"
+    return f"The first {same} of {total} tokens are the same; the next one differs{why}, and so all that follows."
 
 
 def table(results: dict[str, Any]) -> Table:

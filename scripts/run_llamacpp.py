@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -28,14 +28,14 @@ class Completion:
     """What llama.cpp said.
 
     text: the continuation, without the prompt; bytes that are not UTF-8 become U+FFFD.
-    tokens: its token ids. logprobs: natural logarithms of their probabilities; margins: how far below the second best was.
+    tokens: its token ids. margins: by how much each led the second best, in natural logarithms of the probabilities; None
+    where llama.cpp keeps them to itself (a token that ends inside a UTF-8 character).
     prompt_tokens_per_second, tokens_per_second: llama.cpp's own timings, medians over the runs.
     """
 
     text: str
     tokens: list[int]
-    logprobs: list[float]
-    margins: list[float]
+    margins: list[float | None]
     prompt_tokens: int
     prompt_tokens_per_second: float
     tokens_per_second: float
@@ -93,23 +93,38 @@ def complete(model: Path, prompt: str, n: int, threads: int = 1, runs: int = 1) 
             server = xllamacpp.Server(parameters)
         except RuntimeError:
             raise TmexportError(f"{model}: llama.cpp does not load it: {_reason(log)}") from None
-        answers = [server.handle_completions(request | {"logprobs": 2})]
+        answers = [server.handle_completions(request | {"logprobs": 2, "return_tokens": True, "verbose": True})]
         answers += [server.handle_completions(request) for _ in range(runs)]
         del server  # its threads write to the log while they stop
     for answer in answers:
         if "error" in answer:
             raise TmexportError(f"{model}: llama.cpp refuses the prompt: {answer['error']['message']}")
-    steps = answers[0]["choices"][0]["logprobs"]["content"]
-    timings = [answer["timings"] for answer in answers[1:]] or [answers[0]["timings"]]
+    first = answers[0]
+    steps = first["choices"][0]["logprobs"]["content"]
+    timings = [answer["timings"] for answer in answers[1:]] or [first["timings"]]
     return Completion(
-        text=b"".join(bytes(step["bytes"]) for step in steps).decode(errors="replace"),
-        tokens=[step["id"] for step in steps],
-        logprobs=[step["logprob"] for step in steps],
-        margins=[step["top_logprobs"][0]["logprob"] - step["top_logprobs"][1]["logprob"] for step in steps],
-        prompt_tokens=answers[0]["usage"]["prompt_tokens"],
+        text=first["choices"][0]["text"],
+        tokens=first["__verbose"]["tokens"],
+        margins=_margins(first["__verbose"]["tokens"], steps),
+        prompt_tokens=first["usage"]["prompt_tokens"],
         prompt_tokens_per_second=median(timing["prompt_per_second"] for timing in timings),
         tokens_per_second=median(timing["predicted_per_second"] for timing in timings),
     )
+
+
+def _margins(tokens: list[int], steps: list[dict[str, Any]]) -> list[float | None]:
+    """For each token, the lead over the second best; `steps` may lack some of the tokens."""
+    margins: list[float | None] = []
+    left = iter(steps)
+    step = next(left, None)
+    for token in tokens:
+        if step is not None and step["id"] == token:
+            best, second = step["top_logprobs"][:2]
+            margins.append(best["logprob"] - second["logprob"])
+            step = next(left, None)
+        else:
+            margins.append(None)
+    return margins
 
 
 @click.command()
