@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +43,37 @@ class RMSNorm(nn.Module):
         return (F.rms_norm(parts, (size,), eps=self.eps).flatten(-2) * self.weight).to(x.dtype)
 
 
-class CausalConv(nn.Module):
-    """Depthwise causal convolution over time, [batch, time, channels] -> the same shape; weight [channels, 1, kernel].
+class _ConvSilu(torch.autograd.Function):
+    """silu(bias + sum over taps of weight[:, tap] * padded[:, time + tap]), [batch, time + kernel - 1, channels] in.
 
-    Written as `kernel` shifted multiply-adds: on a CPU that is several times quicker than the library's grouped
-    convolution, whose layout has the channels outside.
+    Shifted multiply-adds in the layout at hand, with the backward written out: on a CPU twice as quick as the same
+    through autograd or the library's grouped convolution, which wants the channels outside.
     """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        taps = weight[:, 0].t().to(padded.dtype)
+        time = padded.shape[1] - len(taps) + 1
+        y = torch.addcmul(bias.to(padded.dtype), padded[:, :time], taps[0])
+        for tap in range(1, len(taps)):
+            y.addcmul_(padded[:, tap : tap + time], taps[tap])
+        ctx.save_for_backward(padded, weight, y)
+        return F.silu(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        padded, weight, y = ctx.saved_tensors
+        taps, time = weight[:, 0].t().to(padded.dtype), y.shape[1]
+        grad = torch.ops.aten.silu_backward(grad, y)
+        grad_padded = torch.zeros_like(padded)
+        for tap in range(len(taps)):
+            grad_padded[:, tap : tap + time].addcmul_(grad, taps[tap])
+        grad_taps = [(padded[:, tap : tap + time] * grad).sum((0, 1)) for tap in range(len(taps))]
+        return grad_padded, torch.stack(grad_taps, 1)[:, None].to(weight.dtype), grad.sum((0, 1)).to(weight.dtype)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time and SiLU; weight [channels, 1, kernel], bias [channels]."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -55,15 +81,11 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         nn.init.uniform_(self.weight, -1 / math.sqrt(kernel), 1 / math.sqrt(kernel))
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """`before`: the kernel - 1 inputs that precede x, zeros if None."""
-        kernel, time = self.weight.shape[2], x.shape[1]
-        padded = F.pad(x, (0, 0, kernel - 1, 0)) if before is None else torch.cat([before, x], 1)
-        taps = self.weight[:, 0].t().to(x.dtype)
-        y = torch.addcmul(self.bias.to(x.dtype), padded[:, :time], taps[0])
-        for tap in range(1, kernel):
-            y = torch.addcmul(y, padded[:, tap : tap + time], taps[tap])
-        return y
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[batch, time, channels] -> the same shape, and the kernel - 1 inputs that the next call needs as `before`."""
+        keep = self.weight.shape[2] - 1
+        padded = F.pad(x, (0, 0, keep, 0)) if before is None else torch.cat([before, x], 1)
+        return _ConvSilu.apply(padded, self.weight, self.bias), padded[:, padded.shape[1] - keep :]
 
 
 @dataclass
@@ -98,8 +120,8 @@ class Mixer(nn.Module):
         config = self.config
         bc = config.n_groups * config.d_state
         z, xbc, dt = self.in_proj(hidden).split([config.d_inner, config.conv_dim, config.n_heads], -1)
-        before = state.conv if state else None
-        x, b, c = F.silu(self.conv1d(xbc, before)).split([config.d_inner, bc, bc], -1)
+        xbc, recent = self.conv1d(xbc, state.conv if state else None)
+        x, b, c = xbc.split([config.d_inner, bc, bc], -1)
         x = x.unflatten(-1, (config.n_heads, config.headdim))
         y, last = chunked_scan(
             x,
@@ -111,9 +133,7 @@ class Mixer(nn.Module):
             state.ssm if state else None,
         )
         if state is not None:
-            keep = config.d_conv - 1
-            padded = F.pad(xbc, (0, 0, keep, 0)) if before is None else torch.cat([before, xbc], 1)
-            state.conv, state.ssm = padded[:, padded.shape[1] - keep :], last
+            state.conv, state.ssm = recent, last
         y = torch.addcmul(y, x, self.D.to(x.dtype)[:, None]).flatten(-2)
         return self.out_proj(self.norm(y * F.silu(z)))
 

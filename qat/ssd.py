@@ -9,9 +9,35 @@ that, and products that span all heads of a group at once, is what makes it quic
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class _DecayedProducts(torch.autograd.Function):
+    """products [..., l, s] and decay [..., heads, l] -> products * exp(decay_l - decay_s) for s <= l, else 0.
+
+    products has no head axis; the result [..., heads, l, s] does. Written out because this is the largest tensor of the
+    scan: the derived backward would pass over it eleven times, this one five.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, products: Tensor, decay: Tensor) -> Tensor:
+        length = decay.shape[-1]
+        above = torch.full((length, length), -torch.inf, dtype=decay.dtype, device=decay.device).triu_(1)
+        ratio = (decay[..., :, None] - decay[..., None, :]).add_(above).exp_().to(products.dtype)
+        ctx.save_for_backward(products, ratio)
+        return products[..., None, :, :] * ratio
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        products, ratio = ctx.saved_tensors
+        grad = grad * ratio
+        grad_products = grad.sum(-3)
+        grad.mul_(products[..., None, :, :])
+        return grad_products, (grad.sum(-1) - grad.sum(-2)).to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def chunked_scan(
@@ -44,9 +70,7 @@ def chunked_scan(
     c = c.view(batch, count, chunk, groups, d_state).transpose(2, 3)
 
     # 1. Within a chunk: weights[l, s] = (C_l . B_s) exp(decay_l - decay_s) for s <= l
-    above = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(above, -torch.inf).exp().to(x.dtype)
-    weights = (c @ b.mT)[:, :, :, None] * ratio.view(batch, count, groups, per_group, chunk, chunk)
+    weights = _DecayedProducts.apply(c @ b.mT, decay.view(batch, count, groups, per_group, chunk))
     inside = weights.view(batch, count, heads, chunk, chunk) @ dtx.transpose(
         2, 3
     )  # [batch, chunks, heads, chunk, headdim]
@@ -64,9 +88,9 @@ def chunked_scan(
     else:
         carried = state.float().view(batch, groups, per_group, d_state, headdim).transpose(2, 3).flatten(3)
     before = []
-    for index in range(count):
+    for kept, new in zip(over.unbind(1), added.unbind(1), strict=True):
         before.append(carried)
-        carried = carried * over[:, index] + added[:, index]
+        carried = torch.addcmul(new.float(), carried, kept.float())
 
     # 4. What the state before each chunk adds to its outputs
     outside = c @ torch.stack(before, 1).to(x.dtype)  # [batch, chunks, groups, chunk, per_group * headdim]
