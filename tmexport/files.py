@@ -45,9 +45,10 @@ def read_text(path: Path, largest: int) -> str:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise ValueError(f"has more than {largest} bytes")
+        size = os.fstat(file.fileno()).st_size  # read(n) would set aside n bytes, however small the file
+        if size > largest:
+            raise ValueError(f"has {size} bytes; expected at most {largest}")
+        data = file.read(size)
     return data.decode("utf-8")
 
 
