@@ -95,7 +95,7 @@ def torch_archive(pickled: bytes, storages: dict[str, bytes]) -> bytes:
 
 def accepts_checkpoint(folder: Path, data: bytes) -> bool:
     """The first byte says which file of a valid checkpoint the rest replaces."""
-    which, body = (data[0] % 6 if data else 0), data[1:]
+    which, body = (data[0] % 7 if data else 0), data[1:]
     for file in folder.iterdir():
         file.unlink()
     ternary, dense = ternary_arrays(), dense_arrays()
@@ -110,6 +110,8 @@ def accepts_checkpoint(folder: Path, data: bytes) -> bool:
     elif which == 3:
         del files["model.safetensors"]
         files |= {"model.safetensors.index.json": body, "a.safetensors": weights}
+    elif which == 6:
+        files |= {"config.json": body, "model.safetensors": safetensors_file(*safetensors_header(dense))}
     else:
         del files["model.safetensors"]
         files["config.json"] = json.dumps(dense_config()).encode()
