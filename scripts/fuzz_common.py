@@ -69,6 +69,9 @@ def _parent(name: str, options: argparse.Namespace, work: Path) -> int:
                    "--seed", str(options.seed + crashes), "--engine", engine]  # fmt: skip
         with open(work / "log", "ab") as log:
             code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        if not (work / "state.json").exists():
+            print((work / "log").read_text(), file=sys.stderr)
+            return 1
         state = json.loads((work / "state.json").read_text())
         total = {key: total[key] + state[key] for key in total}
         slowest, largest = max(slowest, state["slowest_s"]), max(largest, state["largest_bytes"])

@@ -80,7 +80,7 @@ def checkpoint_seeds() -> list[bytes]:
         "d_model": 64,
         "n_layer": 1,
         "vocab_size": 16,
-        "ssm_cfg": {"layer": "Mamba2", "d_state": 8},
+        "ssm_cfg": {"layer": "Mamba2", "d_state": 8, "expand": 1},
         "rms_norm": True,
     }
     index = {"metadata": {}, "weight_map": dict.fromkeys(header, "a.safetensors")}

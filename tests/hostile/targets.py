@@ -10,6 +10,7 @@ import json
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -93,29 +94,36 @@ def torch_archive(pickled: bytes, storages: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def _parts() -> tuple[bytes, bytes, bytes, bytes, dict[str, bytes]]:
+    header, data = safetensors_header(ternary_arrays())
+    dense = dense_arrays()
+    storages = {str(i): array.tobytes() for i, array in enumerate(dense.values())}
+    dense_file = safetensors_file(*safetensors_header(dense))
+    return safetensors_file(header, data), dense_file, data, json.dumps(dense_config()).encode(), storages
+
+
 def accepts_checkpoint(folder: Path, data: bytes) -> bool:
     """The first byte says which file of a valid checkpoint the rest replaces."""
     which, body = (data[0] % 7 if data else 0), data[1:]
     for file in folder.iterdir():
         file.unlink()
-    ternary, dense = ternary_arrays(), dense_arrays()
-    config, weights = json.dumps(CONFIG).encode(), safetensors_file(*safetensors_header(ternary))
-    files = {"config.json": config, "model.safetensors": weights}
+    weights, dense_weights, data_alone, dense_config_json, storages = _parts()
+    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": weights}
     if which == 0:
         files["model.safetensors"] = body
     elif which == 1:  # the header alone, so that the search does not have to keep the length in step
-        files["model.safetensors"] = safetensors_file(body, safetensors_header(ternary)[1])
+        files["model.safetensors"] = safetensors_file(body, data_alone)
     elif which == 2:
         files["config.json"] = body
     elif which == 3:
         del files["model.safetensors"]
         files |= {"model.safetensors.index.json": body, "a.safetensors": weights}
     elif which == 6:
-        files |= {"config.json": body, "model.safetensors": safetensors_file(*safetensors_header(dense))}
+        files |= {"config.json": body, "model.safetensors": dense_weights}
     else:
         del files["model.safetensors"]
-        files["config.json"] = json.dumps(dense_config()).encode()
-        storages = {str(i): array.tobytes() for i, array in enumerate(dense.values())}
+        files["config.json"] = dense_config_json
         files["pytorch_model.bin"] = body if which == 4 else torch_archive(body, storages)
     for name, content in files.items():
         (folder / name).write_bytes(content)
