@@ -1,0 +1,77 @@
+"""Dimensions from each dialect, and the models that cannot be represented."""
+
+import pytest
+import transformers
+
+from tmexport.config import Mamba2Config, load_config, parse_config
+from tmexport.errors import ConfigError
+
+# state-spaces/mamba2-130m's config.json, as published
+PUBLISHED_130M = {
+    "d_model": 768, "d_intermediate": 0, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [],
+    "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}  # fmt: skip
+
+
+def test_the_published_130m_config():
+    config = parse_config(PUBLISHED_130M)
+    assert config == Mamba2Config(d_model=768, n_layer=24, vocab_size=50288)
+    assert (config.d_inner, config.n_heads, config.d_in_proj) == (1536, 24, 3352)  # shapes of the published weights
+
+
+def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
+    config = Mamba2Config(256, 3, 640, d_state=64, n_groups=2, rms_eps=1e-6, tie_embeddings=False, eos_token_id=0)
+    theirs = transformers.Mamba2Config(**config.to_hf())
+    theirs.save_pretrained(tmp_path)
+    assert load_config(tmp_path)[0] == config
+    model = transformers.Mamba2Model(theirs)
+    assert model.layers[0].mixer.in_proj.weight.shape == (config.d_in_proj, config.d_model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"time_step_limit": [0.0, 0.1]}, "dt is clamped"),
+        ({"use_bias": True}, "use_bias is True"),
+        ({"use_conv_bias": False}, "use_conv_bias is False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_size": -1}, "d_model is -1"),
+        ({"hidden_size": 2**40}, "d_model is 1099511627776"),
+        ({"hidden_size": 256.0}, "d_model is 256.0"),
+        ({"num_heads": 7}, "num_heads is 7"),
+        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'"),
+        ({"head_dim": 60}, "not a multiple of headdim 60"),
+        ({"n_groups": 3}, "cannot be shared by 3 groups"),
+        ({"eos_token_id": 5000}, "eos_token_id is 5000"),
+        ({"model_type": "llama", "num_hidden_layers": None}, "n_layer is None"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused(change, message):
+    raw = Mamba2Config(256, 2, 512, d_state=64).to_hf() | change
+    with pytest.raises(ConfigError, match=message):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ssm_cfg": {}}, "ssm_cfg.layer is 'Mamba1'"),
+        ({"attn_layer_idx": [3]}, "only pure Mamba-2"),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim is True"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.0, 0.5]}}, "dt is clamped"),
+        ({"d_intermediate": 1024}, "d_intermediate is 1024"),
+        ({"vocab_size": "many"}, "vocab_size 'many'"),
+    ],
+)
+def test_state_spaces_variants_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(PUBLISHED_130M | change)
+
+
+def test_a_config_that_is_not_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read as JSON"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "nowhere")

@@ -1,0 +1,15 @@
+"""A board without torch: importing costs little and pulls in nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("package", ["tmexport", "tmexport.cli", "runtime_ref"])
+def test_import_is_light(package):
+    code = (
+        f"import sys, {package}; print(*sorted({{'torch', 'onnx', 'transformers', 'onnxruntime'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
