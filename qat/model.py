@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qat.ssd import chunked_scan
 from tmexport.checkpoint import open_checkpoint
@@ -159,12 +160,16 @@ class Backbone(nn.Module):
         nn.init.normal_(self.embeddings.weight, std=0.02)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.rms_eps)
+        self.checkpoint_activations = False  # keep only each layer's input and recompute the rest when training
 
     def forward(self, ids: Tensor, states: Sequence[LayerState] | None = None) -> Tensor:
         """`states`: one a layer; read as what precedes `ids`, and updated in place."""
         hidden = self.embeddings(ids).float()
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, states[index] if states is not None else None)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, use_reentrant=False)
+            else:
+                hidden = layer(hidden, states[index] if states is not None else None)
         return self.norm_f(hidden)
 
 

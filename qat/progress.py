@@ -29,7 +29,7 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: float, unit: str = "") -> Iterator[Bar]:
+def progress_bar(title: str, total: float, unit: str = "", shown: bool = True) -> Iterator[Bar]:
     """A bar on stderr; on something that is not a terminal only its final state appears."""
     columns = (
         TextColumn("{task.description}"),
@@ -38,7 +38,7 @@ def progress_bar(title: str, total: float, unit: str = "") -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4, disable=not shown) as progress:
         yield Bar(progress, progress.add_task(title, total=total, note=unit))
 
 

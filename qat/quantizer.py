@@ -59,7 +59,45 @@ class TernaryWeight(nn.Module):
         return TernaryTensor(codes.cpu().numpy(), scales.cpu().numpy(), self.group_size)
 
 
-def make_ternary(model: Mamba2LM, group_size: int) -> Mamba2LM:
+class _RoundThrough(torch.autograd.Function):
+    """Round to whole numbers, or to fp16; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, to_half: bool) -> Tensor:
+        return x.to(torch.float16).float() if to_half else x.round()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class LearnedTernaryWeight(TernaryWeight):
+    """The same with a scale that is a parameter, started at mean|w|; here only to reproduce the zero-ratio collapse.
+
+    The gradients are those of code * scale with the rounding passed straight through, as in LSQ (Esser et al. 2020,
+    arXiv 1902.08153): code - w / scale for a weight inside the clipping range, code outside.
+    """
+
+    def __init__(self, group_size: int, weight: Tensor) -> None:
+        super().__init__(group_size)
+        self.scale = nn.Parameter(group_scales(weight, group_size).float())
+
+    def _rounded_scale(self) -> Tensor:
+        return _RoundThrough.apply(self.scale.clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)), True)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = self._rounded_scale()[..., None]
+        codes = _RoundThrough.apply((weight.unflatten(-1, (-1, self.group_size)) / scale).clamp(-1, 1), False)
+        return (codes * scale).flatten(-2)
+
+    @torch.no_grad()
+    def quantize(self, latent: Tensor) -> TernaryTensor:
+        scales = self._rounded_scale().to(torch.float16)
+        codes = group_codes(latent, scales, self.group_size).flatten(-2).to(torch.int8)
+        return TernaryTensor(codes.cpu().numpy(), scales.cpu().numpy(), self.group_size)
+
+
+def make_ternary(model: Mamba2LM, group_size: int, learned_scale: bool = False) -> Mamba2LM:
     """Put a fake-quantiser on every in_proj and out_proj of `model`, in place.
 
     Raises:
@@ -73,7 +111,8 @@ def make_ternary(model: Mamba2LM, group_size: int) -> Mamba2LM:
                 f"{name} has rows of {module.in_features} weights, not a multiple of the group size {group_size}; "
                 "choose a smaller --group-size"
             )
-        parametrize.register_parametrization(module, "weight", TernaryWeight(group_size))
+        quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else TernaryWeight(group_size)
+        parametrize.register_parametrization(module, "weight", quantiser)
     return model
 
 

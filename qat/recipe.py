@@ -20,7 +20,8 @@ import click
 from tmexport.errors import UsageError
 
 _RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-_FREE_ON_RESUME = {"minutes", "threads", "save_every"}  # these do not change what is computed
+_FREE_ON_RESUME = {"minutes", "threads", "save_every", "allow_collapse"}  # these do not change what is computed
+_KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def _setting(default: Any, text: str, low: float = -math.inf, high: float = math.inf) -> Any:
@@ -39,10 +40,18 @@ class Recipe:
     n_groups: int = _setting(1, "from scratch: groups of B and C", 1)
     vocab_size: int = _setting(4096, "from scratch: size of the tokenizer that is trained", 257)
     group_size: int = _setting(256, "weights that share a scale: 64, 128 or 256", 64, 256)
+    learned_scale: bool = _setting(
+        False, "train the scales instead of recomputing them; to study the collapse it causes"
+    )
+    collapse_ratio: float = _setting(0.7, "a zero ratio above this that still rises stops the run", 0, 1)
+    allow_collapse: bool = _setting(False, "go on when the zero ratio collapses")
     steps: int = _setting(1000, "optimiser steps", 1)
     tokens: int = _setting(0, "tokens to train on; if given, replaces --steps", 0)
     seq_len: int = _setting(256, "tokens a sequence", 1)
-    batch_size: int = _setting(8, "sequences an optimiser step", 1)
+    batch_size: int = _setting(8, "sequences an optimiser step, over all processes", 1)
+    accumulate: int = _setting(1, "parts into which a process cuts its share of the batch, to save memory", 1)
+    checkpoint_activations: bool = _setting(False, "recompute each layer in the backward pass, to save memory")
+    compile: bool = _setting(False, "torch.compile the layers (needs a C++ compiler on a CPU)")
     lr: float = _setting(2.5e-4, "peak learning rate", 0)
     final_lr: float = _setting(0.0, "learning rate at the end, as a share of the peak", 0, 1)
     warmup: float = _setting(0.02, "share of the steps over which the learning rate rises", 0, 1)
@@ -64,13 +73,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            wanted = {"int": int, "float": float, "str": str}[str(field.type)]
+            wanted = _KINDS[str(field.type)]
             if wanted is float and type(value) is int:
                 object.__setattr__(self, field.name, value := float(value))
             if type(value) is not wanted:
                 raise UsageError(f"{field.name} is {value!r}; expected a value of type {field.type}")
             low, high = field.metadata["low"], field.metadata["high"]
-            if wanted is not str and not low <= value <= high:
+            if wanted in (int, float) and not low <= value <= high:
                 raise UsageError(f"{field.name} is {value}; expected a number from {low:g} to {high:g}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
@@ -101,11 +110,14 @@ class Recipe:
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A click decorator: one flag for every field of Recipe, None where the user gave none."""
-    kinds = {"int": int, "float": float, "str": str}
     for field in reversed(dataclasses.fields(Recipe)):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{field.metadata['help']} [{field.default}]"
-        command = click.option(flag, field.name, type=kinds[str(field.type)], default=None, help=text)(command)
+        kind = _KINDS[str(field.type)]
+        text = f"{field.metadata['help']} [{str(field.default).lower()}]"
+        if kind is bool:
+            command = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)(command)
+        else:
+            command = click.option(flag, field.name, type=kind, default=None, help=text)(command)
     return command
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from qat.curves import draw_curves
 from qat.data import Batches, TokenStream, tokenize_files
@@ -52,19 +53,46 @@ def train(
         KeyboardInterrupt: after saving; `resume` goes on from there.
     """
     keep_freed_memory()
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    accelerator = Accelerator()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // local))
     torch.manual_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (out / "checkpoints" / "latest.pt").is_file() and not resume:
         raise UsageError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
+    with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
+        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator)
+    if accelerator.is_main_process:
+        with atomic_write(out / "recipe.toml") as file:
+            file.write(recipe.to_toml("student" if teacher else "teacher").encode())
+    try:
+        summary = fit(run, resume)
+    finally:
+        if accelerator.is_main_process and run.metrics.is_file() and run.metrics.stat().st_size:
+            draw_curves(run.metrics, out / "curves.png")
+    if accelerator.is_main_process:
+        write_checkpoint(out, run.student.config, model_tensors(run.student), run.tokenizer)
+    accelerator.wait_for_everyone()
+    return {"out": str(out), **summary}
+
+
+def _prepare(
+    recipe: Recipe,
+    data: list[Path],
+    out: Path,
+    teacher: Path | None,
+    held_out: list[Path],
+    tokenizer: Path | None,
+    accelerator: Accelerator,
+) -> Run:
+    """Models, tokens and batches of a run."""
+    teacher_model = None
     if teacher is None:
         tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
         config = _config_of(recipe, tokenizer)
-        teacher_model = None
     else:
         checkpoint = open_checkpoint(teacher)
         if checkpoint.group_size is not None:
@@ -77,20 +105,14 @@ def train(
     student = Mamba2LM(config)
     if teacher_model is not None:
         student.load_state_dict(teacher_model.state_dict())
-        make_ternary(student, recipe.group_size)
-    run = Run(recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, device=device)
+        make_ternary(student, recipe.group_size, recipe.learned_scale)
+    run = Run(
+        recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
+    )
     if held_out:
         scored = tokenize_files(held_out, tokenizer, config.vocab_size, eos, out / "cache")
         run.held_out, run.held_out_bytes = _first_tokens(scored, recipe.eval_tokens, eos, tokenizer)
-    with atomic_write(out / "recipe.toml") as file:
-        file.write(recipe.to_toml("student" if teacher else "teacher").encode())
-    try:
-        summary = fit(run, resume)
-    finally:
-        if run.metrics.is_file() and run.metrics.stat().st_size:
-            draw_curves(run.metrics, out / "curves.png")
-    write_checkpoint(out, config, model_tensors(student), tokenizer)
-    return {"out": str(out), **summary}
+    return run
 
 
 def model_tensors(model: Mamba2LM) -> dict[str, np.ndarray | TernaryTensor]:
@@ -189,6 +211,8 @@ def main(
     except KeyboardInterrupt:
         click.echo(f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})", err=True)
         raise
+    if int(os.environ.get("RANK", "0")):
+        return  # one process speaks for all
     if as_json:
         click.echo(json.dumps(summary))
     else:

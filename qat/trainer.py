@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
-import pickle
+import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from qat.data import Batches
 from qat.errors import TrainingError
 from qat.evaluate import documents_of, score_document
-from qat.losses import Loss, distillation_loss
+from qat.losses import distillation_loss
 from qat.model import Mamba2LM
 from qat.progress import Bar, progress_bar
 from qat.quantizer import zero_ratios
-from qat.recipe import Recipe, changed_settings
+from qat.recipe import Recipe
+from qat.saving import load_state, save_state, trim_metrics
 from tmexport.errors import UsageError
-from tmexport.files import atomic_write
 
 
 @dataclass
@@ -41,9 +42,10 @@ class Run:
     bytes_per_token: float
     folder: Path
     eos: int
+    tokenizer: Path
     held_out: np.ndarray | None = None
     held_out_bytes: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    accelerator: Accelerator = field(default_factory=Accelerator)
 
     @property
     def latest(self) -> Path:
@@ -59,7 +61,7 @@ class Run:
 
 
 class Step(nn.Module):
-    """ids [batch, seq_len + 1] -> the loss of the student on them. The teacher is not part of its parameters."""
+    """ids int64 [batch, seq_len + 1] -> (loss, cross-entropy, KL). The teacher is not part of its parameters."""
 
     def __init__(self, student: Mamba2LM, teacher: Mamba2LM | None, recipe: Recipe) -> None:
         super().__init__()
@@ -67,15 +69,15 @@ class Step(nn.Module):
         self._teacher = (teacher,)  # in a tuple: not a submodule
         self.recipe = recipe
 
-    def forward(self, ids: Tensor) -> Loss:
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets = ids[:, :-1], ids[:, 1:]
         teacher, recipe = self._teacher[0], self.recipe
+        known = None
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-            known = None
             if teacher is not None and recipe.kd_weight > 0:
                 with torch.no_grad():
                     known = teacher.backbone(inputs)
-            return distillation_loss(
+            loss = distillation_loss(
                 self.student.backbone(inputs),
                 self.student.head_weight,
                 targets,
@@ -84,12 +86,14 @@ class Step(nn.Module):
                 recipe.kd_weight if known is not None else 0.0,
                 recipe.temperature,
             )
+        return loss.total, loss.cross_entropy, loss.kl
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; decay on matrices only, never on norms, convolutions, biases, A, D or dt."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
+    """AdamW; decay on matrices only, never on norms, convolutions, biases, A, D, dt or scales."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and not name.endswith(".scale")]
+    others = [p for name, p in named if p.ndim != 2 or name.endswith(".scale")]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True)
 
@@ -98,64 +102,80 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
     """Train; returns a summary. The student is left with the weights of the last step.
 
     Raises:
-        TrainingError: the loss is not finite; the last checkpoint stays as it was.
+        TrainingError: the loss is not finite (the last checkpoint stays as it was), or the zero ratio collapsed (after
+            saving).
         UsageError: the folder holds another run, or a checkpoint of other settings.
         KeyboardInterrupt: after saving.
     """
-    recipe, device = run.recipe, run.device
-    step_module = Step(run.student.to(device), run.teacher.to(device) if run.teacher else None, recipe)
+    recipe, accelerator = run.recipe, run.accelerator
+    main, device = accelerator.is_main_process, accelerator.device
+    share = _share_of_batch(recipe, accelerator.num_processes)
+    if run.teacher is not None:
+        run.teacher.to(device)
+    run.student.to(device)
+    run.student.backbone.checkpoint_activations = recipe.checkpoint_activations
+    if recipe.compile:
+        for layer in run.student.backbone.layers:
+            layer.compile()
     optimizer = make_optimizer(run.student, recipe)
-    start, best = _begin(run, optimizer, resume)
-    started, seconds = time.monotonic(), 0.0
-    parameters = [p for p in run.student.parameters() if p.requires_grad]
+    step, best = load_state(run.latest, run.student, optimizer, recipe, resume)
+    module, optimizer = accelerator.prepare(Step(run.student, run.teacher, recipe), optimizer)
+    started, stopped_by = time.monotonic(), "steps"
     zeros: dict[str, float] = {}
-    step, stopped_by = start, "steps"
-    run.folder.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
-    _trim_metrics(run.metrics, start)
+    if main:
+        run.latest.parent.mkdir(parents=True, exist_ok=True)
+        trim_metrics(run.metrics, step)
+    accelerator.wait_for_everyone()
     with (
-        run.metrics.open("a", encoding="utf-8") as log,
-        progress_bar("training", recipe.steps) as bar,
+        open(run.metrics if main else os.devnull, "a", encoding="utf-8") as log,
+        progress_bar("training", recipe.steps, shown=main) as bar,
         _catch_interrupt() as interrupted,
     ):
         while step < recipe.steps:
             began = time.monotonic()
-            rate = recipe.learning_rate(step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = step_module(torch.from_numpy(run.batches(step)).to(device))
-            entry = {"step": step, "tokens": (step + 1) * recipe.tokens_per_step, "lr": rate}
-            entry |= {"loss": loss.total.item(), "cross_entropy": loss.cross_entropy.item(), "kl": loss.kl.item()}
-            _check_finite(run, step, entry["loss"])
+                group["lr"] = recipe.learning_rate(step)
+            first = accelerator.process_index * share
+            ids = torch.from_numpy(run.batches(step)[first : first + share]).to(device)
             optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf, foreach=True)
-            entry["grad_norm"] = norm.item()
-            _check_finite(run, step, entry["grad_norm"])
+            losses = _backward(accelerator, module, ids.chunk(recipe.accumulate))
+            norm = accelerator.clip_grad_norm_(module.parameters(), recipe.clip or math.inf).item()
+            # Sums of every process's numbers: all must agree on when to stop.
+            late = recipe.minutes > 0 and time.monotonic() - started > 60 * recipe.minutes
+            flags = losses.new_tensor([float(bool(interrupted)), float(late)])
+            loss, ce, kl, stop, late_share = accelerator.reduce(torch.cat([losses, flags]), "mean").tolist()
+            _check_finite(run, step, loss, norm)
             optimizer.step()
+            entry: dict[str, Any] = {"step": step, "tokens": (step + 1) * recipe.tokens_per_step}
+            entry |= {"lr": recipe.learning_rate(step), "loss": loss, "cross_entropy": ce, "kl": kl, "grad_norm": norm}
+            entry["bits_per_byte"] = ce / math.log(2) / run.bytes_per_token
+            entry["tokens_per_second"] = round(recipe.tokens_per_step / (time.monotonic() - began), 1)
             step += 1
-            entry["bits_per_byte"] = entry["cross_entropy"] / math.log(2) / run.bytes_per_token
-            seconds = time.monotonic() - began
-            entry["tokens_per_second"] = round(recipe.tokens_per_step / seconds, 1)
             last = step == recipe.steps
+            collapsed = None
             if step % recipe.log_every == 0 or last:
-                zeros = zero_ratios(run.student)
-                if zeros:
-                    entry["zero_ratio"] = sum(zeros.values()) / len(zeros)
-                    entry["zero_ratios"] = zeros
-            if run.held_out is not None and (step % recipe.eval_every == 0 or last):
+                before, zeros = zeros, zero_ratios(run.student)
+                entry |= {"zero_ratio": mean(zeros.values()), "zero_ratios": zeros} if zeros else {}
+                collapsed = find_collapse(before, zeros, recipe.collapse_ratio)
+            if main and run.held_out is not None and (step % recipe.eval_every == 0 or last):
                 entry["held_out_bits_per_byte"] = score = held_out_score(run)
                 if score < best:
                     best = score
-                    _save(run.best, run.student, None, step, best, recipe)
+                    save_state(run.best, run.student, None, step, best, recipe)
             log.write(json.dumps(entry) + "\n")
             log.flush()
             _show(bar, step, entry, zeros)
-            out_of_time = recipe.minutes > 0 and time.monotonic() - started > 60 * recipe.minutes
-            if step % recipe.save_every == 0 or last or out_of_time or interrupted:
-                _save(run.latest, run.student, optimizer, step, best, recipe)
-            if interrupted:
+            collapsed = None if recipe.allow_collapse else collapsed
+            if main and (step % recipe.save_every == 0 or last or stop or late_share or collapsed):
+                save_state(run.latest, run.student, optimizer, step, best, recipe)
+            if collapsed:
+                raise TrainingError(
+                    f"step {step}: the zero ratio of {collapsed}; saved in {run.latest}; "
+                    "--resume --allow-collapse goes on"
+                )
+            if stop:
                 raise KeyboardInterrupt
-            if out_of_time and not last:
+            if late_share and not last:
                 stopped_by = "minutes"
                 break
     return {
@@ -164,8 +184,37 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
         "tokens": step * recipe.tokens_per_step,
         "seconds": round(time.monotonic() - started, 1),
         "held_out_bits_per_byte": None if best == math.inf else best,
-        "zero_ratio": sum(zeros.values()) / len(zeros) if zeros else None,
+        "zero_ratio": mean(zeros.values()) if zeros else None,
     }
+
+
+def _share_of_batch(recipe: Recipe, processes: int) -> int:
+    """Sequences a process computes for each step."""
+    if recipe.batch_size % (processes * recipe.accumulate):
+        raise UsageError(
+            f"a batch of {recipe.batch_size} cannot be shared by {processes} processes in {recipe.accumulate} parts each; "
+            "choose a --batch-size that divides"
+        )
+    return recipe.batch_size // processes
+
+
+def _backward(accelerator: Accelerator, module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    """Accumulate the gradient of the mean loss over `parts`; the means of loss, cross-entropy and KL, fp32 [3]."""
+    sums = torch.zeros(3, device=accelerator.device)
+    for index, ids in enumerate(parts):
+        with contextlib.nullcontext() if index == len(parts) - 1 else accelerator.no_sync(module):
+            losses = module(ids)
+            accelerator.backward(losses[0] / len(parts))
+        sums += torch.stack([value.detach().float() for value in losses]) / len(parts)
+    return sums
+
+
+def find_collapse(before: Mapping[str, float], now: Mapping[str, float], limit: float) -> str | None:
+    """The module whose zero ratio is above `limit` and rose since the last look, in words; None if there is none."""
+    for name, ratio in now.items():
+        if ratio > limit and ratio > before.get(name, 1.0):
+            return f"{name} collapsed: {before[name]:.1%} -> {ratio:.1%}, above {limit:.0%} and rising"
+    return None
 
 
 def held_out_score(run: Run) -> float:
@@ -175,53 +224,10 @@ def held_out_score(run: Run) -> float:
     return nats / math.log(2) / run.held_out_bytes
 
 
-def _begin(run: Run, optimizer: torch.optim.Optimizer, resume: bool) -> tuple[int, float]:
-    """(first step, best score so far): zero and infinity, or what the checkpoint says, after loading it."""
-    if not run.latest.is_file():
-        return 0, math.inf
-    if not resume:
-        raise UsageError(f"{run.folder}: already holds a run; continue it with --resume, or choose another --out")
-    try:
-        saved = torch.load(run.latest, map_location=run.device, weights_only=True)
-        changed = changed_settings(saved["recipe"], run.recipe)
-        if changed:
-            raise UsageError(
-                f"{run.latest}: was made with {changed[0]} = {saved['recipe'].get(changed[0])!r}, now it is "
-                f"{asdict(run.recipe)[changed[0]]!r}; resume with the same settings, or choose another --out"
-            )
-        run.student.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return saved["step"], saved["best"]
-    except (RuntimeError, KeyError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UsageError(
-            f"{run.latest}: is damaged or not a checkpoint of this model ({type(error).__name__}); choose another --out"
-        ) from None
-
-
-def _save(
-    path: Path, student: Mamba2LM, optimizer: torch.optim.Optimizer | None, step: int, best: float, recipe: Recipe
-) -> None:
-    state = {"model": student.state_dict(), "step": step, "best": best, "recipe": asdict(recipe)}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.state_dict()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
-
-
-def _trim_metrics(path: Path, start: int) -> None:
-    """Drop the entries of steps that will be done again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:start]
-        with atomic_write(path) as file:
-            file.write("".join(lines).encode())
-
-
-def _check_finite(run: Run, step: int, value: float) -> None:
-    if not math.isfinite(value):
+def _check_finite(run: Run, step: int, loss: float, norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         kept = f"the last checkpoint is {run.latest}" if run.latest.is_file() else "no checkpoint was saved yet"
-        raise TrainingError(f"step {step}: the loss or its gradient is {value}; lower --lr; {kept}")
+        raise TrainingError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; lower --lr; {kept}")
 
 
 def _show(bar: Bar, step: int, entry: dict[str, Any], zeros: dict[str, float]) -> None:
@@ -231,7 +237,7 @@ def _show(bar: Bar, step: int, entry: dict[str, Any], zeros: dict[str, float]) -
         f"{entry['tokens_per_second']:,.0f} tok/s",
     ]
     if zeros:
-        parts.append(f"{sum(zeros.values()) / len(zeros):.0%} zeros")
+        parts.append(f"{mean(zeros.values()):.0%} zeros")
     bar.update(step, " · ".join(parts))
 
 

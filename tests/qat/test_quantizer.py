@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.quantizer import TernaryWeight, make_ternary, quantized_weights, zero_ratios
+from qat.quantizer import LearnedTernaryWeight, TernaryWeight, make_ternary, quantized_weights, zero_ratios
 from qat.train import model_tensors
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import UsageError
@@ -91,3 +91,23 @@ def test_autocast_keeps_the_weight_fp32(tiny_model):
 def test_refuses_group_sizes(tiny_model, group_size):
     with pytest.raises(UsageError, match="64, 128 or 256"):
         make_ternary(tiny_model, group_size)
+
+
+def test_learned_scale_has_the_gradient_of_lsq():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 128, requires_grad=True)
+    module = LearnedTernaryWeight(64, weight)
+    assert torch.equal(module(weight).detach(), TernaryWeight(64)(weight).detach())  # it starts at mean|w|
+    with torch.no_grad():
+        module.scale.mul_(1.5)
+    stored = module.quantize(weight.detach()).check("w")
+    assert np.array_equal(module(weight).detach().numpy(), stored.dense())
+    upstream = torch.randn(3, 128)
+    (module(weight) * upstream).sum().backward()
+    scale = torch.from_numpy(stored.scales.astype(np.float32)).repeat_interleave(64, 1)
+    codes = torch.from_numpy(stored.codes.astype(np.float32))
+    ratio = weight.detach() / scale
+    inside = ratio.abs() < 1
+    wanted = torch.where(inside, codes - ratio, codes) * upstream
+    torch.testing.assert_close(module.scale.grad, wanted.view(3, 2, 64).sum(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight.grad, torch.where(inside, upstream, 0.0))
