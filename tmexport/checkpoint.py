@@ -216,13 +216,15 @@ def _index_shards(folder: Path, index_path: Path, reader: object) -> dict[str, S
         shards = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_path}: is not a shard index with a weight_map: {error!r}") from None
-    merged: dict[str, StoredTensor] = {}
-    for shard in shards:
+    paths, merged = {}, {}
+    for shard in shards:  # every name, before any file is opened
         if not isinstance(shard, str) or Path(shard).name != shard or shard.startswith("."):
             raise CheckpointError(
                 f"{index_path}: names the file {shard!r}; expected a plain file name in the same folder"
             )
-        for name, tensor in reader(file_in(folder, shard)).items():  # type: ignore[operator]
+        paths[shard] = file_in(folder, shard)
+    for shard, path in paths.items():
+        for name, tensor in reader(path).items():  # type: ignore[operator]
             if name in merged or weight_map.get(name, shard) != shard:
                 raise CheckpointError(
                     f"{index_path}: {name} is in {shard}, but the index or another shard has it as well; expected one place"

@@ -89,6 +89,6 @@ def _place(path: Path, name: object, tensor: Any, records: list[tuple[int, int]]
     offset = start + tensor.storage_offset() * tensor.element_size()
     end = offset + tensor.numel() * tensor.element_size()
     position = bisect_right(records, (start, 2**63)) - 1
-    if position < 0 or not records[position][0] <= offset <= end <= sum(records[position]):
-        raise CheckpointError(f"{name} reaches past the end of its record, to byte {end}; the archive is damaged")
+    if position < 0 or records[position][0] != start or not start <= offset <= end <= sum(records[position]):
+        raise CheckpointError(f"{name} does not lie in one record, from byte {offset} to {end}; the archive is damaged")
     return StoredTensor(path, offset, names[tensor.dtype], tuple(tensor.shape))

@@ -1,0 +1,478 @@
+"""Broken and malicious checkpoint folders: weights, shard indexes, links, pickles."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.hostile.builders import (
+    CONFIG,
+    checkpoint,
+    dense_arrays,
+    dense_config,
+    safetensors_file,
+    safetensors_header,
+    ternary_arrays,
+)
+from tests.hostile.targets import peak_bytes, read_checkpoint, torch_archive
+from tmexport.checkpoint import open_checkpoint
+from tmexport.errors import TmexportError
+
+EMBED, IN = "backbone.embeddings.weight", "backbone.layers.0.mixer.in_proj.weight"
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(TmexportError, match=message) as caught:
+        read_checkpoint(folder)
+    assert str(caught.value).isprintable()
+
+
+def with_header(folder: Path, change, data: bytes | None = None) -> Path:
+    """The ternary checkpoint with a header that `change` edited in place."""
+    header, valid = safetensors_header(ternary_arrays())
+    change(header)
+    checkpoint(folder)
+    (folder / "model.safetensors").write_bytes(safetensors_file(header, valid if data is None else data))
+    return folder
+
+
+def test_the_unbroken_folders_are_read(tmp_path):
+    read_checkpoint(checkpoint(tmp_path / "ternary"))
+    read_checkpoint(checkpoint(tmp_path / "dense", dense_config(), dense_arrays()))
+    assert open_checkpoint(tmp_path / "ternary").group_size == 64
+
+
+def test_safetensors_truncated_anywhere(tmp_path):
+    folder = checkpoint(tmp_path)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    (length,) = struct.unpack_from("<Q", whole)
+    for end in [*range(0, 8 + length, 7), *range(8 + length, len(whole), 499), len(whole) - 1]:
+        file.write_bytes(whole[:end])
+        refused(folder, rf"{file}: (is not a valid safetensors file|claims)")
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [(2**63, "claims a header of 9223372036854775808 bytes; expected at most 4194304"), (2**64 - 1, "claims a header"),
+     (2**22 + 1, "claims a header of 4194305 bytes"), (0, "is not a valid safetensors file"), (2**22, "is not a valid safetensors file")],
+)  # fmt: skip
+def test_a_header_length_that_lies(tmp_path, length, message):
+    folder = checkpoint(tmp_path)
+    header, data = safetensors_header(ternary_arrays())
+    (folder / "model.safetensors").write_bytes(safetensors_file(header, data, length))
+    assert peak_bytes(lambda: refused(folder, message)) < 2**20
+
+
+def _set(name: str, key: str, value: object):
+    def change(header):
+        header[name][key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set(EMBED, "data_offsets", [0, 2**63]), "not a valid safetensors"),
+        (_set(EMBED, "data_offsets", [4096, 0]), "not a valid safetensors"),
+        (_set(EMBED, "data_offsets", [-1, 4096]), "not a valid safetensors"),
+        (_set(EMBED, "data_offsets", [32, 4128]), "not a valid safetensors"),
+        (_set("backbone.layers.0.norm.weight", "data_offsets", [0, 256]), "not a valid safetensors"),
+        (_set(EMBED, "shape", [2**62, 64]), "not a valid safetensors"),
+        (_set(EMBED, "shape", [-16, -64]), "not a valid safetensors"),
+        (_set(EMBED, "shape", [64, 16]), rf"{EMBED} is F32 \[64, 16\]; expected F32 or F16 or BF16 \[16, 64\]"),
+        (_set(EMBED, "shape", "16"), "not a valid safetensors"),
+        (_set(EMBED, "dtype", "F128"), "not a valid safetensors"),
+        (_set(EMBED, "dtype", "I32"), rf"{EMBED} is I32 \[16, 64\]; expected F32"),
+        (_set(EMBED, "dtype", "F8_E4M3"), "not a valid safetensors"),
+        (_set(IN + ".codes", "dtype", "I8"), rf"{IN}.codes is I8 \[145, 16\]; expected U8"),
+        (_set(IN + ".scales", "dtype", "BF16"), rf"{IN}.scales is BF16 \[145, 1\]; expected F16"),
+        (lambda h: h.pop(EMBED), "not a valid safetensors"),
+        (lambda h: h.clear(), "not a valid safetensors"),
+        (lambda h: h.update({"\x1b[2J\n": h.pop(EMBED)}), rf"{EMBED} is missing"),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies(tmp_path, change, message):
+    refused(with_header(tmp_path, change), message)
+
+
+def test_two_tensors_of_one_name(tmp_path):
+    folder = checkpoint(tmp_path)
+    header, data = safetensors_header(ternary_arrays())
+    twice = json.dumps(header)[:-1] + f', "{EMBED}": {json.dumps(header[EMBED])}' + "}"
+    (folder / "model.safetensors").write_bytes(safetensors_file(twice.encode(), data))
+    # The same entry twice is one entry, to Rust as to Python; another place for it leaves a hole.
+    moved = twice.replace("[0, 4096]", "[4096, 8192]", 1)
+    (folder / "model.safetensors").write_bytes(safetensors_file(moved.encode(), data + bytes(4096)))
+    refused(folder, "not a valid safetensors")
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 50_000, b"null", b"[]", b"3", b'{"a": 1}'])
+def test_a_header_that_is_not_a_header(tmp_path, text):
+    folder = checkpoint(tmp_path)
+    (folder / "model.safetensors").write_bytes(safetensors_file(text, b""))
+    refused(folder, "not a valid safetensors")
+
+
+@pytest.mark.parametrize("extra", ["lm_head.weight.extra", "backbone.layers.1.norm.weight", IN])
+def test_a_tensor_too_many(tmp_path, extra):
+    folder = checkpoint(tmp_path, arrays=ternary_arrays() | {extra: np.zeros(3, np.float32)})
+    refused(folder, rf"holds {extra}, which a model of these dimensions does not have")
+
+
+@pytest.mark.parametrize("name", list(ternary_arrays()))
+def test_a_tensor_too_few(tmp_path, name):
+    folder = checkpoint(tmp_path, arrays={k: v for k, v in ternary_arrays().items() if k != name})
+    refused(folder, rf"{name} is missing; expected shape")
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0x03, 0xC0, 0x0C])
+def test_the_2_bit_code_3(tmp_path, byte):
+    arrays = ternary_arrays()
+    arrays[IN + ".codes"][17, 3] = byte
+    column = {0xFF: 12, 0x03: 12, 0xC0: 15, 0x0C: 13}[byte]
+    refused(checkpoint(tmp_path, arrays=arrays), rf"{IN}: row 17, column {column} holds the 2-bit value 3")
+
+
+@pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00, 0x8000, 0x0001, 0x03FF, 0xBC00], ids=["NaN", "inf", "-inf", "-0", "subnormal", "largest subnormal", "-1"])  # fmt: skip
+def test_scales_that_are_no_scales(tmp_path, bits):
+    arrays = ternary_arrays()
+    arrays[IN + ".scales"].view(np.uint16)[9, 0] = bits
+    refused(
+        checkpoint(tmp_path, arrays=arrays),
+        rf"{IN}: row 9, group 0 has the scale .*; expected \+0 or a positive normal fp16",
+    )
+
+
+def test_codes_without_a_scale(tmp_path):
+    arrays = ternary_arrays()
+    arrays[IN + ".scales"][9, 0] = 0
+    refused(checkpoint(tmp_path, arrays=arrays), rf"{IN}: row 9, group 0 has non-zero codes but the scale 0")
+
+
+def test_a_tied_head_that_differs(tmp_path):
+    arrays = dense_arrays() | {"lm_head.weight": np.zeros((16, 64), np.float32)}
+    refused(checkpoint(tmp_path, dense_config(), arrays), "ties the head to the embedding, but lm_head.weight differs")
+    arrays["lm_head.weight"] = np.zeros((2, 2), np.float32)
+    refused(checkpoint(tmp_path, dense_config(), arrays), "lm_head.weight differs")
+
+
+# --- where files may lie ---------------------------------------------------------------------------------------------
+
+
+def sharded(folder: Path, names: dict[str, str] | None = None, first: str = "a.safetensors") -> Path:
+    """Two shards and their index; `names` overrides entries of the weight_map."""
+    arrays = dense_arrays()
+    parts = {first: list(arrays)[:5], "b.safetensors": list(arrays)[5:]}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dense_config()))
+    weight_map = {}
+    for shard, members in parts.items():
+        part = {name: arrays[name] for name in members}
+        (folder / Path(shard).name).write_bytes(safetensors_file(*safetensors_header(part)))
+        weight_map |= dict.fromkeys(members, shard)
+    weight_map |= names or {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_unbroken_shards_are_read(tmp_path):
+    read_checkpoint(sharded(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a.safetensors", "/etc/passwd", "x/../a.safetensors", "sub/a.safetensors", ".", "..", ".hidden", "", "a\0b", "~/x", "C:\\x",
+     "a" * 300, 7, None, ["a.safetensors"], {"a": 1}, True],
+)  # fmt: skip
+def test_a_shard_index_that_leads_elsewhere(tmp_path, name):
+    outside = sharded(tmp_path)
+    folder = tmp_path / "inner"
+    sharded(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][EMBED] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert outside.exists()
+    refused(
+        folder, "expected a plain file name in the same folder|is not a shard index|no such file|not a regular file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a shard index"), ("[]", "is not a shard index"), ("{}", "is not a shard index"), ('{"weight_map": []}', "is not a shard index"),
+        ('{"weight_map": {}}', "is missing"), ("[" * 100_000, "is not a shard index"), ("\ufeff{}", "is not a shard index"),
+        ('{"weight_map": {"x": "a.safetensors"}}', "x is listed but in no shard"),
+        (" " * (2**22 + 1), "has 4194305 bytes; expected at most 4194304"),
+    ],
+)  # fmt: skip
+def test_a_shard_index_that_is_none(tmp_path, text, message):
+    folder = sharded(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(text)
+    refused(folder, message)
+
+
+def test_shards_that_contradict_each_other(tmp_path):
+    refused(
+        sharded(tmp_path / "moved", {EMBED: "b.safetensors"}),
+        rf"{EMBED} is in a.safetensors, but the index or another shard has it as well",
+    )
+    folder = sharded(tmp_path / "twice")
+    (folder / "b.safetensors").write_bytes(safetensors_file(*safetensors_header(dense_arrays())))
+    refused(folder, "expected one place")
+    refused(sharded(tmp_path / "listed", {"more.weight": "a.safetensors"}), "more.weight is listed but in no shard")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "config.json", "model.safetensors.index.json"])
+def test_a_link_that_leaves_the_folder(tmp_path, name):
+    folder, elsewhere = sharded(tmp_path / "ckpt"), tmp_path / "secret"
+    (folder / name).rename(elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    refused(folder, rf"{name}: is a link that leaves the folder, to {elsewhere}; put the file itself there")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../secret")
+    refused(folder, "is a link that leaves the folder")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "nothing")
+    refused(folder, "no such file")
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    refused(folder, "no such file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_weights_and_tokenizer_are_no_links_out_either(tmp_path, name):
+    folder = checkpoint(tmp_path / "ckpt")
+    (tmp_path / "x").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "x")
+    refused(folder, "is a link that leaves the folder")
+
+
+def test_a_link_inside_the_folder_and_a_linked_folder_are_followed(tmp_path):
+    folder = sharded(tmp_path / "ckpt")
+    (folder / "a.safetensors").rename(folder / "real")
+    (folder / "a.safetensors").symlink_to("real")
+    (tmp_path / "link").symlink_to(folder)
+    read_checkpoint(tmp_path / "link")
+
+
+def test_hugging_faces_cache_is_read(tmp_path):
+    """hub/models--x--y/snapshots/<revision>/<file> -> ../../blobs/<hash>, as huggingface_hub lays it out."""
+    repository = tmp_path / "models--x--y"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    sharded(snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    read_checkpoint(snapshot)
+    (snapshot / "a.safetensors").unlink()
+    (snapshot / "a.safetensors").symlink_to("../../../secret")
+    (tmp_path / "secret").write_bytes(b"")
+    refused(snapshot, "is a link that leaves the folder")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_not_a_file(tmp_path, name, kind):
+    folder = checkpoint(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    (os.mkfifo if kind == "pipe" else os.mkdir)(folder / name)  # opening a pipe would wait for ever
+    refused(folder, rf"{name}: is not a regular file")
+
+
+def test_what_is_not_a_folder(tmp_path):
+    refused(tmp_path / "missing", "no such folder")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "no such folder")
+    refused(tmp_path, "config.json: no such file; expected a checkpoint folder")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    refused(tmp_path, "holds no weights; expected model.safetensors or pytorch_model.bin")
+
+
+# --- pytorch_model.bin -----------------------------------------------------------------------------------------------
+
+
+def torch_folder(folder: Path, data: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dense_config()))
+    (folder / "pytorch_model.bin").write_bytes(data)
+    return folder
+
+
+def saved(state: object, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+def state_dict() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in dense_arrays().items()}
+
+
+def test_the_unbroken_torch_archive_is_read(tmp_path):
+    folder = torch_folder(tmp_path, saved(state_dict()))
+    read_checkpoint(folder)
+    checkpoint_ = open_checkpoint(folder)
+    assert all(np.array_equal(checkpoint_.dense(name), array) for name, array in dense_arrays().items())
+
+
+class Payload:
+    """Pickles to a call of `function`: arbitrary code, if anything ever unpickles it plainly."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self._call = (function, arguments)
+
+    def __reduce__(self):
+        return self._call
+
+
+def _executed(path: str) -> int:
+    Path(path).write_text("executed")
+    return 0
+
+
+PAYLOADS = {
+    "os.system": lambda p: Payload(os.system, f"touch {p}"),
+    "exec": lambda p: Payload(exec, f"open({str(p)!r}, 'w')"),
+    "eval": lambda p: Payload(eval, f"open({str(p)!r}, 'w')"),
+    "open": lambda p: Payload(open, str(p), "w"),
+    "a function of ours": lambda p: Payload(_executed, str(p)),
+    "pickle in pickle": lambda p: Payload(pickle.loads, pickle.dumps(Payload(os.system, f"touch {p}"))),
+    "a torch loader": lambda p: Payload(torch.load, str(p)),
+    "a path": lambda p: Payload(Path.touch, p),
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("container", ["zip", "plain pickle", "legacy", "hidden in a state dict"])
+@pytest.mark.parametrize("environment", [None, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+def test_a_pickle_payload_never_executes(tmp_path, monkeypatch, payload, container, environment):
+    if environment:
+        monkeypatch.setenv(environment, "1")
+    mark = tmp_path / "executed"
+    harmful = PAYLOADS[payload](mark)
+    data = {
+        "zip": lambda: torch_archive(pickle.dumps(harmful, protocol=2), {}),
+        "plain pickle": lambda: pickle.dumps(harmful, protocol=2),
+        "legacy": lambda: saved({"x": harmful}, _use_new_zipfile_serialization=False),
+        "hidden in a state dict": lambda: saved(state_dict() | {"x": harmful}),
+    }[container]()
+    refused(
+        torch_folder(tmp_path / "ckpt", data),
+        r"pytorch_model.bin: (is not a torch archive of tensors alone|is not a zip archive)",
+    )
+    assert not mark.exists()
+
+
+def test_the_payloads_would_execute_if_they_could(tmp_path):
+    mark = tmp_path / "executed"
+    for name in set(PAYLOADS) - {"a torch loader"}:
+        pickle.loads(pickle.dumps(PAYLOADS[name](mark), protocol=2))
+        assert mark.exists(), name
+        mark.unlink()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([1, 2], "holds a list; expected a state dict of tensors"),
+        ({"x": 3}, "x is a int; expected floats"),
+        ({3: torch.zeros(2)}, "holds a tensor named 3; expected text"),
+        ({"model": {"x": torch.zeros(2)}}, "model is a dict; expected floats"),
+        ({"x": torch.zeros(4, dtype=torch.int64)}, "x is a torch.int64; expected floats"),
+        ({"x": torch.zeros(4, dtype=torch.complex64)}, "x is a torch.complex64; expected floats"),
+        ({"x": torch.eye(3).to_sparse()}, "x is not stored contiguously|is not a torch archive"),
+        ({"x": torch.zeros(4, 4).t()[:, :2]}, "x is not stored contiguously; save it again with torch.save"),
+        ({"x": torch.zeros(1).expand(1000)}, "x is not stored contiguously"),
+        ({"x": torch.zeros(2)}, "backbone.embeddings.weight is missing"),
+    ],
+    ids=["list", "int", "key", "nested", "int64", "complex", "sparse", "transposed", "expanded", "other"],
+)  # fmt: skip
+def test_an_archive_of_other_things(tmp_path, state, message):
+    refused(torch_folder(tmp_path, saved(state)), message)
+
+
+def test_an_old_archive_says_what_to_do(tmp_path):
+    data = saved(state_dict(), _use_new_zipfile_serialization=False)
+    refused(
+        torch_folder(tmp_path, data), "is not a zip archive; if an old torch wrote it, load it there and save it again"
+    )
+
+
+def test_a_torch_archive_truncated_anywhere(tmp_path):
+    whole = saved(state_dict())
+    for end in [*range(0, 200, 40), *range(200, len(whole), len(whole) // 40), len(whole) - 1]:
+        refused(torch_folder(tmp_path, whole[:end]), "is not a zip archive|is not a torch archive|damaged|truncated")
+
+
+def _rezip(data: bytes, change) -> bytes:
+    """The same archive, each record as `change(name, content)` returns it: (content, compression)."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            content, compression = change(name, source.read(name))
+            target.writestr(name, content, compress_type=compression)
+    return out.getvalue()
+
+
+def test_a_compressed_record_is_refused_before_it_is_expanded(tmp_path):
+    bomb = _rezip(
+        saved(state_dict()),
+        lambda n, c: (bytes(200_000_000), zipfile.ZIP_DEFLATED) if n.endswith("data.pkl") else (c, 0),
+    )
+    assert len(bomb) < 1_000_000
+    folder = torch_folder(tmp_path, bomb)
+    assert (
+        peak_bytes(lambda: refused(folder, r"data.pkl is compressed; expected an archive as torch.save writes it"))
+        < 2**20
+    )
+
+
+def test_a_pickle_too_long_for_its_purpose(tmp_path):
+    refused(
+        torch_folder(tmp_path, torch_archive(bytes(2**22 + 1), {})),
+        r"data.pkl has 4194305 bytes; expected at most 4194304",
+    )
+
+
+def test_a_storage_shorter_than_the_pickle_says(tmp_path):
+    short = _rezip(saved(state_dict()), lambda n, c: (c[:-4] if n.endswith("/data/0") else c, 0))
+    refused(
+        torch_folder(tmp_path, short),
+        rf"{EMBED} does not lie in one record, from byte \d+ to \d+; the archive is damaged",
+    )
+
+
+def test_a_tensor_outside_its_storage(tmp_path):
+    """torch.save's pickle with the embedding's shape (16, 64) changed to (16, 65), and with its offset 0 changed to 200."""
+    for change in ((b"K\x10K@\x86", b"K\x10KA\x86"), (b"QK\x00K\x10K@", b"QK\xc8K\x10K@")):
+        moved = _rezip(
+            saved(state_dict()), lambda n, c, pair=change: (c.replace(*pair, 1) if n.endswith("data.pkl") else c, 0)
+        )
+        message = "not a torch archive|not stored contiguously|does not lie in one record"
+        refused(torch_folder(tmp_path, moved), rf"{message}")
+
+
+@pytest.mark.parametrize(
+    "number", [b"J\xff\xff\xff\xff", b"\x8a\x08" + (2**50).to_bytes(8, "little"), b"K\1"], ids=["-1", "2**50", "1"]
+)
+def test_a_storage_of_absurd_size_is_not_allocated(tmp_path, number):
+    """BININT2 1024 is the size of the embedding's storage: 16 * 64 values."""
+    data = _rezip(
+        saved(state_dict()), lambda n, c: (c.replace(b"M\x00\x04", number, 1) if n.endswith("data.pkl") else c, 0)
+    )
+    folder = torch_folder(tmp_path, data)
+    refused(folder, "pytorch_model.bin: .*does not lie in one record|is not a torch archive")
