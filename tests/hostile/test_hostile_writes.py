@@ -1,0 +1,402 @@
+"""Interrupted, starved and competing writes: the final name holds the old file or the new one, and nothing else is left.
+
+Faults are set at exact places in a forked child, so that every place is met; scripts/fault_kill.py and
+scripts/fault_disk.py do the same to the real command at random moments and on a real full disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.hostile.builders import checkpoint
+from tests.models import SMALL, write_small
+from tmexport import files
+from tmexport.checkpoint import open_checkpoint, write_checkpoint
+from tmexport.errors import TmexportError
+from tmexport.files import atomic_write
+from tmexport.gguf.export import plan_export
+from tmexport.gguf.reader import open_gguf
+from tmexport.gguf.types import GGMLType
+from tmexport.gguf.writer import PlannedTensor, write_gguf
+
+ROOT = Path(__file__).resolve().parents[2]
+OLD = b"the old file"
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a forked child: its exit status, negative for a signal; 0 if it returned, 70 if it raised."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def planned(seed: int = 0) -> list[PlannedTensor]:
+    rng = np.random.default_rng(seed)
+    data = [rng.integers(0, 256, (n, 4096), np.uint8) for n in (4, 64, 1, 300)]
+    return [PlannedTensor(f"t{i}", (len(d), 1024), GGMLType.F32, lambda d=d: d) for i, d in enumerate(data)]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "m.gguf").write_bytes(OLD)
+    return tmp_path
+
+
+@pytest.fixture
+def new(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("new") / "m.gguf"
+    write_gguf(path, {"a": 1}, planned())
+    open_gguf(path)
+    return path.read_bytes()
+
+
+def test_killed_after_each_tensor(folder, new):
+    for number in range(len(planned())):
+        count = [0]
+
+        def on_tensor(tensor, count=count, number=number):
+            count[0] += 1
+            if count[0] > number:
+                die()
+
+        assert in_child(lambda f=on_tensor: write_gguf(folder / "m.gguf", {"a": 1}, planned(), f)) == -signal.SIGKILL
+        assert (folder / "m.gguf").read_bytes() == OLD
+    write_gguf(folder / "m.gguf", {"a": 1}, planned())
+    assert (folder / "m.gguf").read_bytes() == new
+
+
+@pytest.mark.parametrize(("call", "when", "survives"), [("fsync", "before", "old"), ("fsync", "after", "old"), ("chmod", "after", "old"),
+                                                        ("replace", "before", "old"), ("replace", "after", "new")])  # fmt: skip
+def test_killed_around_each_step_that_matters(folder, new, monkeypatch, call, when, survives):
+    real = getattr(os, call)
+
+    def fatal(*arguments):
+        if when == "before":
+            die()
+        real(*arguments)
+        die()
+
+    monkeypatch.setattr(files.os, call, fatal)
+    assert in_child(lambda: write_gguf(folder / "m.gguf", {"a": 1}, planned())) == -signal.SIGKILL
+    assert (folder / "m.gguf").read_bytes() == (OLD if survives == "old" else new)
+
+
+def test_the_data_is_on_the_disk_before_the_name_changes(folder, monkeypatch):
+    steps = []
+    for call in ("fsync", "replace"):
+        real = getattr(os, call)
+        monkeypatch.setattr(files.os, call, lambda *a, c=call, r=real: (steps.append(c), r(*a))[1])
+    write_gguf(folder / "m.gguf", {"a": 1}, planned())
+    assert steps == ["fsync", "replace", "fsync"]  # the data, the name, the folder that holds the name
+
+
+@pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+def test_a_failing_step_gives_one_line_and_no_debris(folder, monkeypatch, call, number):
+    def fails(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, call, fails)
+    with pytest.raises(
+        TmexportError, match=rf"m.gguf: cannot be written: {os.strerror(number)}; nothing was left behind"
+    ):
+        write_gguf(folder / "m.gguf", {"a": 1}, planned())
+    assert names(folder) == ["m.gguf"]
+    assert (folder / "m.gguf").read_bytes() == OLD
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100, 4096, 100_000, 1_000_000])
+def test_a_disk_that_fills_up(folder, limit):
+    """A limit on the file's size gives the error at exactly that byte."""
+
+    def starved():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(TmexportError, match="m.gguf: cannot be written: File too large; nothing was left behind"):
+            write_gguf(folder / "m.gguf", {"a": 1}, planned())
+
+    assert in_child(starved) == 0
+    assert names(folder) == ["m.gguf"]
+    assert (folder / "m.gguf").read_bytes() == OLD
+
+
+def test_a_folder_that_may_not_be_written():
+    """As nobody, because permissions do not bind root."""
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to other users
+        os.chmod(place, 0o755)
+        folder = Path(place) / "ro"
+        folder.mkdir()
+        (folder / "m.gguf").write_bytes(OLD)
+        folder.chmod(0o555)
+
+        def as_nobody():
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            with pytest.raises(TmexportError, match="m.gguf: cannot be written: Permission denied; nothing was left"):
+                write_gguf(folder / "m.gguf", {"a": 1}, planned())
+
+        assert in_child(as_nobody) == 0
+        assert names(folder) == ["m.gguf"]
+        assert (folder / "m.gguf").read_bytes() == OLD
+
+
+def test_places_where_no_file_can_be(tmp_path):
+    (tmp_path / "file").write_bytes(OLD)
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in [
+        (tmp_path, "is a folder; expected the name of a file to write"),
+        (tmp_path / "none" / "m", "cannot be written: No such file or directory"),
+        (tmp_path / "file" / "m", "cannot be written: Not a directory"),
+        (tmp_path / ("x" * 300), "cannot be written: File name too long"),
+        (tmp_path / "pipe", "is a device or a pipe"),
+        (Path("/dev/null"), "is a device or a pipe"),
+    ]:
+        with pytest.raises(TmexportError, match=message):
+            write_gguf(path, {"a": 1}, planned())
+    assert names(tmp_path) == ["file", "pipe"]
+    assert Path("/dev/null").is_char_device()
+
+
+def test_the_longest_name_a_file_can_have(tmp_path):
+    for name in ("x" * 255, "\u00e9" * 127):
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+
+
+def write_half(path: Path, error: type[BaseException]) -> None:
+    with atomic_write(path) as file:
+        file.write(bytes(100_000))
+        raise error
+
+
+def test_an_error_while_writing_leaves_nothing(folder):
+    for error in (KeyboardInterrupt, SystemExit, MemoryError, ValueError, AssertionError):
+        with pytest.raises(error):
+            write_half(folder / "m.gguf", error)
+        assert names(folder) == ["m.gguf"]
+        assert (folder / "m.gguf").read_bytes() == OLD
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        old = os.umask(mask)
+        try:
+            with atomic_write(tmp_path / "m"):
+                pass
+        finally:
+            os.umask(old)
+        assert (tmp_path / "m").stat().st_mode & 0o777 == mode
+
+
+def test_two_writers_of_one_name_do_not_mix(tmp_path):
+    path, wanted = tmp_path / "m.gguf", set()
+    for seed in (1, 2):
+        write_gguf(path, {"a": seed}, planned(seed))
+        wanted.add(hashlib.sha256(path.read_bytes()).digest())
+
+    def writes(seed: int) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for _ in range(15):
+                    write_gguf(path, {"a": seed}, planned(seed))
+                os._exit(0)
+            finally:
+                os._exit(70)
+        return pid
+
+    children = [writes(1), writes(2)]
+    seen, codes = set(), []
+    while children:
+        seen.add(hashlib.sha256(path.read_bytes()).digest())
+        for pid in list(children):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                children.remove(pid)
+                codes.append(os.waitstatus_to_exitcode(status))
+    assert codes == [0, 0]
+    assert seen <= wanted
+    assert names(tmp_path) == ["m.gguf"]
+
+
+def test_a_reader_keeps_the_file_it_opened(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, {"a": 1}, planned(1))
+    reader = open_gguf(path)
+    before = reader.blocks("t3").copy()
+    write_gguf(path, {"a": 2}, planned(2))
+    assert np.array_equal(reader.blocks("t3"), before)
+    assert not np.array_equal(open_gguf(path).blocks("t3"), before)
+
+
+def test_a_killed_checkpoint_writer_leaves_old_or_new_files(tmp_path, monkeypatch):
+    """Three files, each whole; model.safetensors, the one that matters, is last."""
+    folder = write_small(tmp_path / "ckpt", SMALL, 256, seed=1)
+    before = {name: (folder / name).read_bytes() for name in names(folder)}
+    source = open_checkpoint(write_small(tmp_path / "other", SMALL, 256, seed=2))
+    tensors = {n: source.ternary(n) if source.is_stored_ternary(n) else source.dense(n) for n in source.names}
+    after = {name: (tmp_path / "other" / name).read_bytes() for name in before}
+    real = os.replace
+    for survivors in range(4):
+        count = [0]
+
+        def fatal(*arguments, count=count, survivors=survivors):
+            if count[0] == survivors:
+                die()
+            count[0] += 1
+            real(*arguments)
+
+        monkeypatch.setattr(files.os, "replace", fatal)
+        code = in_child(lambda: write_checkpoint(folder, SMALL, tensors, tmp_path / "other" / "tokenizer.json"))
+        monkeypatch.undo()
+        assert code == (-signal.SIGKILL if survivors < 3 else 0)
+        for name in before:
+            assert (folder / name).read_bytes() in (before[name], after[name])
+        assert ((folder / "model.safetensors").read_bytes() == after["model.safetensors"]) == (survivors == 3)
+        open_checkpoint(folder)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+import tmexport.gguf.export as export
+real, calls = export.encode_float, []
+def slow(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        print("in the middle", flush=True)
+        time.sleep(60)
+    return real(*arguments)
+export.encode_float = slow
+from tmexport.cli import main
+sys.argv = ["tmexport", "gguf", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "text"), [
+    (signal.SIGINT, 130, "tmexport: interrupted; nothing was left half written\n"), (signal.SIGTERM, 143, "")])  # fmt: skip
+def test_interrupted_in_the_middle(folder, tmp_path_factory, number, code, text):
+    source = checkpoint(tmp_path_factory.mktemp("source"))
+    process = subprocess.Popen([sys.executable, "-c", SLOW, source, folder / "m.gguf"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "in the middle\n":
+            break
+    assert len(names(folder)) == 2  # the temporary file is there
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors.endswith(text)
+    assert "Traceback" not in errors
+    assert names(folder) == ["m.gguf"]
+    assert (folder / "m.gguf").read_bytes() == OLD
+
+
+def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    program = "from tmexport.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", program, *map(os.fspath, arguments)], cwd=ROOT, text=True, capture_output=True, check=False, **options)  # fmt: skip
+
+
+def test_the_command_never_overwrites_the_checkpoint_it_reads(tmp_path):
+    folder = checkpoint(tmp_path / "ckpt")
+    (tmp_path / "link").symlink_to(folder / "model.safetensors")
+    before = {name: (folder / name).read_bytes() for name in names(folder)}
+    for output in (folder / "model.safetensors", folder / "config.json", tmp_path / "link"):
+        done = command("gguf", folder, output)
+        assert done.returncode == 2
+        assert (
+            done.stderr.splitlines()[-1]
+            == f"tmexport: {output}: is a file of the checkpoint itself; name another file to write"
+        )
+    assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+
+
+def test_a_refused_file_is_one_line_whatever_it_is_called(tmp_path):
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/[red]\xff\x1b[2J\n.gguf")
+    Path(bad).write_bytes(b"GGML" + bytes(100))
+    done = command("inspect", bad)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr
+    assert "starts with b'GGML'; expected b'GGUF'" in done.stderr
+    good = os.fsdecode(os.fsencode(tmp_path) + b"/[/bold]\xff.gguf".replace(b"/b", b"b"))
+    done = command("gguf", checkpoint(tmp_path / "ckpt\udcff[x]"), good)
+    assert done.returncode == 0, done.stderr
+    for check in (("inspect", good), ("inspect", good, "--json"), ("verify", tmp_path / "ckpt\udcff[x]", good)):
+        done = command(*check)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path):
+    """Hash seeds, time zones, locales, working folders and umasks must not reach the file."""
+    folder, digests = write_small(tmp_path / "ckpt", SMALL, 256), set()
+    for number, (seed, zone, locale) in enumerate(
+        (("0", "UTC", "C"), ("1", "Asia/Tokyo", "C.UTF-8"), ("random", "America/Lima", "POSIX"))
+    ):
+        output = tmp_path / f"{number}.gguf"
+        environment = os.environ | {
+            "PYTHONHASHSEED": seed,
+            "TZ": zone,
+            "LC_ALL": locale,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(number + 1),
+        }
+        done = command("gguf", folder, output, "--json", env=environment)
+        assert done.returncode == 0, done.stderr
+        digests.add(hashlib.sha256(output.read_bytes()).hexdigest())
+    plan_export(open_checkpoint(folder)).write(tmp_path / "here.gguf", lambda t: None)
+    digests.add(hashlib.sha256((tmp_path / "here.gguf").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_random_kills_of_the_command(tmp_path):
+    """Three of the fifty that scripts/fault_kill.py does."""
+    folder, output, rng = write_small(tmp_path / "ckpt", SMALL, 256), tmp_path / "m.gguf", random.Random(0)
+    began = time.monotonic()
+    assert command("gguf", folder, output).returncode == 0
+    whole, duration = output.read_bytes(), time.monotonic() - began
+    output.write_bytes(OLD)
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", "from tmexport.cli import main; main()", "gguf", folder, output], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        time.sleep(rng.uniform(0.3, 1.0) * duration)
+        process.kill()
+        process.wait()
+        assert output.read_bytes() in (OLD, whole)
