@@ -170,12 +170,15 @@ def run_command(command: Sequence[str], capture: bool) -> bytes:
         KeyboardInterrupt: we were interrupted; the command was interrupted too, and has ended.
     """
     program = Path(sys.executable).parent / command[0]
+    # Threads that wait by spinning make each other wait on a machine that has other work too: 5 times slower, measured.
+    environment = {"GOMP_SPINCOUNT": "10000"} | os.environ
     # A group of its own, so that Ctrl-C reaches it exactly once: through us.
     with _terminated_like_interrupted():
         process = subprocess.Popen(
             [str(program), *command[1:]],
             stdout=subprocess.PIPE if capture else None,
             stdin=subprocess.DEVNULL,
+            env=environment,
             process_group=0,
         )
         try:

@@ -105,7 +105,7 @@ def main() -> None:
     stamp.unlink(missing_ok=True)
     log = venv / "setup.log"
     log.write_text("", encoding="utf-8")
-    run_logged([sys.executable, "-m", "venv", str(venv)], log, f"Creating {os.path.relpath(venv)} ...")
+    run_logged([sys.executable, "-m", "venv", str(venv)], log, f"Preparing {os.path.relpath(venv)}/ ...")
     pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off", *cpu_index(), "-e", ".[dev]"]
     run_logged(pip, log, "Installing tmexport and what it needs (PyTorch among it; a few minutes, once) ...")
     stamp.write_text(wanted, encoding="utf-8")
