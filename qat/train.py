@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qat.data import Batches, TokenStream, tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
 from qat.memory import keep_freed_memory
 from qat.model import Mamba2LM, load_model
+from qat.plan import ACCELERATORS, config_of, describe, make_plan
 from qat.progress import run_command
 from qat.quantizer import make_ternary, quantized_weights
 from qat.recipe import Recipe, load_recipe, options
@@ -141,17 +143,7 @@ def _config_of(recipe: Recipe, tokenizer: Path) -> Mamba2Config:
 
     known = Tokenizer.from_file(str(tokenizer))
     eos = known.token_to_id(END_OF_TEXT)
-    return Mamba2Config(
-        d_model=recipe.d_model,
-        n_layer=recipe.n_layer,
-        vocab_size=known.get_vocab_size(),
-        d_state=recipe.d_state,
-        expand=recipe.expand,
-        headdim=recipe.headdim,
-        n_groups=recipe.n_groups,
-        bos_token_id=eos,
-        eos_token_id=eos,
-    )
+    return replace(config_of(recipe), vocab_size=known.get_vocab_size(), bos_token_id=eos, eos_token_id=eos)
 
 
 def _first_tokens(stream: TokenStream, count: int, eos: int, tokenizer: Path) -> tuple[np.ndarray, int]:
@@ -174,17 +166,18 @@ def _first_tokens(stream: TokenStream, count: int, eos: int, tokenizer: Path) ->
 @click.option(
     "--data",
     multiple=True,
-    required=True,
     type=click.Path(path_type=Path),
     help="text, JSON Lines, Parquet or a folder; repeatable",
 )
 @click.option(
     "--held-out", multiple=True, type=click.Path(path_type=Path), help="text to score during training; repeatable"
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="folder for the result")
+@click.option("--out", type=click.Path(path_type=Path), help="folder for the result")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if the teacher's folder has none")
 @click.option("--recipe", "recipe_name", help="TOML file, or the name of one in recipes/ (demo-cpu)")
 @click.option("--resume", is_flag=True, help="go on with the run in OUT, if there is one")
+@click.option("--plan", "plan_only", is_flag=True, help="print what the recipe costs (memory, FLOPs, hours) and stop")
+@click.option("--accelerator", default="h100", show_default=True, help="for --plan: " + ", ".join(ACCELERATORS))
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object at the end")
 @options
 def main(
@@ -192,10 +185,12 @@ def main(
     from_scratch: bool,
     data: tuple[Path, ...],
     held_out: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     tokenizer: Path | None,
     recipe_name: str | None,
     resume: bool,
+    plan_only: bool,
+    accelerator: str,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -203,8 +198,16 @@ def main(
 
     Example: python -m qat.train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
     """
+    if plan_only:
+        recipe = load_recipe(recipe_name, "teacher" if from_scratch else "student", flags)
+        config = open_checkpoint(teacher).config if teacher else config_of(recipe)
+        plan = make_plan(recipe, config, accelerator, not from_scratch)
+        click.echo(json.dumps(asdict(plan)) if as_json else describe(plan))
+        return
     if (teacher is None) != from_scratch:
         raise UsageError("give either --teacher DIR or --from-scratch")
+    if not data or out is None:
+        raise UsageError("give the text with --data and a folder for the result with --out")
     recipe = load_recipe(recipe_name, "student" if teacher else "teacher", flags)
     try:
         summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume)

@@ -1,0 +1,170 @@
+"""What a recipe will cost, without loading a weight: parameters, memory, tokens, FLOPs, hours.
+
+The activations are not estimated from a formula: one layer runs on torch's meta device (shapes without data) and what
+autograd keeps for its backward pass is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.model import Block, Mamba2LM, default_chunk
+from qat.quantizer import make_ternary
+from qat.recipe import Recipe
+from tmexport.config import Mamba2Config
+from tmexport.errors import UsageError
+
+UTILISATION = (
+    0.25  # share of the peak that a plain-torch scan is assumed to reach; measure your own and scale the hours
+)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Dense bf16 peak in FLOP/s and memory in bytes, from the vendor's data sheet."""
+
+    flops: float
+    memory: float
+
+
+ACCELERATORS = {
+    "h100": Accelerator(989e12, 80e9),
+    "h200": Accelerator(989e12, 141e9),
+    "a100": Accelerator(312e12, 80e9),
+    "rtx4090": Accelerator(165e12, 24e9),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters, tokens and FLOPs are counts; memory is in bytes on each accelerator."""
+
+    parameters: int
+    ternary_parameters: int
+    steps: int
+    tokens: int
+    flops: float
+    memory_weights: int
+    memory_gradients: int
+    memory_optimizer: int
+    memory_teacher: int
+    memory_activations: int
+    memory_loss: int
+    memory_total: int
+    accelerator: str
+    memory_available: int
+    fits: bool
+    hours: float
+
+
+def config_of(recipe: Recipe, tied: bool = True) -> Mamba2Config:
+    """The dimensions a recipe states."""
+    return Mamba2Config(
+        d_model=recipe.d_model,
+        n_layer=recipe.n_layer,
+        vocab_size=recipe.vocab_size,
+        d_state=recipe.d_state,
+        expand=recipe.expand,
+        headdim=recipe.headdim,
+        n_groups=recipe.n_groups,
+        tie_embeddings=tied,
+    )
+
+
+def make_plan(recipe: Recipe, config: Mamba2Config, accelerator: str, with_teacher: bool) -> Plan:
+    """The cost of `recipe` on one accelerator of a kind in ACCELERATORS.
+
+    Raises:
+        UsageError: the accelerator is not known, or the group size does not fit the model.
+    """
+    if accelerator not in ACCELERATORS:
+        raise UsageError(f"accelerator {accelerator!r} is not known; expected one of {', '.join(ACCELERATORS)}")
+    machine = ACCELERATORS[accelerator]
+    with torch.device("meta"):
+        model = Mamba2LM(config)
+    if with_teacher:
+        make_ternary(model, recipe.group_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    ternary = sum(m.in_features * m.out_features for m in model.ternary_modules().values())
+    head = config.vocab_size * config.d_model
+    tokens = recipe.steps * recipe.tokens_per_step
+
+    sequences = max(1, recipe.batch_size // recipe.accumulate)
+    low = recipe.dtype == "bfloat16"
+    entering, kept = layer_activations(model.backbone.layers[0], sequences, recipe.seq_len, config.d_model, low)
+    if recipe.checkpoint_activations:
+        activations = config.n_layer * entering + 2 * kept  # one layer's tensors, and as much again of their gradients
+    else:
+        activations = config.n_layer * kept + kept
+    memory = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "teacher": (2 if low else 4) * parameters if with_teacher else 0,
+        "activations": activations,
+        "loss": 4 * head + 6 * 4 * 2**21 + 2 * entering,  # gradient of the head, logits of one chunk, hidden states
+    }
+    total = sum(memory.values())
+    forward = config.n_layer * scan_flops(config, recipe) + 2 * (ternary + head)
+    passes = 3 + (1 if with_teacher and recipe.kd_weight > 0 else 0) + (1 if recipe.checkpoint_activations else 0)
+    flops = float(forward) * passes * tokens
+    return Plan(
+        parameters,
+        ternary,
+        recipe.steps,
+        tokens,
+        flops,
+        *(int(value) for value in memory.values()),
+        memory_total=int(total),
+        accelerator=accelerator,
+        memory_available=int(machine.memory),
+        fits=total < 0.92 * machine.memory,  # the rest: the CUDA context, workspaces, fragmentation
+        hours=flops / (machine.flops * UTILISATION) / 3600,
+    )
+
+
+def scan_flops(config: Mamba2Config, recipe: Recipe) -> int:
+    """Multiplications and additions of the scan and the convolution, a token and layer, forward."""
+    chunk = min(recipe.seq_len, default_chunk(torch.device("cuda")))
+    products = chunk * config.n_groups * config.d_state + chunk * config.d_inner + 2 * config.d_state * config.d_inner
+    return 2 * (products + config.d_conv * config.conv_dim)
+
+
+def layer_activations(layer: nn.Module, sequences: int, seq_len: int, d_model: int, low: bool) -> tuple[int, int]:
+    """(bytes of the layer's input, bytes of the other tensors that autograd keeps until the layer's backward pass).
+
+    `layer` must be on the meta device; parameters are not counted.
+    """
+    assert isinstance(layer, Block)
+    own = {p.untyped_storage()._cdata for p in layer.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            kept[storage] = tensor  # holding it keeps the storage's identity from being used again
+        return tensor
+
+    hidden = torch.empty(sequences, seq_len, d_model, device="meta", requires_grad=True)
+    # autocast does not act on the meta device: the 16-bit share is taken as half of what fp32 keeps.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(hidden)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return hidden.nbytes, total // 2 if low else total
+
+
+def describe(plan: Plan) -> str:
+    """The plan as lines for a person."""
+    gigabytes = {key.removeprefix("memory_"): value / 1e9 for key, value in asdict(plan).items() if "memory_" in key}
+    lines = [
+        f"parameters   {plan.parameters:,} ({plan.ternary_parameters:,} ternary)",
+        f"tokens       {plan.tokens:,} in {plan.steps:,} steps",
+        f"compute      {plan.flops:.3g} FLOP",
+        f"time         {plan.hours:.2f} hours on one {plan.accelerator} at {UTILISATION:.0%} of its bf16 peak (assumed)",
+    ]
+    lines += [f"memory       {name:<12}{size:8.2f} GB" for name, size in gigabytes.items()]
+    lines.append("it fits" if plan.fits else "it does not fit: raise --accumulate, or use --checkpoint-activations")
+    return "\n".join(lines)
