@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +14,9 @@ from tmexport.gguf.decode import decode_ternary, dequantize
 from tmexport.gguf.names import config_from_metadata, group_size_of
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.gguf.types import GGMLType
+
+if TYPE_CHECKING:
+    from runtime_ref.kernels.pack import Packed
 
 
 def gguf_source(path: Path | str) -> Source:
@@ -37,7 +42,33 @@ def source_of(gguf: GGUFFile) -> Source:
         values = dequantize(gguf.blocks(name), info.type, info.shape[-1], name)
         return values.reshape(info.shape)
 
-    return Source(config, matrix, vector, "output.weight" not in gguf.tensors)
+    def packed(name: str) -> Packed:
+        from runtime_ref.kernels.repack import read_packed
+
+        result = read_packed(gguf, name, group)
+        _forget(gguf, name)
+        return result
+
+    def activation_block(name: str, profile: str) -> int:
+        kind = gguf.tensors[name].type
+        if not kind.is_ternary:
+            return 32
+        assert group is not None
+        return group if profile == "exact" else fast_block(kind)
+
+    return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
+
+
+def _forget(gguf: GGUFFile, name: str) -> None:
+    """Let the system take back the mapped pages of a tensor that has been read."""
+    mapped = getattr(gguf.data, "_mmap", None)
+    if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    info = gguf.tensors[name]
+    start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        mapped.madvise(mmap.MADV_DONTNEED, start, length)
 
 
 def read_matrix(gguf: GGUFFile, name: str, group: int | None) -> Matrix:

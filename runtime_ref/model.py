@@ -29,7 +29,7 @@ from runtime_ref.weights import Source
 from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
 
-CHUNK = 64  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
+CHUNK = 32  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
 
 
 def default_threads() -> int:

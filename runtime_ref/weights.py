@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tmexport.config import Mamba2Config
+
+if TYPE_CHECKING:
+    from runtime_ref.kernels.pack import Packed
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,16 @@ class Source:
     Attributes:
         config: the dimensions.
         matrix: a weight matrix by name.
+        packed: the same in the kernels' layout (`kernels.pack`).
+        activation_block: how many activations share a scale when multiplied with a matrix, by name and profile.
         vector: any small tensor by name, fp32, in numpy's (rows first) shape.
         tied: there is no separate head.
     """
 
     config: Mamba2Config
     matrix: Callable[[str], Matrix]
+    packed: Callable[[str], Packed]
+    activation_block: Callable[[str, str], int]
     vector: Callable[[str], np.ndarray]
     tied: bool
 
@@ -126,4 +134,20 @@ def load_weights(source: Source) -> Weights:
 
 def memory_source(config: Mamba2Config, tensors: dict[str, np.ndarray | Matrix]) -> Source:
     """A model held in memory, tensors under their GGUF names (for tests and experiments)."""
-    return Source(config, tensors.__getitem__, tensors.__getitem__, "output.weight" not in tensors)  # type: ignore[arg-type]
+    from runtime_ref.kernels.pack import pack
+
+    return Source(
+        config,
+        matrix=tensors.__getitem__,  # type: ignore[arg-type]
+        packed=lambda name: pack(tensors[name]),  # type: ignore[arg-type]
+        activation_block=lambda name, profile: activation_block(tensors[name], profile),  # type: ignore[arg-type]
+        vector=tensors.__getitem__,  # type: ignore[arg-type]
+        tied="output.weight" not in tensors,
+    )
+
+
+def activation_block(matrix: Matrix, profile: str) -> int:
+    """How many activations share a scale when multiplied with this matrix."""
+    if isinstance(matrix, TernaryMatrix):
+        return matrix.group if profile == "exact" else matrix.fast_block
+    return 32

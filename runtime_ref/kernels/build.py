@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from runtime_ref.kernels.pack import Packed, PackedTernary, pack, stack
+from runtime_ref.kernels.isa import Isa, select
+from runtime_ref.kernels.pack import Packed, PackedTernary, empty_stack, put
 from runtime_ref.kernels.profiles import PROFILES, Exact, Fast
 from runtime_ref.kernels.scratch import Dims, dims_of
-from runtime_ref.weights import Matrix, Source, TernaryMatrix, small_tensors
+from runtime_ref.weights import Source, small_tensors
 from tmexport.errors import GGUFError
-
-
-class Portable(NamedTuple):
-    """Plain Numba loops; any CPU."""
-
-    lanes: int
 
 
 class Small(NamedTuple):
@@ -35,7 +32,7 @@ class Small(NamedTuple):
 class Built(NamedTuple):
     """The leading arguments of `engine.run`, in its order."""
 
-    isa: Portable
+    isa: Isa
     profile: Exact | Fast
     dims: Dims
     small: Small
@@ -46,41 +43,50 @@ class Built(NamedTuple):
 
 
 def build(source: Source, profile: str) -> Built:
-    """Pack every tensor of the model.
+    """Pack every tensor of the model, layers on a few threads.
 
     Raises:
-        GGUFError: types that the kernels do not compute.
+        GGUFError: damaged tensors, or types and dimensions that the kernels do not compute.
     """
     c = source.config
+    for what, size in (("d_model", c.d_model), ("headdim", c.headdim), ("d_state", c.d_state)):
+        if size % 16:
+            raise GGUFError(f"{what} is {size}; this runtime needs a multiple of 16")
+    isa = select()
     small = Small(**small_tensors(source))
-    stacks, blocks = [], []
-    for name, k in (("ssm_in", c.d_model), ("ssm_out", c.d_inner)):
-        layers, block = [], 32
-        for i in range(c.n_layer):
-            matrix = source.matrix(f"blk.{i}.{name}.weight")
-            block = activation_block(matrix, profile)
-            if k % block:
-                raise GGUFError(f"blk.{i}.{name}.weight: rows of {k} do not divide into activation blocks of {block}")
-            layers.append(pack(matrix))
-        try:
-            stacks.append(stack(layers, name))
-        except ValueError as error:
-            raise GGUFError(str(error)) from None
-        blocks.append(block)
+    in_proj, in_block = _layers(source, "ssm_in", c.d_model, profile)
+    out_proj, out_block = _layers(source, "ssm_out", c.d_inner, profile)
     embedding = _one(source, "token_embd.weight")
     head = embedding if source.tied else _one(source, "output.weight")
-    return Built(Portable(16), PROFILES[profile], dims_of(c, *blocks), small, embedding, stacks[0], stacks[1], head)
+    dims = dims_of(c, in_block, out_block)
+    return Built(isa, PROFILES[profile], dims, small, embedding, in_proj, out_proj, head)
 
 
-def activation_block(matrix: Matrix, profile: str) -> int:
-    """How many activations share a scale when multiplied with this matrix."""
-    if isinstance(matrix, TernaryMatrix):
-        return matrix.group if profile == "exact" else matrix.fast_block
-    return 32
+def _layers(source: Source, suffix: str, k: int, profile: str) -> tuple[Packed, int]:
+    """One projection of all layers, and how many of its activations share a scale."""
+    names = [f"blk.{i}.{suffix}.weight" for i in range(source.config.n_layer)]
+    first = source.packed(names[0])
+    blocks = {source.activation_block(name, profile) for name in names}
+    block = min(blocks)
+    if len(blocks) > 1 or k % block:
+        raise GGUFError(f"{names[0]}: rows of {k} do not divide into activation blocks of {sorted(blocks)}")
+    stacked = empty_stack(len(names), first)
+
+    def fill(layer: int) -> None:
+        put(stacked, layer, source.packed(names[layer]) if layer else first, names[layer])
+
+    try:
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(fill, range(len(names))))
+    except ValueError as error:
+        raise GGUFError(str(error)) from None
+    return stacked, block
 
 
 def _one(source: Source, name: str) -> Packed:
-    packed = pack(source.matrix(name))
+    packed = source.packed(name)
     if isinstance(packed, PackedTernary):
         raise GGUFError(f"{name}: is ternary; expected F16, F32, BF16, Q8_0 or Q4_0 for an embedding or head")
-    return stack([packed], name)
+    stacked = empty_stack(1, packed)
+    put(stacked, 0, packed, name)
+    return stacked

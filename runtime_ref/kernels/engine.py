@@ -10,15 +10,14 @@ from runtime_ref.kernels.intrinsics import (
     atomic_add,
     atomic_load,
     atomic_store,
-    float_to_half,
-    half_to_float,
     pointer_f32,
     pointer_u16,
     sched_yield,
 )
-from runtime_ref.kernels.math import exp, silu, softplus
-from runtime_ref.kernels.matmul import embed, multiply, prepare, tree16
+from runtime_ref.kernels.math import exp, softplus, vector_silu
+from runtime_ref.kernels.matmul import embed, multiply, prepare
 from runtime_ref.kernels.profiles import Exact
+from runtime_ref.kernels.vector import load, splat, store, tree_sum, widen
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
@@ -47,15 +46,14 @@ def barrier(sync, threads):
 def rms_norm(x, weight, out, eps):
     """`reference.rms_norm` of one vector; returns False if it holds an Inf or a NaN."""
     n = x.shape[0]
-    lanes = np.zeros(16, np.float64)
-    for start in range(0, n, 16):
-        for i in range(min(16, n - start)):
-            wide = np.float64(x[start + i])
-            lanes[i] += wide * wide
-    mean = tree16(lanes) / np.float64(n)
-    inverse = np.float32(1.0 / np.sqrt(mean + eps))
-    for i in range(n):
-        out[i] = (x[i] * inverse) * weight[i]
+    lanes = splat(np.float64(0.0))
+    for i in range(0, n, 16):
+        wide = widen(load(x, i))
+        lanes = lanes + wide * wide
+    mean = tree_sum(lanes) / np.float64(n)
+    inverse = splat(np.float32(1.0 / np.sqrt(mean + eps)))
+    for i in range(0, n, 16):
+        store(out, i, (load(x, i) * inverse) * load(weight, i))
     return np.isfinite(mean)
 
 
@@ -63,18 +61,23 @@ def rms_norm(x, weight, out, eps):
 def convolve(dims, small, layer, s, conv, first, rows, low, high):
     """Channels low..high of the causal convolution over `rows` consecutive tokens; `conv` [K-1, C] is updated."""
     taps = dims.d_conv
+    bias, weight = small.conv_bias[layer], small.conv_weight[layer]
     for t in range(rows):
-        for c in range(low, high):
-            total = small.conv_bias[layer, c]
+        target = s.xbc[first + t]
+        for c in range(low, high, 16):
+            total = load(bias, c)
             for tap in range(taps):
                 age = t + tap - (taps - 1)
-                value = conv[t + tap, c] if age < 0 else s.proj[first + age, dims.d_inner + c]
-                total = total + small.conv_weight[layer, tap, c] * value
-            s.xbc[first + t, c] = silu(total)
+                value = load(conv[t + tap], c) if age < 0 else load(s.proj[first + age], dims.d_inner + c)
+                total = total + load(weight[tap], c) * value
+            store(target, c, vector_silu(total))
     for tap in range(taps - 1):
         age = rows + tap - (taps - 1)
-        for c in range(low, high):
-            conv[tap, c] = conv[rows + tap, c] if age < 0 else s.proj[first + age, dims.d_inner + c]
+        for c in range(low, high, 16):
+            if age < 0:
+                store(conv[tap], c, load(conv[rows + tap], c))
+            else:
+                store(conv[tap], c, load(s.proj[first + age], dims.d_inner + c))
 
 
 def state_pointer(profile, address):
@@ -88,56 +91,35 @@ def _state_pointer(profile, address):
     return lambda profile, address: pointer_u16(address)
 
 
-def read_state(profile, value):
-    """A stored state value in fp32."""
-
-
-@overload(read_state)
-def _read_state(profile, value):
-    return (
-        (lambda profile, value: value)
-        if profile.instance_class is Exact
-        else (lambda profile, value: half_to_float(value))
-    )
-
-
-def round_state(profile, value):
-    """An fp32 value as it is stored."""
-
-
-@overload(round_state)
-def _round_state(profile, value):
-    return (
-        (lambda profile, value: value)
-        if profile.instance_class is Exact
-        else (lambda profile, value: float_to_half(value))
-    )
-
-
 @njit
-def scan_head(profile, dims, small, layer, s, ssm, first, rows, head):
-    """The recurrence of one head over `rows` consecutive tokens, and the gate; ssm [H, P, N] is updated."""
+def scan_head(dims, small, layer, s, ssm, first, rows, head):
+    """The recurrence of one head over `rows` consecutive tokens, and the gate; ssm [H, P, N] is updated.
+
+    The state's loads and stores convert to and from fp32, so y reads the new state before it is rounded.
+    """
     width, n = dims.headdim, dims.d_state
     group = head // (dims.n_heads // dims.n_groups)
     b_at = dims.d_inner + group * n
     c_at = b_at + dims.n_groups * n
-    lanes = np.empty(16, np.float32)
+    skip = splat(small.d[layer, head])
+    states = ssm[head]
     for r in range(first, first + rows):
         dt = softplus(s.proj[r, dims.d_inner + dims.conv_dim + head] + small.dt_bias[layer, head])
-        decay = exp(dt * small.a[layer, head])
+        decay = splat(exp(dt * small.a[layer, head]))
+        xbc, y_row, z_row = s.xbc[r], s.wide[r], s.proj[r]
         for p in range(width):
             channel = head * width + p
-            x = s.xbc[r, channel]
-            dtx = dt * x
-            lanes[:] = ZERO
-            for start in range(0, n, 16):
-                for i in range(min(16, n - start)):
-                    h = read_state(profile, ssm[head, p, start + i]) * decay
-                    h = h + dtx * s.xbc[r, b_at + start + i]
-                    ssm[head, p, start + i] = round_state(profile, h)
-                    lanes[i] += h * s.xbc[r, c_at + start + i]
-            y = tree16(lanes) + small.d[layer, head] * x
-            s.wide[r, channel] = y * silu(s.proj[r, channel])
+            h_row = states[p]
+            dtx = splat(dt * xbc[channel])
+            lanes = splat(ZERO)
+            for i in range(0, n, 16):
+                h = load(h_row, i) * decay + dtx * load(xbc, b_at + i)
+                store(h_row, i, h)
+                lanes = lanes + h * load(xbc, c_at + i)
+            y_row[channel] = tree_sum(lanes)
+        for channel in range(head * width, (head + 1) * width, 16):
+            y = load(y_row, channel) + skip * load(xbc, channel)
+            store(y_row, channel, y * vector_silu(load(z_row, channel)))
 
 
 @njit
@@ -164,30 +146,28 @@ def run(
         for r in range(tid, rows, threads):
             if not rms_norm(s.x[r], small.norm[layer], s.wide[r, :d], dims.eps) and s.bad[r] < 0:
                 s.bad[r] = layer
-            s.wide[r, d:] = ZERO
             prepare(profile, in_proj, s, r, d, dims.in_block)
         barrier(sync, threads)
         multiply(isa, profile, in_proj, layer, s, rows, d, dims.in_block, s.proj, False, tid, threads)
         barrier(sync, threads)
-        low, high = _share(dims.conv_dim, tid, threads)
+        low, high = _share(dims.conv_dim // 16, tid, threads)
         for q in range(sequences):
             at = conv_at[q] + np.uint64(4 * layer * (dims.d_conv - 1) * dims.conv_dim)
             conv = carray(pointer_f32(at), (dims.d_conv - 1, dims.conv_dim))
-            convolve(dims, small, layer, s, conv, q * length, length, low, high)
+            convolve(dims, small, layer, s, conv, q * length, length, low * 16, high * 16)
         barrier(sync, threads)
         low, high = _share(dims.n_heads, tid, threads)
         shape = (dims.n_layer, dims.n_heads, dims.headdim, dims.d_state)
         for q in range(sequences):
             ssm = carray(state_pointer(profile, ssm_at[q]), shape)[layer]
             for h in range(low, high):
-                scan_head(profile, dims, small, layer, s, ssm, q * length, length, h)
+                scan_head(dims, small, layer, s, ssm, q * length, length, h)
         barrier(sync, threads)
         part = dims.d_inner // dims.n_groups
         for r in range(tid, rows, threads):
             for g in range(dims.n_groups):
                 span = s.wide[r, g * part : (g + 1) * part]
                 rms_norm(span, small.gate_norm[layer, g * part : (g + 1) * part], span, dims.eps)
-            s.wide[r, dims.d_inner :] = ZERO
             prepare(profile, out_proj, s, r, dims.d_inner, dims.out_block)
         barrier(sync, threads)
         multiply(isa, profile, out_proj, layer, s, rows, dims.d_inner, dims.out_block, s.x, True, tid, threads)
@@ -197,7 +177,6 @@ def run(
         if all_logits or r % length == length - 1:
             target = r if all_logits else r // length
             finite = rms_norm(s.x[r], small.norm_f, s.wide[target, :d], dims.eps)
-            s.wide[target, d:] = ZERO
             prepare(profile, head, s, target, d, 32)
         else:
             finite = rms_norm(s.x[r], small.norm_f, s.x[r], dims.eps)

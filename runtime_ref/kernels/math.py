@@ -1,4 +1,4 @@
-"""exp, softplus, silu: the operations of `runtime_ref.reference`, one scalar at a time, in the same order."""
+"""exp, softplus, silu: the operations of `runtime_ref.reference` in the same order, on scalars and on vectors of 16."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 from numba import njit
 
 from runtime_ref.kernels.intrinsics import bits_float, float_bits
+from runtime_ref.kernels.vector import bits, clamp_above, clamp_below, floats, shift_left, splat
 
-# ruff: noqa: ANN001, ANN201 - compiled functions; their types are in the docstrings of the callers
+# ruff: noqa: ANN001, ANN201 - compiled functions, typed by Numba
 
 MAGIC = np.float32(12582912.0)
 MAGIC_BITS = np.int32(0x4B400000)
-ONE, HALF = np.float32(1.0), np.float32(0.5)
+ONE, HALF, ZERO = np.float32(1.0), np.float32(0.5), np.float32(0.0)
 LOG2E, LN2_HI, LN2_LO = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP_LO, EXP_HI, SOFTPLUS_LINEAR = np.float32(-87.0), np.float32(88.0), np.float32(20.0)
 E0, E1, E2, E3, E4, E5 = (
@@ -33,6 +34,7 @@ L0, L1, L2, L3, L4, L5, L6, L7, L8 = (
         3.3333331174e-1,
     )
 )
+BIAS, MANTISSA = np.int32(127), np.int32(23)
 
 
 @njit
@@ -51,16 +53,16 @@ def exp(x):
     p = p * (r * r) + r
     p = p + ONE
     exponent = np.int32(float_bits(shifted) - MAGIC_BITS)
-    return p * bits_float(np.int32((exponent + np.int32(127)) << np.int32(23)))
+    return p * bits_float(np.int32((exponent + BIAS) << MANTISSA))
 
 
 @njit
 def log1p(y):
     u = ONE + y
     correction = (y - (u - ONE)) / u
-    bits = float_bits(u)
-    exponent = np.int32(np.int32(bits >> np.int32(23)) - np.int32(127))
-    m = bits_float(np.int32((bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000)))
+    pattern = float_bits(u)
+    exponent = np.int32(np.int32(pattern >> MANTISSA) - BIAS)
+    m = bits_float(np.int32((pattern & np.int32(0x7FFFFF)) | np.int32(0x3F800000)))
     if m > SQRT2:
         m = m * HALF
         exponent = np.int32(exponent + np.int32(1))
@@ -87,5 +89,34 @@ def softplus(x):
 
 
 @njit
-def silu(x):
-    return x / (ONE + exp(-x))
+def vector_exp(x):
+    """`exp` of 16 lanes."""
+    x = clamp_above(clamp_below(x, splat(EXP_LO)), splat(EXP_HI))
+    shifted = x * splat(LOG2E) + splat(MAGIC)
+    n = shifted - splat(MAGIC)
+    r = x - n * splat(LN2_HI)
+    r = r - n * splat(LN2_LO)
+    p = splat(E0) * r + splat(E1)
+    p = p * r + splat(E2)
+    p = p * r + splat(E3)
+    p = p * r + splat(E4)
+    p = p * r + splat(E5)
+    p = p * (r * r) + r
+    p = p + splat(ONE)
+    exponent = bits(shifted) - splat(MAGIC_BITS)
+    return p * floats(shift_left(exponent + splat(BIAS), splat(MANTISSA)))
+
+
+@njit
+def vector_silu(x):
+    """silu of 16 lanes: x / (1 + exp(-x))."""
+    return x / (splat(ONE) + vector_exp(negated(x)))
+
+
+@njit
+def negated(x):
+    """-x by its sign bit, as numpy negates: -(+0) is -0."""
+    return floats(bits(x) + splat(SIGN))  # adding the sign bit flips it
+
+
+SIGN = np.int32(-(2**31))

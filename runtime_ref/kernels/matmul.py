@@ -9,10 +9,25 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from runtime_ref.kernels.intrinsics import bits_float, float_bits, half_to_float
-from runtime_ref.kernels.math import MAGIC, MAGIC_BITS
+from runtime_ref.kernels.intrinsics import bits_float, half_to_float
+from runtime_ref.kernels.isa import PRIMITIVES
+from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
 from runtime_ref.kernels.pack import PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
 from runtime_ref.kernels.profiles import Exact
+from runtime_ref.kernels.tiles import dense_tile, q4_tile, q8_tile, ternary_tile
+from runtime_ref.kernels.vector import (
+    address,
+    bits,
+    both,
+    larger,
+    largest,
+    load,
+    shift_left,
+    shift_right,
+    splat,
+    store,
+    tree_sum,
+)
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
@@ -20,37 +35,38 @@ TINY_BITS = np.int32(0x0D800000)  # 2**-100
 INFINITE_BITS = np.int32(0x7F800000)
 ABS_BITS = np.int32(0x7FFFFFFF)
 NAN = np.float32(np.nan)
-ZERO = np.float32(0.0)
+NO_BITS, EIGHT, ROUND = np.int32(0), np.int32(8), np.int32(128)
 
 
 @njit
 def quantize_row(levels, s, r, k, block):
     """Row r of s.wide [k] into s.q, s.high, s.low, s.q_scale, s.q_sum (`reference.quantize`)."""
+    wide, q_row, high_row, low_row = s.wide[r], s.q[r], s.high[r], s.low[r]
     for b in range(k // block):
         first = b * block
-        largest = np.int32(0)
-        for i in range(block):
-            bits = np.int32(float_bits(s.wide[r, first + i]) & ABS_BITS)
-            largest = max(largest, bits)
-        if largest >= INFINITE_BITS or largest < TINY_BITS:
-            s.q[r, first : first + block] = 0
-            s.high[r, first : first + block] = 0
-            s.low[r, first : first + block] = 0
-            s.q_scale[r, b] = NAN if largest >= INFINITE_BITS else ZERO
-            s.q_sum[r, b] = 0
-            continue
-        amax = bits_float(largest)
-        inverse = levels / amax
-        total = np.int32(0)
-        for i in range(block):
-            q = np.int32(float_bits(s.wide[r, first + i] * inverse + MAGIC) - MAGIC_BITS)
-            high = np.int32((q + np.int32(128)) >> np.int32(8))
-            s.q[r, first + i] = q
-            s.high[r, first + i] = high
-            s.low[r, first + i] = np.int32(q - np.int32(high << np.int32(8)))
-            total = np.int32(total + q)
-        s.q_scale[r, b] = amax / levels
-        s.q_sum[r, b] = total
+        top = splat(NO_BITS)
+        for i in range(first, first + block, 16):
+            top = larger(top, both(bits(load(wide, i)), splat(ABS_BITS)))
+        amax_bits = largest(top)
+        inverse, scale = ZERO, ZERO
+        if amax_bits >= INFINITE_BITS:
+            scale = NAN
+        elif amax_bits >= TINY_BITS:
+            amax = bits_float(amax_bits)
+            inverse = levels / amax
+            scale = amax / levels
+        total = splat(NO_BITS)
+        for i in range(first, first + block, 16):
+            q = bits(load(wide, i) * splat(inverse) + splat(MAGIC)) - splat(MAGIC_BITS)
+            if amax_bits >= INFINITE_BITS:
+                q = splat(NO_BITS)
+            high = shift_right(q + splat(ROUND), splat(EIGHT))
+            store(q_row, i, q)
+            store(high_row, i, high)
+            store(low_row, i, q - shift_left(high, splat(EIGHT)))
+            total = total + q
+        s.q_scale[r, b] = scale
+        s.q_sum[r, b] = tree_sum(total)
 
 
 def prepare(profile, packed, s, r, k, block):
@@ -70,136 +86,112 @@ def multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, thre
 
 @overload(multiply)
 def _multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
-    return {
-        PackedTernary: _ternary_exact if profile.instance_class is Exact else _ternary_fast,
-        PackedQ8: _q8,
-        PackedQ4: _q4,
-        PackedHalf: _half,
-        PackedFloat: _float,
-    }[packed.instance_class]
+    in_flight = PRIMITIVES[isa.instance_class].in_flight
+    kind = packed.instance_class
+    if kind is PackedTernary:
+        return _ternary(in_flight // (2 if profile.instance_class is Exact else 1))
+    if kind is PackedQ8:
+        return _blocks(q8_tile, in_flight)
+    if kind is PackedQ4:
+        return _blocks(q4_tile, in_flight)
+    return _dense
 
 
-def _ternary_body(planes):
+@njit
+def _store(out, r, tile, y, t, add):
+    """Row t of y [.., 16] to where tile `tile` of output row r is."""
+    first = tile * 16
+    for row in range(min(16, out.shape[1] - first)):
+        out[r, first + row] = out[r, first + row] + y[t, row] if add else y[t, row]
+
+
+def _ternary(together):
     def body(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
         codes, scales = packed.codes[layer], packed.scales[layer]
         tiles, groups = codes.shape[0], scales.shape[1]
-        per_group = k // groups // block
-        y = np.empty(16, np.float32)
-        isum = np.empty(16, np.int32)
-        for r in range(rows):
-            for tile in range(tid * tiles // threads, (tid + 1) * tiles // threads):
-                y[:] = ZERO
-                for b in range(k // block):
-                    isum[:] = np.int32(0)
-                    for step in range(b * block // 16, (b + 1) * block // 16):
-                        for i in range(4):
-                            for j in range(4):
-                                q = np.int32(s.q[r, step * 16 + 4 * i + j])
-                                for row in range(16):
-                                    code = np.int32((codes[tile, step, row, j] >> np.uint8(2 * i)) & np.uint8(3))
-                                    isum[row] += np.int32(code * q)
-                    for row in range(16):
-                        scale = half_to_float(scales[tile, b // per_group, row]) * s.q_scale[r, b]
-                        y[row] += np.float32(np.int32(isum[row] - s.q_sum[r, b])) * scale
-                _store(out, r, tile, y, add)
+        per_group, steps = k // groups // block, block // 16
+        q_stride, b_stride = s.low.strides[0], s.q_scale.shape[1]
+        high, low, q_scale, q_sum = address(s.high), address(s.low), address(s.q_scale), address(s.q_sum)
+        y = np.empty((together, 16), np.float32)
+        y_at = address(y)
+        for tile in range(tid * tiles // threads, (tid + 1) * tiles // threads):
+            codes_at, scales_at = address(codes[tile]), address(scales[tile])
+            r = 0
+            while r + together <= rows:
+                ternary_tile(
+                    isa, profile, together, codes_at, scales_at, high + r * q_stride, low + r * q_stride, q_stride,
+                    q_scale + r * b_stride * 4, q_sum + r * b_stride * 4, b_stride, groups, per_group, steps, y_at,
+                )  # fmt: skip
+                for t in range(together):
+                    _store(out, r + t, tile, y, t, add)
+                r += together
+            while r < rows:
+                ternary_tile(
+                    isa, profile, 1, codes_at, scales_at, high + r * q_stride, low + r * q_stride, q_stride,
+                    q_scale + r * b_stride * 4, q_sum + r * b_stride * 4, b_stride, groups, per_group, steps, y_at,
+                )  # fmt: skip
+                _store(out, r, tile, y, 0, add)
+                r += 1
 
     return body
 
 
-_ternary_exact = _ternary_body(2)
-_ternary_fast = _ternary_body(1)
-
-
-@njit
-def _store(out, r, tile, y, add):
-    for row in range(min(16, out.shape[1] - tile * 16)):
-        out[r, tile * 16 + row] = out[r, tile * 16 + row] + y[row] if add else y[row]
-
-
-def _q8(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
-    codes, scales = packed.codes[layer], packed.scales[layer]
-    tiles = codes.shape[0]
-    y = np.empty(16, np.float32)
-    isum = np.empty(16, np.int32)
-    for r in range(rows):
+def _blocks(kernel, together):
+    def body(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
+        codes, scales = packed.codes[layer], packed.scales[layer]
+        tiles, blocks = codes.shape[0], scales.shape[1]
+        q_stride, b_stride = s.q.strides[0], s.q_scale.shape[1]
+        q, q_scale, q_sum = address(s.q), address(s.q_scale), address(s.q_sum)
+        y = np.empty((together, 16), np.float32)
+        y_at = address(y)
         for tile in range(tid * tiles // threads, (tid + 1) * tiles // threads):
-            y[:] = ZERO
-            for b in range(k // 32):
-                isum[:] = np.int32(0)
-                for step in range(b * 8, (b + 1) * 8):
-                    for j in range(4):
-                        column = (j & 1) * 2 + (j >> 1)
-                        q = np.int32(s.q[r, step * 4 + column])
-                        for row in range(16):
-                            isum[row] += np.int32(np.int32(codes[tile, step, row, j]) * q)
-                for row in range(16):
-                    scale = half_to_float(scales[tile, b, row]) * s.q_scale[r, b]
-                    y[row] += np.float32(isum[row]) * scale
-            _store(out, r, tile, y, add)
+            codes_at, scales_at = address(codes[tile]), address(scales[tile])
+            r = 0
+            while r + together <= rows:
+                kernel(
+                    isa, together, codes_at, scales_at, q + r * q_stride, q_stride // 2, q_scale + r * b_stride * 4,
+                    q_sum + r * b_stride * 4, b_stride, blocks, y_at,
+                )  # fmt: skip
+                for t in range(together):
+                    _store(out, r + t, tile, y, t, add)
+                r += together
+            while r < rows:
+                kernel(
+                    isa, 1, codes_at, scales_at, q + r * q_stride, q_stride // 2, q_scale + r * b_stride * 4,
+                    q_sum + r * b_stride * 4, b_stride, blocks, y_at,
+                )  # fmt: skip
+                _store(out, r, tile, y, 0, add)
+                r += 1
+
+    return body
 
 
-def _q4(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
-    codes, scales = packed.codes[layer], packed.scales[layer]
-    tiles = codes.shape[0]
-    y = np.empty(16, np.float32)
-    isum = np.empty(16, np.int32)
-    for r in range(rows):
-        for tile in range(tid * tiles // threads, (tid + 1) * tiles // threads):
-            y[:] = ZERO
-            for b in range(k // 32):
-                isum[:] = np.int32(0)
-                for step in range(b * 4, (b + 1) * 4):
-                    for j in range(4):
-                        for nibble in range(2):
-                            column = 2 * (2 * (j & 1) + nibble) + (j >> 1)
-                            q = np.int32(s.q[r, step * 8 + column])
-                            for row in range(16):
-                                code = np.int32((codes[tile, step, row, j] >> np.uint8(4 * nibble)) & np.uint8(15))
-                                isum[row] += np.int32((code - np.int32(8)) * q)
-                for row in range(16):
-                    scale = half_to_float(scales[tile, b, row]) * s.q_scale[r, b]
-                    y[row] += np.float32(isum[row]) * scale
-            _store(out, r, tile, y, add)
-
-
-@njit
-def tree16(lanes):
-    """The fixed tree over 16 lanes: 8, 4, 2, 1."""
-    for i in range(8):
-        lanes[i] = lanes[i] + lanes[i + 8]
-    for i in range(4):
-        lanes[i] = lanes[i] + lanes[i + 4]
-    for i in range(2):
-        lanes[i] = lanes[i] + lanes[i + 2]
-    return lanes[0] + lanes[1]
-
-
-def _half(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
+def _dense(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
     values = packed.values[layer]
-    n = values.shape[0]
-    lanes = np.empty(16, np.float32)
-    for r in range(rows):
-        for row in range(tid * n // threads, (tid + 1) * n // threads):
-            lanes[:] = ZERO
-            for start in range(0, values.shape[1], 16):
-                for i in range(16):
-                    lanes[i] += half_to_float(values[row, start + i]) * s.wide[r, start + i]
-            y = tree16(lanes)
-            out[r, row] = out[r, row] + y if add else y
-
-
-def _float(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
-    values = packed.values[layer]
-    n = values.shape[0]
-    lanes = np.empty(16, np.float32)
-    for r in range(rows):
-        for row in range(tid * n // threads, (tid + 1) * n // threads):
-            lanes[:] = ZERO
-            for start in range(0, values.shape[1], 16):
-                for i in range(16):
-                    lanes[i] += values[row, start + i] * s.wide[r, start + i]
-            y = tree16(lanes)
-            out[r, row] = out[r, row] + y if add else y
+    n, steps = values.shape[0], values.shape[1] // 16
+    row_bytes, x_stride, x = values.strides[0], s.wide.strides[0], address(s.wide)
+    y = np.empty((2, 16), np.float32)
+    y_at = address(y)
+    quads = (n + 3) // 4
+    for quad in range(tid * quads // threads, (tid + 1) * quads // threads):
+        first = quad * 4
+        w = address(values) + first * row_bytes
+        whole = first + 4 <= n
+        for r in range(0, rows, 2):
+            two = r + 2 <= rows
+            if whole and two:
+                dense_tile(packed, 4, 2, w, row_bytes, x + r * x_stride, x_stride, steps, y_at)
+            elif whole:
+                dense_tile(packed, 4, 1, w, row_bytes, x + r * x_stride, x_stride, steps, y_at)
+            for t in range(2 if two else 1):
+                for row in range(min(4, n - first)):
+                    if not whole:
+                        at = address(y) + 4 * (16 * t + row)
+                        dense_tile(
+                            packed, 1, 1, w + row * row_bytes, row_bytes, x + (r + t) * x_stride, x_stride, steps, at
+                        )
+                    value = y[t, row]
+                    out[r + t, first + row] = out[r + t, first + row] + value if add else value
 
 
 def embed(packed, token, out):

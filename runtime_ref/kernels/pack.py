@@ -86,14 +86,25 @@ def _pack_dense(values: np.ndarray) -> PackedHalf | PackedFloat:
     return PackedHalf(filled.view(np.uint16)) if values.dtype == np.float16 else PackedFloat(filled)
 
 
-def stack(layers: list[Packed], where: str) -> Packed:
-    """The matrices of all layers as one, with a leading layer axis.
+def empty_stack(count: int, like: Packed) -> Packed:
+    """Room for `count` matrices like this one, with a leading layer axis; every array starts on a cache line."""
+    return type(like)(*(_aligned((count, *a.shape), a.dtype) for a in like))
+
+
+def put(into: Packed, layer: int, packed: Packed, where: str) -> None:
+    """Copy a matrix into its layer of a stack.
 
     Raises:
-        ValueError: they are not all of one type and shape.
+        ValueError: it is not of the stack's type and shape.
     """
-    kind = type(layers[0])
-    shapes = {tuple(a.shape for a in layer) for layer in layers}
-    if any(type(layer) is not kind for layer in layers) or len(shapes) != 1:
-        raise ValueError(f"{where}: the layers differ in type or shape; expected one type for all")
-    return kind(*(np.stack(parts) for parts in zip(*layers, strict=True)))
+    if type(packed) is not type(into) or any(a.shape != b.shape[1:] for a, b in zip(packed, into, strict=True)):
+        raise ValueError(f"{where}: its type or shape differs from layer 0's; expected one type for all layers")
+    for a, b in zip(packed, into, strict=True):
+        b[layer] = a
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(n_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)

@@ -54,7 +54,8 @@ def dims_of(c: Mamba2Config, in_block: int, out_block: int) -> Dims:
 
 
 def allocate(rows: int, c: Mamba2Config) -> Scratch:
-    width = -(-max(c.d_model, c.d_inner) // 16) * 16
+    # 64 more than needed: rows a power of two apart would compete for the same cache sets
+    width = -(-max(c.d_model, c.d_inner) // 64) * 64 + 64
     return Scratch(
         x=np.zeros((rows, c.d_model), np.float32),
         wide=np.zeros((rows, width), np.float32),

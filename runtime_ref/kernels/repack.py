@@ -1,0 +1,206 @@
+"""From a GGUF tensor's blocks straight to the kernels' layout (`pack.py`), without decoding to one byte a weight.
+
+The blocks are checked on the way as `tmexport.gguf.decode` checks them: codes 0..2, scales +0 or positive normal fp16,
+one scale a group.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from runtime_ref.kernels.pack import ROWS, Packed, PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
+from tmexport.errors import GGUFError
+from tmexport.gguf.decode import decode_ternary, dequantize
+from tmexport.gguf.reader import GGUFFile
+from tmexport.gguf.types import GGMLType
+
+# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
+
+_FIELDS = np.uint32(0x03030303)
+_compiled = njit(nogil=True, cache=True)
+
+
+def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:
+    """One weight matrix of a file in the kernels' layout (arrays without a layer axis).
+
+    Raises:
+        GGUFError: damaged blocks, or scales that differ inside a group; row and block are named.
+    """
+    info = gguf.tensors[name]
+    blocks, k, kind = gguf.blocks(name), info.shape[-1], info.type
+    n = len(blocks)
+    tiles = -(-n // ROWS)
+    if kind.is_ternary:
+        assert group is not None
+        codes = np.zeros((tiles, k // 16, ROWS), np.uint32)
+        codes[-1] = 0x55555555  # rows beyond the last: code 0
+        scales = np.zeros((tiles, k // group, ROWS), np.uint16)
+        if kind is GGMLType.TQ1_0:
+            ok = _tq1(blocks, codes, scales, _BASE3, k // group)
+        elif kind is GGMLType.TQ2_0:
+            ok = _tq2(blocks, codes, scales, k // group)
+        else:
+            ok = _q2(blocks, codes, scales, k // group)
+        if not ok:
+            decode_ternary(blocks, kind, k, name)  # says which row and block
+            raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
+        return PackedTernary(codes.view(np.uint8).reshape(tiles, k // 16, ROWS, 4), scales)
+    if kind is GGMLType.Q8_0:
+        packed = PackedQ8(np.zeros((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
+        _q8(blocks, packed.codes.view(np.uint8), packed.scales)
+        return packed
+    if kind is GGMLType.Q4_0:
+        packed4 = PackedQ4(np.zeros((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
+        _q4(blocks, packed4.codes, packed4.scales)
+        return packed4
+    width = -(-k // 16) * 16
+    if kind is GGMLType.F16:
+        half = np.zeros((n, width), np.uint16)
+        half[:, :k] = blocks.view(np.uint16)
+        return PackedHalf(half)
+    values = np.zeros((n, width), np.float32)
+    values[:, :k] = dequantize(blocks, kind, k, name)
+    return PackedFloat(values)
+
+
+@_compiled
+def _word(row, at):
+    return (
+        np.uint32(row[at])
+        | np.uint32(row[at + 1]) << np.uint32(8)
+        | np.uint32(row[at + 2]) << np.uint32(16)
+        | np.uint32(row[at + 3]) << np.uint32(24)
+    )
+
+
+@_compiled
+def _put_scale(row, at, scales, tile, lane, block, blocks):
+    """Store the fp16 at row[at:] as the scale of its group; False if it is not allowed, or differs inside the group."""
+    bits = np.uint16(row[at]) | np.uint16(np.uint16(row[at + 1]) << np.uint16(8))
+    if bits != 0 and (bits < 0x0400 or bits >= 0x7C00):
+        return False
+    per_group = blocks // scales.shape[1]
+    if block % per_group == 0:
+        scales[tile, block // per_group, lane] = bits
+        return True
+    return scales[tile, block // per_group, lane] == bits
+
+
+@_compiled
+def _tq2(blocks, codes, scales, groups):
+    n, count = blocks.shape[0], codes.shape[1] // 16
+    ok = True
+    for r in range(n):
+        tile, lane, row = r // 16, r % 16, blocks[r]
+        for block in range(count):
+            base = block * 66
+            seen = np.uint32(0)
+            for step in range(16):
+                at = base + 32 * (step // 8) + 16 * (step % 2)
+                shift = np.uint32(2 * (step % 8 // 2))
+                word = np.uint32(0)
+                for i in range(4):
+                    fields = (_word(row, at + 4 * i) >> shift) & np.uint32(0x03030303)
+                    word |= fields << np.uint32(2 * i)
+                codes[tile, block * 16 + step, lane] = word
+                seen |= word & (word >> np.uint32(1)) & np.uint32(0x55555555)
+            ok &= seen == 0 and _put_scale(row, base + 64, scales, tile, lane, block, count)
+    return ok
+
+
+@_compiled
+def _q2(blocks, codes, scales, groups):
+    n, count = blocks.shape[0], codes.shape[1] // 4
+    ok = True
+    for r in range(n):
+        tile, lane, row = r // 16, r % 16, blocks[r]
+        for block in range(count):
+            base = block * 18
+            seen = np.uint32(0)
+            for step in range(4):
+                source = _word(row, base + 2 + 4 * step)  # byte i: columns 4i.., 2 bits each; transposed below
+                word = np.uint32(0)
+                for i in range(4):
+                    byte = (source >> np.uint32(8 * i)) & np.uint32(0xFF)
+                    spread = (byte | byte << np.uint32(12)) & np.uint32(0x000F000F)
+                    spread = (spread | spread << np.uint32(6)) & np.uint32(0x03030303)
+                    word |= spread << np.uint32(2 * i)
+                codes[tile, block * 4 + step, lane] = word
+                seen |= word & (word >> np.uint32(1)) & np.uint32(0x55555555)
+            ok &= seen == 0 and _put_scale(row, base, scales, tile, lane, block, count)
+    return ok
+
+
+def _base3_table() -> np.ndarray:
+    """For every byte, its five base-3 digits in bytes 0..4 of a uint64; byte 7 is 1 if no encoder writes that byte."""
+    table = np.zeros(256, np.uint64)
+    for byte in range(256):
+        digits = [byte * 3**p % 256 * 3 // 256 for p in range(5)]
+        value = sum(d * 3 ** (4 - p) for p, d in enumerate(digits))
+        packed = sum(d << (8 * p) for p, d in enumerate(digits))
+        table[byte] = packed | ((-(-value * 256 // 243) != byte) << 56)
+    return table
+
+
+_BASE3 = _base3_table()
+
+
+@_compiled
+def _tq1(blocks, codes, scales, table, groups):
+    n, count = blocks.shape[0], codes.shape[1] // 16
+    digits = np.empty(256, np.uint32)
+    ok = True
+    for r in range(n):
+        tile, lane, row = r // 16, r % 16, blocks[r]
+        for block in range(count):
+            base = block * 54
+            bad = np.uint64(0)
+            for at in range(52):
+                entry = table[row[base + at]]
+                bad |= entry >> np.uint64(56)
+                first, stride, held = (
+                    (at, 32, 5) if at < 32 else (160 + at - 32, 16, 5) if at < 48 else (240 + at - 48, 4, 4)
+                )
+                for position in range(held):
+                    digits[first + position * stride] = np.uint32((entry >> np.uint64(8 * position)) & np.uint64(3))
+            for step in range(16):
+                word = np.uint32(0)
+                for i in range(4):
+                    for j in range(4):
+                        word |= digits[16 * step + 4 * i + j] << np.uint32(8 * j + 2 * i)
+                codes[tile, block * 16 + step, lane] = word
+            ok &= bad == 0 and _put_scale(row, base + 52, scales, tile, lane, block, count)
+    return ok
+
+
+@_compiled
+def _q8(blocks, codes, scales):
+    for r in range(blocks.shape[0]):
+        tile, lane, row = r // 16, r % 16, blocks[r]
+        for block in range(scales.shape[1]):
+            base = block * 34
+            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
+            for step in range(8):
+                target = codes[tile, block * 8 + step, lane]
+                at = base + 2 + 4 * step
+                target[0], target[1], target[2], target[3] = row[at], row[at + 2], row[at + 1], row[at + 3]
+
+
+@_compiled
+def _q4(blocks, codes, scales):
+    columns = np.empty(32, np.uint8)
+    for r in range(blocks.shape[0]):
+        tile, lane, row = r // 16, r % 16, blocks[r]
+        for block in range(scales.shape[1]):
+            base = block * 18
+            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
+            for at in range(16):
+                columns[at] = row[base + 2 + at] & np.uint8(15)
+                columns[at + 16] = row[base + 2 + at] >> np.uint8(4)
+            for step in range(4):
+                for upper in range(2):
+                    for pair in range(2):
+                        first = 8 * step + 4 * pair + upper
+                        byte = columns[first] | np.uint8(columns[first + 2] << np.uint8(4))
+                        codes[tile, block * 4 + step, lane, 2 * upper + pair] = byte

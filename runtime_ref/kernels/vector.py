@@ -1,0 +1,236 @@
+"""Vectors of 16 lanes as Numba values, so that elementwise kernels read like the specification.
+
+    F32 (16 x fp32), F64 (16 x fp64), I32 (16 x int32); +, -, *, / and the functions below. LLVM splits them over the
+    registers the CPU has; a lane is one of the specification's 16 strided lanes.
+
+Nothing here checks bounds. Arrays must be contiguous along the axis read.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+# ruff: noqa: ANN001, ANN201, ANN202 - the signature of an intrinsic is Numba's (typing context, types)
+
+LANES = 16
+_ELEMENTS = {"f32": (ir.FloatType(), types.float32), "f64": (ir.DoubleType(), types.float64), "i32": (ir.IntType(32), types.int32)}  # fmt: skip
+
+
+class VectorType(types.Type):
+    """16 lanes of an element: f32, f64 or i32."""
+
+    def __init__(self, element: str) -> None:
+        self.element = element
+        super().__init__(name=f"Vector16({element})")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        return ir.VectorType(_ELEMENTS[self.element][0], LANES)
+
+    @property
+    def scalar(self) -> types.Type:
+        return _ELEMENTS[self.element][1]
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+F32, F64, I32 = VectorType("f32"), VectorType("f64"), VectorType("i32")
+
+
+def _operator(function, float_name: str, int_name: str | None) -> None:
+    class Template(AbstractTemplate):
+        def generic(self, args, kws):
+            if len(args) == 2 and isinstance(args[0], VectorType) and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    infer_global(function)(Template)
+
+    @lower_builtin(function, VectorType, VectorType)
+    def lower(context, builder, sig, args):
+        name = int_name if sig.return_type.element == "i32" else float_name
+        return getattr(builder, name)(*args)
+
+
+for _function, _float_name, _int_name in (
+    (operator.add, "fadd", "add"),
+    (operator.sub, "fsub", "sub"),
+    (operator.mul, "fmul", "mul"),
+    (operator.truediv, "fdiv", None),
+):
+    _operator(_function, _float_name, _int_name)
+
+
+def splatted(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    """A vector with `scalar` in every lane."""
+    vector = builder.insert_element(
+        ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
+    )
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(vector, vector, mask)
+
+
+@intrinsic
+def splat(typingctx, scalar):
+    """The scalar (float32, float64, int32) in all 16 lanes."""
+    result = {types.float32: F32, types.float64: F64, types.int32: I32}[scalar]
+
+    def codegen(context, builder, sig, args):
+        return splatted(builder, args[0], LANES)
+
+    return result(scalar), codegen
+
+
+def _place(context, builder, sig, args, stored: ir.Type):
+    array = context.make_array(sig.args[0])(context, builder, args[0])
+    element = builder.gep(array.data, [args[1]])
+    return builder.bitcast(element, ir.VectorType(stored, LANES).as_pointer())
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """16 consecutive elements of a 1-d array from `index`: float32 and int32 as they are, uint16 as fp16 made fp32."""
+    if array.dtype not in (types.float32, types.uint16, types.int32):
+        return None
+    result = I32 if array.dtype == types.int32 else F32
+
+    def codegen(context, builder, sig, args):
+        if array.dtype == types.uint16:
+            half = builder.load(_place(context, builder, sig, args, ir.HalfType()), align=2)
+            return builder.fpext(half, F32.llvm)
+        return builder.load(_place(context, builder, sig, args, result.llvm.element), align=4)
+
+    return result(array, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, array, index, vector):
+    """Write 16 lanes: fp32 into float32 or, rounded to fp16, into uint16; int32 into int16 or int8 by truncation."""
+    target = {types.float32: ir.FloatType(), types.uint16: ir.HalfType(), types.int16: ir.IntType(16), types.int8: ir.IntType(8)}[array.dtype]  # fmt: skip
+
+    def codegen(context, builder, sig, args):
+        value = args[2]
+        if isinstance(target, ir.HalfType):
+            value = builder.fptrunc(value, ir.VectorType(target, LANES))
+        elif isinstance(target, ir.IntType):
+            value = builder.trunc(value, ir.VectorType(target, LANES))
+        pointer = _place(context, builder, sig, args, target)
+        builder.store(value, pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector), codegen
+
+
+@intrinsic
+def widen(typingctx, vector):
+    """F32 as F64; exact."""
+    return F64(F32), lambda context, builder, sig, args: builder.fpext(args[0], F64.llvm)
+
+
+@intrinsic
+def bits(typingctx, vector):
+    """F32 as the I32 with the same bits."""
+    return I32(F32), lambda context, builder, sig, args: builder.bitcast(args[0], I32.llvm)
+
+
+@intrinsic
+def floats(typingctx, vector):
+    """I32 as the F32 with the same bits."""
+    return F32(I32), lambda context, builder, sig, args: builder.bitcast(args[0], F32.llvm)
+
+
+@intrinsic
+def clamp_below(typingctx, vector, bound):
+    """Lanes below `bound` replaced by it; NaN stays."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[1], args[0])
+
+    return F32(F32, F32), codegen
+
+
+@intrinsic
+def clamp_above(typingctx, vector, bound):
+    """Lanes above `bound` replaced by it; NaN stays."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[1], args[0])
+
+    return F32(F32, F32), codegen
+
+
+@intrinsic
+def both(typingctx, a, b):
+    """Bitwise and of two I32."""
+    return I32(I32, I32), lambda context, builder, sig, args: builder.and_(*args)
+
+
+@intrinsic
+def larger(typingctx, a, b):
+    """Lane-wise maximum of two I32."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(builder.icmp_signed(">", *args), *args)
+
+    return I32(I32, I32), codegen
+
+
+@intrinsic
+def shift_left(typingctx, a, count):
+    return I32(I32, I32), lambda context, builder, sig, args: builder.shl(*args)
+
+
+@intrinsic
+def shift_right(typingctx, a, count):
+    """Arithmetic: the sign is kept."""
+    return I32(I32, I32), lambda context, builder, sig, args: builder.ashr(*args)
+
+
+def tree_of(builder: ir.IRBuilder, vector: ir.Value, combine) -> ir.Value:
+    """Combine 16 lanes by the specification's tree: lane i with lane i + 8, then + 4, + 2, + 1."""
+    for half in (8, 4, 2, 1):
+        low, high = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(at, at + half))) for at in (0, half))
+        vector = combine(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
+    return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+
+@intrinsic
+def tree_sum(typingctx, vector):
+    """The sum of the 16 lanes, in the fixed order; a scalar."""
+
+    def codegen(context, builder, sig, args):
+        combine = builder.add if vector.element == "i32" else builder.fadd
+        return tree_of(builder, args[0], combine)
+
+    return vector.scalar(vector), codegen
+
+
+@intrinsic
+def largest(typingctx, vector):
+    """The largest lane of an I32."""
+
+    def codegen(context, builder, sig, args):
+        return tree_of(builder, args[0], lambda a, b: builder.select(builder.icmp_signed(">", a, b), a, b))
+
+    return types.int32(I32), codegen
+
+
+@intrinsic
+def address(typingctx, array):
+    """Where an array's data begins."""
+
+    def codegen(context, builder, sig, args):
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, cgutils.intp_t)
+
+    return types.int64(array), codegen
