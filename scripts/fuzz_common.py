@@ -113,7 +113,7 @@ def _child(options: argparse.Namespace, load: Callable[[Path], Target]) -> None:
         for seed in target.seeds:
             (corpus / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
             assert target.accepts(seed), "a seed must be valid"
-        watch = _Watch(work, target)
+        watch = Watch(work, target)
         if atheris:
             escaped = ["".join(rf"\x{byte:02x}" for byte in word) for word in target.words if word]
             (work / "words").write_text("".join(f'"{word}"\n' for word in escaped))
@@ -128,7 +128,7 @@ def _child(options: argparse.Namespace, load: Callable[[Path], Target]) -> None:
     watch.save()
 
 
-def _mutate_for(options: argparse.Namespace, target: Target, watch: _Watch) -> None:
+def _mutate_for(options: argparse.Namespace, target: Target, watch: Watch) -> None:
     from tests.hostile.mutate import mutate
 
     rng, until, runs = random.Random(options.seed), time.monotonic() + options.seconds, 0
@@ -137,7 +137,7 @@ def _mutate_for(options: argparse.Namespace, target: Target, watch: _Watch) -> N
         runs += 1
 
 
-class _Watch:
+class Watch:
     """Runs one input after another and keeps the rules."""
 
     def __init__(self, work: Path, target: Target) -> None:

@@ -8,6 +8,7 @@ table: each tensor must lie inside one of its records.
 from __future__ import annotations
 
 import struct
+import warnings
 import zipfile
 from bisect import bisect_right
 from itertools import pairwise
@@ -35,7 +36,8 @@ def index_torch_bin(path: Path) -> dict[str, StoredTensor]:
         ) from None
     try:
         records = _records(path)
-        with FakeTensorMode():
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd pickle; the error says what matters
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise CheckpointError(f"holds a {type(state).__name__}; expected a state dict of tensors")
