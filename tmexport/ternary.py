@@ -15,6 +15,7 @@ from tmexport.errors import CheckpointError, NotTernaryError
 GROUP_SIZES = (256, 128, 64)
 SMALLEST_SCALE = np.float16(2.0**-14)  # the smallest normal fp16
 LARGEST_SCALE = np.float16(65504.0)
+_ROWS_AT_ONCE = 64  # keeps the intermediates in cache
 
 
 def first_true(mask: np.ndarray) -> tuple[int, ...]:
@@ -109,22 +110,32 @@ def exact_ternary(weight: np.ndarray, name: str, group_size: int) -> TernaryTens
     n, k = weight.shape
     if k % group_size:
         raise NotTernaryError(f"{name}: rows of {k} weights do not divide into groups of {group_size}")
-    grouped = np.ascontiguousarray(weight, np.float32).reshape(n, k // group_size, group_size)
-    largest = np.abs(grouped).max(axis=2)
-    with np.errstate(over="ignore"):
-        scales = largest.astype(np.float16)
-    bits = scales.view(np.uint16)
-    scale_ok = (scales.astype(np.float32) == largest) & ((bits == 0) | ((bits >= 0x0400) & (bits < 0x7C00)))
-    ok = scale_ok & ((grouped == 0) | (np.abs(grouped) == largest[:, :, None])).all(axis=2)
-    if not ok.all():
-        row, group = first_true(~ok)
-        values = np.unique(np.abs(grouped[row, group]))
-        shown = ", ".join(f"{v:.6g}" for v in values[:3]) + (", ..." if len(values) > 3 else "")
-        raise NotTernaryError(
-            f"{name}: row {row}, group {group} (of {group_size}) is not ternary: |w| takes the values {shown}; "
-            "expected 0 and one fp16 scale"
-        )
-    return TernaryTensor(np.sign(grouped).astype(np.int8).reshape(n, k), scales, group_size)
+    kept = weight if weight.dtype == np.float16 else weight.astype(np.float32, copy=False)
+    # With the sign bit off, the bits of a float order as its magnitude does: the test is on integers, rows at a time.
+    unsigned, sign = (np.uint16, 15) if kept.dtype == np.float16 else (np.uint32, 31)
+    codes, scales = np.empty((n, k), np.int8), np.empty((n, k // group_size), np.float16)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        bits = np.ascontiguousarray(kept[rows]).view(unsigned).reshape(-1, k // group_size, group_size)
+        magnitude = bits & unsigned(2**sign - 1)
+        largest = magnitude.max(axis=2)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scales[rows] = largest.view(kept.dtype).astype(np.float16)
+        scale_bits = scales[rows].view(np.uint16)
+        ok = scales[rows].astype(kept.dtype).view(unsigned) == largest
+        ok &= (scale_bits == 0) | ((scale_bits >= 0x0400) & (scale_bits < 0x7C00))
+        ok &= ((magnitude == 0) | (magnitude == largest[:, :, None])).all(axis=2)
+        if not ok.all():
+            row, group = first_true(~ok)
+            values = np.unique(magnitude[row, group]).view(kept.dtype)
+            shown = ", ".join(f"{v:.6g}" for v in values[:3]) + (", ..." if len(values) > 3 else "")
+            raise NotTernaryError(
+                f"{name}: row {start + row}, group {group} (of {group_size}) is not ternary: |w| takes the values {shown}; "
+                "expected 0 and one fp16 scale"
+            )
+        negative = (bits >> unsigned(sign)).astype(np.int8)
+        codes[rows] = ((magnitude != 0) * (1 - 2 * negative)).reshape(-1, k)
+    return TernaryTensor(codes, scales, group_size)
 
 
 def pack_codes(codes: np.ndarray) -> np.ndarray:
