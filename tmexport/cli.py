@@ -1,4 +1,4 @@
-"""The command line: `tmexport gguf`, `verify`, `inspect`. Thin; the work is in the modules it calls."""
+"""The command line: `tmexport gguf`, `onnx`, `web`, `verify`, `inspect`. Thin; the work is in the modules it calls."""
 
 from __future__ import annotations
 
@@ -150,10 +150,15 @@ def verify(checkpoint: Path, exported: Path, as_json: bool) -> None:
     from tmexport.gguf.reader import open_gguf
     from tmexport.verify import verify_gguf
 
-    source, target = open_checkpoint(checkpoint), open_gguf(exported)
+    source = open_checkpoint(checkpoint)
     with _progress() as progress:
-        task = progress.add_task("comparing", total=len(target.tensors))
-        report = verify_gguf(source, target, lambda name: progress.advance(task))
+        task = progress.add_task("comparing", total=len(source.names))
+        if exported.suffix == ".onnx":
+            from tmexport.onnx.cli import verify_file
+
+            report = verify_file(source, exported, lambda name: progress.advance(task))
+        else:
+            report = verify_gguf(source, open_gguf(exported), lambda name: progress.advance(task))
     if as_json:
         difference = vars(report.difference) if report.difference else None
         click.echo(json.dumps(vars(report) | {"equal": difference is None, "difference": difference}))
@@ -211,3 +216,10 @@ def inspect(path: Path, as_json: bool) -> None:
         ratio = "" if tensor.zero_ratio is None else f"{tensor.zero_ratio:.4f}"
         table.add_row(tensor.name, " x ".join(map(str, tensor.shape)), tensor.type, f"{tensor.bytes:,}", ratio)
     console.print(table)
+
+
+# At the end, because these modules use this one; they import onnx only when a command runs.
+from tmexport.onnx.cli import onnx, web  # noqa: E402
+
+cli.add_command(onnx)
+cli.add_command(web)

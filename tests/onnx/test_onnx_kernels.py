@@ -1,0 +1,106 @@
+"""The custom form with runtime_ref's arithmetic: the same bits as runtime_ref on the GGUF of the same checkpoint."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runtime_ref.gguf_source import gguf_source
+from runtime_ref.model import Model
+from runtime_ref.reference import ReferenceModel
+from runtime_ref.weights import load_weights
+from tests.onnx.exporting import export, token_ids
+from tmexport.errors import UsageError
+from tmexport.gguf.export import plan_export
+from tmexport.onnx import OrtModel
+
+IDS = 48
+
+
+def gguf_of(checkpoint, path, embedding):
+    plan_export(checkpoint, "auto", embedding).write(path, lambda tensor: None)
+    return path
+
+
+def digest(logits):
+    assert logits.dtype == np.float32
+    return hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("embedding", "gguf_embedding"), [("q8", "q8_0"), ("f16", "f16")])
+@pytest.mark.parametrize("source", ["tied", "untied", "groups"])
+def test_logits_equal_runtime_ref_exact(request, tmp_path, source, embedding, gguf_embedding):
+    checkpoint = request.getfixturevalue(source)
+    ids = token_ids(checkpoint.config, IDS)
+    runtime = Model.load(gguf_of(checkpoint, tmp_path / "m.gguf", gguf_embedding), "exact", threads=1)
+    want = np.concatenate(list(runtime.score(runtime.new_state(), ids)))
+    model = OrtModel.load(export(checkpoint, tmp_path / "m.onnx", "custom", embedding), threads=1, kernels=True)
+    assert digest(model.run(model.new_state(), ids[None])[0]) == digest(want)
+
+
+def test_logits_equal_the_specification(tied, files, tmp_path):
+    """The numpy specification, token by token: another road to the same bits than the compiled runtime."""
+    ids = token_ids(tied.config, 8)
+    reference = ReferenceModel(load_weights(gguf_source(gguf_of(tied, tmp_path / "m.gguf", "q8_0"))), "exact")
+    state = reference.new_state()
+    want = np.stack([reference.step(state, int(token)) for token in ids])
+    model = OrtModel.load(files["custom", "q8"], threads=1, kernels=True)
+    ours = model.new_state()
+    assert digest(model.run(ours, ids[None])[0]) == digest(want)
+    arrays = ours.arrays()
+    for i in range(tied.config.n_layer):
+        assert np.array_equal(arrays[f"past_ssm.{i}"][0].swapaxes(1, 2), state.ssm[i])
+        assert np.array_equal(arrays[f"past_conv.{i}"][0].T, state.conv[i])
+
+
+@pytest.fixture(scope="module")
+def exact(files):
+    model = OrtModel.load(files["custom", "q8"], threads=1, kernels=True)
+    ids = token_ids(model.config, 2, IDS)
+    return model, ids, digest(model.run(model.new_state(2), ids))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(1, IDS - 1), unique=True, max_size=6).map(sorted))
+def test_any_split_gives_the_same_bits(exact, cuts):
+    model, ids, want = exact
+    state = model.new_state(2)
+    parts = [model.run(state, ids[:, a:b]) for a, b in zip((0, *cuts), (*cuts, IDS), strict=True)]
+    assert digest(np.concatenate(parts, axis=1)) == want
+
+
+def test_another_profile_is_refused(files, tmp_path):
+    import onnx
+
+    model = onnx.load(files["custom", "q8"])
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "profile":
+                attribute.s = b"fast"
+    onnx.save(model, tmp_path / "m.onnx")
+    broken = OrtModel.load(tmp_path / "m.onnx", threads=1, kernels=True)
+    with pytest.raises(UsageError, match="profile 'fast'; these kernels compute 'exact'"):
+        broken.decode(broken.new_state(), 1)
+
+
+def test_ctrl_c_inside_an_operator_reaches_the_caller(files, monkeypatch):
+    from tmexport.onnx import kernels
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    model = OrtModel.load(files["custom", "q8"], threads=1, kernels=True)
+    monkeypatch.setattr(kernels, "_check_profile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.decode(model.new_state(), 1)
+    monkeypatch.undo()
+    assert np.isfinite(model.decode(model.new_state(), 1)).all()
+
+
+def test_without_kernels_the_functions_run(files, exact):
+    model, ids, _ = exact
+    plain = OrtModel.load(files["custom", "q8"], threads=1)
+    found, want = plain.run(plain.new_state(2), ids), model.run(model.new_state(2), ids)
+    assert 0 < np.abs(found - want).max() < 1e-3 * (want.max() - want.min())

@@ -1,0 +1,76 @@
+"""`tmexport onnx`: the file, and beside it a tokenizer and a configuration for programs that are not ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tmexport.errors import TokenizerError
+from tmexport.files import atomic_write
+from tmexport.onnx.builder import Initializer
+from tmexport.onnx.graph import Graph
+from tmexport.onnx.names import config_path, conv_state_shape, ssm_state_shape, state_names, tokenizer_path
+from tmexport.onnx.writer import write_model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    n_bytes: int
+    files: list[Path]
+
+
+def export_onnx(
+    path: Path, graph: Graph, tokenizer: Path | None, on_tensor: Callable[[Initializer], None] = lambda tensor: None
+) -> Exported:
+    """Write the model, and beside it its configuration and its tokenizer (if there is one); each complete or not at all.
+
+    Raises:
+        TmexportError: a weight cannot be represented, or a file cannot be written.
+        TokenizerError: the tokenizer cannot be read.
+    """
+    files = [path, config_path(path)]
+    text = b""
+    if tokenizer is not None:
+        try:
+            text = tokenizer.read_bytes()
+        except OSError as error:
+            raise TokenizerError(f"{tokenizer}: cannot be read: {error.strerror}") from None
+        files.append(tokenizer_path(path))
+    n_bytes = write_model(path, graph, on_tensor)
+    with atomic_write(config_path(path)) as file:
+        file.write((json.dumps(describe(graph), indent=2) + "\n").encode())
+    if tokenizer is not None:
+        with atomic_write(tokenizer_path(path)) as file:
+            file.write(text)
+    return Exported(n_bytes, files)
+
+
+def describe(graph: Graph) -> dict[str, Any]:
+    """The configuration written beside the file: dimensions, and every input and output with its shape."""
+    info = graph.info
+    names = [state_names(i, info.io_names) for i in range(info.config.n_layer)]
+    conv, ssm = ["batch", *conv_state_shape(info.config)], ["batch", *ssm_state_shape(info.config)]
+    state = [
+        {"input": past, "output": present, "shape": shape, "dtype": "float32", "initial": 0.0}
+        for n in names
+        for past, present, shape in ((n.past_conv, n.present_conv, conv), (n.past_ssm, n.present_ssm, ssm))
+    ]
+    return {
+        "form": info.form,
+        "group_size": info.group_size,
+        "embedding_type": info.embedding_type,
+        "opset": {o.domain or "ai.onnx": o.version for o in graph.skeleton.opset_import},
+        "ir_version": graph.skeleton.ir_version,
+        "input_ids": {"shape": ["batch", "time"], "dtype": "int64"},
+        "logits": {
+            "shape": ["batch", "time" if info.logits == "all" else 1, info.config.vocab_size],
+            "dtype": "float32",
+        },
+        "state": state,
+        "model": info.config.to_hf(),
+    }

@@ -1,0 +1,86 @@
+"""Our operators: each a model-local function, so that any conforming runtime can run the file (domain `tmexport`, version 1).
+
+    TernaryMatMul(x [B,T,k], codes uint8 [n,k/4], scales fp32 [n,k/g]; group_size, profile) -> [B,T,n]
+    SelectiveScan(projected [B,T,d_in_proj], past_conv, past_ssm, conv_weight, conv_bias, dt_bias, a, d, norm_weight,
+                  epsilon; profile) -> y [B,T,d_inner], present_conv, present_ssm
+    RMSNorm(x [B,T,k], weight [k], epsilon; profile) -> [B,T,k]
+    Q8MatMul(x [B,T,k], codes int8 [n,k], scales fp32 [n,k/32]; profile) -> [B,T,n]
+    DenseMatMul(x [B,T,k], weight fp32 [n,k]; profile) -> [B,T,n]
+
+The bodies compute in plain fp32. With `register_kernels` the same nodes run runtime_ref's kernels, whose every bit is
+specified (docs/numerics.md); `profile` says which arithmetic that is. The dimensions are those of the model: a body is
+written for one model, the operators are not.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import helper
+
+from tmexport.config import Mamba2Config
+from tmexport.onnx import mathematics as m
+from tmexport.onnx.builder import Builder
+from tmexport.onnx.names import DOMAIN
+
+SCAN_INPUTS = (
+    "projected",
+    "past_conv",
+    "past_ssm",
+    "conv_weight",
+    "conv_bias",
+    "dt_bias",
+    "a",
+    "d",
+    "norm_weight",
+    "epsilon",
+)
+SCAN_OUTPUTS = ("y", "present_conv", "present_ssm")
+
+
+def function_protos(config: Mamba2Config, head: str, opset: int) -> list[onnx.FunctionProto]:
+    """The functions a model of these dimensions needs; `head` is Q8MatMul or DenseMatMul."""
+    return [_ternary_matmul(opset), _selective_scan(config, opset), _rms_norm(config, opset), _head(head, opset)]
+
+
+def _ternary_matmul(opset: int) -> onnx.FunctionProto:
+    b = Builder(in_function=True)
+    size = helper.make_node("Constant", [], ["group_size"])
+    size.attribute.append(_reference("value_int", "group_size", onnx.AttributeProto.INT))
+    b.nodes.append(size)
+    shape = b.op("Concat", b.ints(0, -1), b.op("Unsqueeze", "group_size", b.ints(0)), axis=0)
+    m.matmul(b, "x", m.unpack_ternary(b, "codes", "scales", shape), out="y")
+    return _function("TernaryMatMul", ("x", "codes", "scales"), ("y",), b, opset, ("group_size", "profile"))
+
+
+def _selective_scan(config: Mamba2Config, opset: int) -> onnx.FunctionProto:
+    b = Builder(in_function=True)
+    m.selective_scan(b, config, *SCAN_INPUTS, outputs=SCAN_OUTPUTS)
+    return _function("SelectiveScan", SCAN_INPUTS, SCAN_OUTPUTS, b, opset, ("profile",))
+
+
+def _rms_norm(config: Mamba2Config, opset: int) -> onnx.FunctionProto:
+    b = Builder(in_function=True)
+    m.rms_norm(b, "x", "weight", "epsilon", config.d_model, out="y")
+    return _function("RMSNorm", ("x", "weight", "epsilon"), ("y",), b, opset, ("profile",))
+
+
+def _head(kind: str, opset: int) -> onnx.FunctionProto:
+    b = Builder(in_function=True)
+    if kind == "Q8MatMul":
+        m.matmul(b, "x", m.unpack_q8(b, "codes", "scales", (0,)), out="y")
+        return _function(kind, ("x", "codes", "scales"), ("y",), b, opset, ("profile",))
+    m.matmul(b, "x", "weight", out="y")
+    return _function(kind, ("x", "weight"), ("y",), b, opset, ("profile",))
+
+
+def _function(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], b: Builder, opset: int, attributes: tuple[str, ...]
+) -> onnx.FunctionProto:
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_function(DOMAIN, name, list(inputs), list(outputs), b.nodes, opsets, attributes=list(attributes))
+
+
+def _reference(name: str, referred: str, kind: int) -> onnx.AttributeProto:
+    attribute = onnx.AttributeProto(name=name, ref_attr_name=referred)
+    attribute.type = kind
+    return attribute

@@ -1,0 +1,179 @@
+"""The whole graph: inputs, layers, outputs; everything but the weights' bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+import tmexport
+from tmexport.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint, expected_shapes
+from tmexport.errors import UsageError
+from tmexport.onnx import weights as w
+from tmexport.onnx.builder import Builder, Initializer
+from tmexport.onnx.forms import Custom, Layer, Ort, Portable, head_operator
+from tmexport.onnx.functions import function_protos
+from tmexport.onnx.names import (
+    DOMAIN,
+    DOMAIN_VERSION,
+    MICROSOFT,
+    ModelInfo,
+    conv_state_shape,
+    ssm_state_shape,
+    state_names,
+)
+
+_WRITERS = {"ort": Ort, "portable": Portable, "custom": Custom}
+LARGEST_FILE = 2**31 - 1  # protobuf's limit, which onnxruntime shares
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model without the bytes of its weights, and how to make them."""
+
+    skeleton: onnx.ModelProto
+    initializers: list[Initializer]
+    info: ModelInfo
+
+    @property
+    def n_bytes_weights(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.initializers)
+
+
+def build_graph(
+    checkpoint: Checkpoint,
+    form: str = "ort",
+    embedding_type: str = "q8",
+    opset: int | None = None,
+    io_names: str = "tmexport",
+    logits: str = "all",
+) -> Graph:
+    """Decide everything about the file; weights are read only as far as is needed to know their group size.
+
+    Args:
+        checkpoint: whose projections are exactly ternary.
+        form: one of names.FORMS.
+        embedding_type: one of names.EMBEDDING_TYPES, for the embedding and an untied head.
+        opset: of ai.onnx; None is the oldest that works.
+        io_names: one of names.IO_NAMES.
+        logits: "all", or "last" for those of the last position only, [batch, 1, vocab].
+
+    Raises:
+        NotTernaryError: a projection is not exactly ternary.
+        UsageError: the opset cannot be, or the file would pass protobuf's 2 GB.
+    """
+    config = checkpoint.config
+    opset = _checked_opset(form, opset)
+    group_size = w.shared_group_size(checkpoint)
+    info = ModelInfo(config, form, group_size, embedding_type, io_names, logits)
+    shapes = expected_shapes(config)
+    initializers = _weights(checkpoint, info)
+
+    b = Builder()
+    writer = _WRITERS[form](b, config, group_size)
+    inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "time"])]
+    outputs = [_float("logits", ["batch", "time" if logits == "all" else 1, config.vocab_size])]
+    hidden = writer.embed("input_ids", EMBEDDING, embedding_type)
+    b.annotate(hidden, ("batch", "time", config.d_model))
+    normed = writer.norm(hidden, _layer(0).norm)
+    for i in range(config.n_layer):
+        b.scope = f"layers.{i}."
+        layer, state = _layer(i), state_names(i, io_names)
+        conv, ssm = (["batch", *shape] for shape in (conv_state_shape(config), ssm_state_shape(config)))
+        inputs += [_float(state.past_conv, conv), _float(state.past_ssm, ssm)]
+        outputs += [_float(state.present_conv, conv), _float(state.present_ssm, ssm)]
+        projected = writer.ternary(normed, layer.in_proj, *shapes[layer.in_proj])
+        mixed = writer.mixer(projected, layer, state)
+        out = writer.ternary(mixed, layer.out_proj, *shapes[layer.out_proj])
+        if i + 1 < config.n_layer:
+            hidden, normed = writer.add_norm(hidden, out, _layer(i + 1).norm)
+        elif logits == "last":
+            last = b.op("Add", hidden, out)
+            last = b.op("Slice", last, b.ints(-1), b.ints(np.iinfo(np.int64).max), b.ints(1))
+            normed = writer.norm(last, FINAL_NORM)
+        else:
+            hidden, normed = writer.add_norm(hidden, out, FINAL_NORM)
+    b.scope = ""
+    writer.head(normed, EMBEDDING if config.tie_embeddings else LM_HEAD, embedding_type)
+
+    skeleton = _model(b, info, opset, inputs, outputs)
+    graph = Graph(skeleton, initializers + b.constants, info)
+    if graph.n_bytes_weights + skeleton.ByteSize() > LARGEST_FILE:
+        raise UsageError(
+            f"the file would take {graph.n_bytes_weights / 1e9:.1f} GB, over protobuf's limit of 2 GB; use --embedding-type q8"
+        )
+    return graph
+
+
+def _checked_opset(form: str, opset: int | None) -> int:
+    oldest, newest = _WRITERS[form].opset, onnx.defs.onnx_opset_version()
+    if opset is None:
+        return oldest
+    if not oldest <= opset <= newest:
+        raise UsageError(f"--opset is {opset}; expected {oldest} to {newest} for --ops {form}")
+    return opset
+
+
+def _layer(i: int) -> Layer:
+    prefix = f"backbone.layers.{i}."
+    mixer = prefix + "mixer."
+    return Layer(
+        norm=prefix + "norm.weight",
+        in_proj=mixer + "in_proj.weight",
+        conv_weight=mixer + "conv1d.weight",
+        conv_bias=mixer + "conv1d.bias",
+        dt_bias=mixer + "dt_bias",
+        a=mixer + "A",
+        d=mixer + "D",
+        gate_norm=mixer + "norm.weight",
+        out_proj=mixer + "out_proj.weight",
+    )
+
+
+def _weights(checkpoint: Checkpoint, info: ModelInfo) -> list[Initializer]:
+    tensors: list[Initializer] = []
+    for name, shape in expected_shapes(checkpoint.config).items():
+        if name.endswith("_proj.weight"):
+            ternary = w.ternary_nbits if info.form == "ort" else w.ternary_plain
+            tensors += ternary(checkpoint, name, shape, info.group_size)
+        elif name not in (EMBEDDING, LM_HEAD):
+            tensors.append(w.small(checkpoint, name, shape))
+        elif info.embedding_type != "q8":
+            tensors += w.embedding_dense(checkpoint, name, shape, w.F16 if info.embedding_type == "f16" else w.F32)
+        else:
+            tensors += (w.embedding_nbits if info.form == "ort" else w.embedding_q8_0)(checkpoint, name, shape)
+    return tensors
+
+
+def _model(b: Builder, info: ModelInfo, opset: int, inputs: list, outputs: list) -> onnx.ModelProto:
+    named = {value.name for value in outputs}
+    shapes = [value for name, value in b.shapes.items() if name not in named]
+    graph = helper.make_graph(b.nodes, "mamba2", inputs, outputs, value_info=shapes)
+    opsets = [helper.make_opsetid("", opset)]
+    functions = []
+    if info.form == "ort":
+        opsets.append(helper.make_opsetid(MICROSOFT, 1))
+    if info.form == "custom":
+        opsets.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+        functions = function_protos(info.config, head_operator(info.embedding_type), opset)
+    model = helper.make_model(
+        graph,
+        functions=functions,
+        opset_imports=opsets,
+        ir_version=_ir_version(opset),
+        producer_name="tmexport",
+        producer_version=tmexport.__version__,
+    )
+    helper.set_model_props(model, info.to_metadata())
+    return model
+
+
+def _ir_version(opset: int) -> int:
+    """The IR version of the onnx release that brought the opset, and at least 8, which brought functions."""
+    return max(8, helper.find_min_ir_version_for([helper.make_opsetid("", opset)]))
+
+
+def _float(name: str, dims: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)

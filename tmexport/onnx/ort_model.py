@@ -1,0 +1,246 @@
+"""OrtModel: a file written by `tmexport onnx`, run by onnxruntime with its state kept in place (IOBinding).
+
+    model = OrtModel.load("model.onnx", threads=2)
+    state = model.new_state()
+    logits = model.prefill(state, [1, 2, 3])    # fp32 [vocab], after the last token
+    logits = model.decode(state, 4)
+
+The recurrent state (100 MB for a 1.3B model) is never copied to Python: each call reads one set of buffers, writes the
+other, and the two change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmexport.errors import UsageError
+from tmexport.onnx.names import (
+    ModelInfo,
+    OnnxError,
+    StateNames,
+    conv_state_shape,
+    info_from_metadata,
+    ssm_state_shape,
+    state_names,
+)
+
+
+class OrtState:
+    """What a model remembers of `batch` texts: two sets of buffers, the current one and the one written next."""
+
+    def __init__(self, batch: int, arrays: Sequence[tuple[StateNames, np.ndarray, np.ndarray]]) -> None:
+        import onnxruntime as ort
+
+        self.batch = batch
+        self._names = [(names.past_conv, names.present_conv) for names, _, _ in arrays]
+        self._names += [(names.past_ssm, names.present_ssm) for names, _, _ in arrays]
+        first = [conv for _, conv, _ in arrays] + [ssm for _, _, ssm in arrays]
+        self.sets = [
+            [ort.OrtValue.ortvalue_from_numpy(array) for array in first],
+            [ort.OrtValue.ortvalue_from_shape_and_type(array.shape, np.float32) for array in first],
+        ]
+        self.current = 0
+        self.decoders: dict[int, tuple[Any, Any, Any]] = {}  # current set -> binding, ids, logits of a single step
+
+    def bind(self, binding: Any) -> None:
+        """Inputs from the current set, outputs into the other."""
+        past, present = self.sets[self.current], self.sets[1 - self.current]
+        for (name_in, name_out), value_in, value_out in zip(self._names, past, present, strict=True):
+            binding.bind_ortvalue_input(name_in, value_in)
+            binding.bind_ortvalue_output(name_out, value_out)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """A copy of the state by input name: what `OrtModel.state_from` takes."""
+        pairs = zip(self._names, self.sets[self.current], strict=True)
+        return {name: np.array(value.numpy()) for (name, _), value in pairs}
+
+
+class OrtModel:
+    """A session and what the file says about itself. One model serves many states, one call at a time."""
+
+    def __init__(self, session: Any, info: ModelInfo, path: Path, kernels: bool) -> None:
+        self.session, self.info, self.path, self.kernels = session, info, path, kernels
+        self.config = info.config
+
+    @classmethod
+    def load(cls, path: Path | str, threads: int | None = None, kernels: bool = False) -> OrtModel:
+        """Open a file.
+
+        Args:
+            path: written by `tmexport onnx`.
+            threads: of onnxruntime; None lets it choose.
+            kernels: run the operators of a custom form with runtime_ref's arithmetic (`register_kernels`).
+
+        Raises:
+            OnnxError: there is no such file, onnxruntime cannot run it, or tmexport did not write it.
+        """
+        import onnxruntime as ort
+
+        path = Path(path)
+        if not path.is_file():
+            raise OnnxError(f"{path}: no such file; expected a file written by `tmexport onnx`")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            if not 1 <= threads <= 1024:
+                raise UsageError(f"{threads} threads; expected 1 to 1024")
+            options.intra_op_num_threads = threads
+        if kernels:
+            from tmexport.onnx.kernels import register_kernels
+
+            register_kernels(options)
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no base of their own
+            raise OnnxError(
+                f"{path}: onnxruntime {ort.__version__} cannot load it: {_one_line(error)}; see docs/onnx.md for the versions"
+            ) from None
+        info = info_from_metadata(session.get_modelmeta().custom_metadata_map, path)
+        return cls(session, info, path, kernels)
+
+    def new_state(self, batch: int = 1) -> OrtState:
+        """The state before the first token of `batch` texts."""
+        return OrtState(batch, [(names, np.zeros(conv, np.float32), np.zeros(ssm, np.float32))
+                                for names, conv, ssm in self._state_shapes(batch)])  # fmt: skip
+
+    def state_from(self, arrays: Mapping[str, np.ndarray]) -> OrtState:
+        """A state from arrays by input name (past_conv.0, past_ssm.0, ...), fp32.
+
+        Raises:
+            OnnxError: one is missing or has the wrong shape or type.
+        """
+        first = state_names(0, self.info.io_names).past_conv
+        if first not in arrays:
+            raise OnnxError(f"the state has no {first}; expected an array for every past_* input")
+        batch = arrays[first].shape[0] if arrays[first].ndim else 0
+        parts = []
+        for names, conv, ssm in self._state_shapes(batch):
+            for name, shape in ((names.past_conv, conv), (names.past_ssm, ssm)):
+                array = arrays.get(name)
+                if array is None or array.shape != shape or array.dtype != np.float32:
+                    found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+                    raise OnnxError(f"the state's {name} is {found}; expected float32 {list(shape)}")
+            parts.append((names, *(np.ascontiguousarray(arrays[n]) for n in (names.past_conv, names.past_ssm))))
+        return OrtState(batch, parts)
+
+    def run(self, state: OrtState, ids: np.ndarray) -> np.ndarray:
+        """Feed ids int64 [batch, time]; logits fp32 [batch, time, vocab] ([batch, 1, vocab] if the file gives the last only).
+
+        The state is updated.
+
+        Raises:
+            UsageError: no tokens, or one outside the vocabulary.
+        """
+        ids = np.ascontiguousarray(ids, np.int64)
+        if ids.ndim != 2 or ids.shape[0] != state.batch or not ids.shape[1]:
+            raise UsageError(f"the tokens have the shape {list(ids.shape)}; expected [{state.batch}, at least 1]")
+        outside = (ids < 0) | (ids >= self.config.vocab_size)
+        if outside.any():
+            raise UsageError(f"token {ids[outside][0]} is outside the vocabulary of {self.config.vocab_size}")
+        if ids.shape[1] == 1:
+            logits = self._step(state, ids)
+        else:
+            binding = self.session.io_binding()
+            binding.bind_cpu_input("input_ids", ids)
+            binding.bind_output("logits")
+            state.bind(binding)
+            self._run(binding)
+            logits = binding.get_outputs()[0].numpy()
+        state.current = 1 - state.current
+        return logits
+
+    def prefill(self, state: OrtState, tokens: Sequence[int]) -> np.ndarray:
+        """Logits fp32 [vocab] after the last of `tokens`, for a state of one text; the state is updated."""
+        return self.run(state, np.array([list(tokens)], np.int64).reshape(1, -1))[0, -1]
+
+    def decode(self, state: OrtState, token: int) -> np.ndarray:
+        """Logits fp32 [vocab] after one more token, for a state of one text; the state is updated."""
+        return self.run(state, np.array([[token]], np.int64))[0, -1]
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        state: OrtState | None = None,
+        stop: Sequence[int] = (),
+        on_logits: Callable[[np.ndarray], None] = lambda logits: None,
+    ) -> Iterator[int]:
+        """Token after token; ends after `max_tokens`, or with a token of `stop` (which is yielded).
+
+        Args:
+            prompt: token ids, at least one.
+            max_tokens: the most tokens to yield.
+            temperature: 0 always takes the largest logit.
+            seed: of the random choice.
+            state: continue from here (it is updated); a new state if None.
+            stop: ids that end the text.
+            on_logits: called with the logits each token was chosen from.
+        """
+        check_temperature(temperature)
+        state = state or self.new_state()
+        rng = np.random.default_rng(seed)
+        logits = self.prefill(state, prompt)
+        for position in range(max_tokens):
+            on_logits(logits)
+            token = choose(logits, temperature, rng)
+            yield token
+            if token in stop or position + 1 == max_tokens:
+                return
+            logits = self.decode(state, token)
+
+    def _step(self, state: OrtState, ids: np.ndarray) -> np.ndarray:
+        """One token for each text, with bindings that are made once: binding anew would take a millisecond a token."""
+        import onnxruntime as ort
+
+        if state.current not in state.decoders:
+            binding = self.session.io_binding()
+            step = ort.OrtValue.ortvalue_from_numpy(ids)
+            shape = (state.batch, 1, self.config.vocab_size)
+            logits = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+            binding.bind_ortvalue_input("input_ids", step)
+            binding.bind_ortvalue_output("logits", logits)
+            state.bind(binding)
+            state.decoders[state.current] = (binding, step, logits)
+        binding, step, logits = state.decoders[state.current]
+        step.update_inplace(ids)
+        self._run(binding)
+        return np.array(logits.numpy())
+
+    def _run(self, binding: Any) -> None:
+        try:
+            self.session.run_with_iobinding(binding)
+        finally:
+            if self.kernels:
+                from tmexport.onnx.kernels import raise_failure
+
+                raise_failure()
+
+    def _state_shapes(self, batch: int) -> list[tuple[StateNames, tuple[int, ...], tuple[int, ...]]]:
+        conv, ssm = conv_state_shape(self.config), ssm_state_shape(self.config)
+        names = (state_names(i, self.info.io_names) for i in range(self.config.n_layer))
+        return [(name, (batch, *conv), (batch, *ssm)) for name in names]
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises UsageError unless it is 0 or a positive finite number."""
+    if not 0.0 <= temperature < float("inf"):
+        raise UsageError(f"temperature is {temperature}; expected 0 or more")
+
+
+def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    """The next token: the largest logit at temperature 0, else drawn from softmax(logits / temperature)."""
+    if temperature == 0.0:
+        return int(np.argmax(logits))
+    scaled = logits.astype(np.float64) / temperature
+    total = np.cumsum(np.exp(scaled - scaled.max()))
+    return min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), len(total) - 1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

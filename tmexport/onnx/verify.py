@@ -1,0 +1,199 @@
+"""Compare a checkpoint with the ONNX file that was exported from it.
+
+The weights are read back by code that shares nothing with the writer's packing; the nodes must be, byte for byte, those
+that this release writes for the model, so that a right weight in a wrong place cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, expected_shapes
+from tmexport.errors import NotTernaryError
+from tmexport.onnx.graph import build_graph
+from tmexport.onnx.names import ModelInfo, OnnxError, info_from_metadata
+from tmexport.verify import Difference, Report
+
+_FIELDS = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "n_groups", "rms_eps", "tie_embeddings")  # fmt: skip
+
+
+def load_onnx(path: Path) -> tuple[onnx.ModelProto, ModelInfo]:
+    """A file written by `tmexport onnx`, parsed whole.
+
+    Raises:
+        OnnxError: there is no such file, it is damaged, or another program wrote it.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise OnnxError(f"{path}: no such file; expected a file written by `tmexport onnx`") from None
+    except Exception as error:  # protobuf's DecodeError has no public base; OSError
+        raise OnnxError(f"{path}: is not a readable ONNX file: {' '.join(str(error).split())}") from None
+    info = info_from_metadata({p.key: p.value for p in model.metadata_props}, path)
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.DEFAULT:
+            raise OnnxError(f"{path}: {tensor.name} lies in another file; expected all weights in this one")
+    return model, info
+
+
+def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], None] = lambda name: None) -> Report:
+    """Compare the dimensions, the nodes and every weight; stops at the first difference.
+
+    Raises:
+        OnnxError: the file is damaged.
+        CheckpointError: the checkpoint is damaged.
+    """
+    model, info = load_onnx(path)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    difference = _compare_config(checkpoint, info) or _compare_graph(checkpoint, model, info, stored)
+    n_ternary = n_codes = n_scales = n_other = 0
+    for name in expected_shapes(checkpoint.config) if difference is None else ():
+        if name.endswith("_proj.weight"):
+            difference, codes, scales = _compare_ternary(checkpoint, path, stored, info, name)
+            n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales
+        elif name in (EMBEDDING, LM_HEAD):
+            difference = _compare_embedding(checkpoint, path, stored, info, name)
+            n_other += 1
+        else:
+            difference = _compare_small(checkpoint, path, stored, name)
+            n_other += 1
+        if difference is not None:
+            break
+        on_tensor(name)
+    return Report(n_ternary, n_codes, n_scales, n_other, difference)
+
+
+def _compare_config(checkpoint: Checkpoint, info: ModelInfo) -> Difference | None:
+    for field in _FIELDS:
+        expected, found = getattr(checkpoint.config, field), getattr(info.config, field)
+        if expected != found:
+            return Difference(field, None, None, repr(expected), repr(found))
+    return None
+
+
+def _compare_graph(
+    checkpoint: Checkpoint, model: onnx.ModelProto, info: ModelInfo, stored: dict[str, onnx.TensorProto]
+) -> Difference | None:
+    opset = next((o.version for o in model.opset_import if not o.domain), 0)
+    try:
+        graph = build_graph(checkpoint, info.form, info.embedding_type, opset, info.io_names, info.logits)
+    except NotTernaryError as error:
+        return Difference("checkpoint", None, None, "exactly ternary projections", str(error))
+    if info.group_size != graph.info.group_size:
+        return Difference("group_size", None, None, str(graph.info.group_size), str(info.group_size))
+    expected = graph.skeleton
+    for what in ("node", "input", "output"):
+        want, have = getattr(expected.graph, what), getattr(model.graph, what)
+        for index, (one, other) in enumerate(zip(want, have, strict=False)):
+            if one != other:
+                return Difference(f"graph {what} {index}", None, None, _short(one), _short(other))
+        if len(want) != len(have):
+            return Difference(f"graph {what}s", None, None, str(len(want)), str(len(have)))
+    if list(expected.functions) != list(model.functions):
+        return Difference("functions", None, None, "those this release writes", "others")
+    if {(o.domain, o.version) for o in expected.opset_import} != {(o.domain, o.version) for o in model.opset_import}:
+        return Difference("opset_import", None, None, str(expected.opset_import), str(model.opset_import))
+    for tensor in graph.initializers:
+        if tensor.name not in stored:
+            return Difference(tensor.name, None, None, f"{tensor.dtype} {list(tensor.shape)}", "nothing")
+        if tensor.name.startswith("const_"):  # the table of codes, zero points, axes, epsilon
+            want, have = tensor.make(), _array(stored[tensor.name], "constant")
+            if want.dtype != have.dtype or want.shape != have.shape or want.tobytes() != have.tobytes():
+                return Difference(tensor.name, None, None, f"{want.dtype} {list(want.shape)}", "another constant")
+    extra = set(stored) - {tensor.name for tensor in graph.initializers}
+    return Difference(min(extra), None, None, "no such weight", "one") if extra else None
+
+
+def _short(proto: object) -> str:
+    return " ".join(str(proto).split())[:120]
+
+
+def _array(tensor: onnx.TensorProto, path: object) -> np.ndarray:
+    try:
+        return numpy_helper.to_array(tensor)
+    except Exception as error:  # numpy_helper raises what numpy does when the bytes do not fit the shape
+        raise OnnxError(f"{path}: {tensor.name} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _get(path: Path, stored: dict[str, onnx.TensorProto], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A stored weight; `shape` may be any with the same number of values in the same order."""
+    array = _array(stored[name], path)
+    if array.dtype != np.dtype(dtype) or array.size != int(np.prod(shape, dtype=np.int64)):
+        raise OnnxError(f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {dtype} {list(shape)}")
+    return array.reshape(shape)
+
+
+def _compare_ternary(
+    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], info: ModelInfo, name: str
+) -> tuple[Difference | None, int, int]:
+    expected = checkpoint.ternary(name)
+    n, k = expected.shape
+    packed = _get(path, stored, f"{name}.codes", "u1", (n, k // 4))
+    codes = np.stack([packed >> 2 * i & 3 for i in range(4)], axis=2).reshape(n, k).view(np.int8) - 1
+    differs = codes != expected.codes
+    if differs.any():
+        row, column = map(int, np.argwhere(differs)[0])
+        want = f"code {expected.codes[row, column]} in column {column}"
+        return Difference(name, row, column // expected.group_size, want, f"{codes[row, column]}"), 0, 0
+    stored_scales = stored[f"{name}.scales"]
+    count = int(np.prod(stored_scales.dims, dtype=np.int64))
+    dtype = "<f4" if info.form == "ort" else "<f2"
+    scales = _get(path, stored, f"{name}.scales", dtype, (n, max(1, count // n)))
+    # Both sides at one value a run of 64 weights, in fp32 (fp16 to fp32 is exact), whichever group is the wider one.
+    want = np.repeat(expected.scales.astype(np.float32), expected.group_size // 64, axis=1)
+    have = np.repeat(scales.astype(np.float32), k // 64 // scales.shape[1], axis=1)
+    if want.shape != have.shape:
+        return Difference(name, None, None, f"{want.size} scales", f"{have.size}"), 0, 0
+    differs = want.view(np.uint32) != have.view(np.uint32)
+    if differs.any():
+        row, run = map(int, np.argwhere(differs)[0])
+        place = (row, run * 64 // expected.group_size)
+        return Difference(name, *place, f"scale {want[row, run]!r}", f"{have[row, run]!r}"), 0, 0
+    return None, codes.size, scales.size
+
+
+def _compare_small(
+    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], name: str
+) -> Difference | None:
+    expected = checkpoint.dense(name).astype(np.float32, copy=False)
+    if name.endswith(".A_log"):
+        expected, name = (-np.exp(expected.astype(np.float64))).astype(np.float32), name.replace(".A_log", ".A")
+    found = _get(path, stored, name, "<f4", expected.shape)
+    return _first_difference(name, expected, found, expected.view(np.uint32) == found.view(np.uint32))
+
+
+def _compare_embedding(
+    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], info: ModelInfo, name: str
+) -> Difference | None:
+    expected = checkpoint.dense(name).astype(np.float32, copy=False)
+    if info.embedding_type == "f32":
+        found = _get(path, stored, name, "<f4", expected.shape)
+        return _first_difference(name, expected, found, expected.view(np.uint32) == found.view(np.uint32))
+    if info.embedding_type == "f16":
+        found = _get(path, stored, name, "<f2", expected.shape)
+        return _first_difference(name, expected, found, expected.astype(np.float16) == found)
+    n, k = expected.shape
+    if info.form == "ort":
+        codes = _get(path, stored, f"{name}.codes", "u1", (n, k // 64, 64)).astype(np.float32) - 128
+        scales = _get(path, stored, f"{name}.scales", "<f4", (n, k // 64, 1))
+    else:
+        codes = _get(path, stored, f"{name}.codes", "i1", (n, k // 32, 32)).astype(np.float32)
+        scales = _get(path, stored, f"{name}.scales", "<f2", (n, k // 32, 1)).astype(np.float32)
+    found = (codes * scales).reshape(n, k)
+    # Half a step of the block, and the roundings of the scale (fp16: 2**-11 of it, or half of the smallest subnormal).
+    largest = np.abs(expected).reshape(codes.shape).max(axis=2)
+    bound = largest / 127 / 2 * np.float32(1.0001) + (largest * 2.0**-11 + 2.0**-24 * 127 if info.form != "ort" else 0)
+    ok = np.abs(expected - found) <= np.repeat(bound, codes.shape[2], axis=1)
+    return _first_difference(name, expected, found, ok)
+
+
+def _first_difference(name: str, expected: np.ndarray, found: np.ndarray, ok: np.ndarray) -> Difference | None:
+    if ok.all():
+        return None
+    place = tuple(map(int, np.argwhere(~ok)[0]))
+    return Difference(name, place[0], None, f"{expected[place]!r} at {list(place)}", f"{found[place]!r}")
