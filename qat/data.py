@@ -26,11 +26,12 @@ _DOCUMENTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class TokenStream:
-    """tokens: uint16 or uint32 [n], memory-mapped; text_bytes: UTF-8 bytes of the documents."""
+    """tokens: uint16 or uint32 [n], memory-mapped; text_bytes: UTF-8 bytes of the documents; key: names files and tokenizer."""
 
     tokens: np.ndarray
     text_bytes: int
     documents: int
+    key: str
 
     @property
     def bytes_per_token(self) -> float:
@@ -162,7 +163,8 @@ def tokenize_files(paths: Sequence[Path], tokenizer_path: Path, vocab_size: int,
         with atomic_write(meta_path) as out:
             out.write(json.dumps(meta).encode())
     meta = json.loads(meta_path.read_text())
-    return TokenStream(np.memmap(data_path, dtype, "r", shape=(meta["tokens"],)), meta["text_bytes"], meta["documents"])
+    tokens = np.memmap(data_path, dtype, "r", shape=(meta["tokens"],))
+    return TokenStream(tokens, meta["text_bytes"], meta["documents"], key)
 
 
 def _batches(files: Sequence[Path]) -> Iterator[list[str]]:

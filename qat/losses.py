@@ -16,6 +16,11 @@ from torch import Tensor
 _LOGITS_AT_ONCE = 2**21  # entries (8 MB in fp32): a chunk stays in a CPU's last cache and is negligible on a GPU
 
 
+def rows_at_once(vocab_size: int) -> int:
+    """Positions whose logits are made at a time."""
+    return max(1, _LOGITS_AT_ONCE // vocab_size)
+
+
 @dataclass(frozen=True)
 class Loss:
     """Means over the tokens, in nats. `total` carries the gradient."""
@@ -23,6 +28,19 @@ class Loss:
     total: Tensor
     cross_entropy: Tensor
     kl: Tensor
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """A teacher's k most probable tokens: ids int64 [..., k], log_q fp32 [..., k]; log_tail fp32 [...] is the log of the rest."""
+
+    ids: Tensor
+    log_q: Tensor
+    log_tail: Tensor
+
+    def flatten(self) -> TopPredictions:
+        """All positions in one axis."""
+        return TopPredictions(self.ids.flatten(0, -2), self.log_q.flatten(0, -2), self.log_tail.flatten())
 
 
 def distillation_loss(
@@ -33,23 +51,51 @@ def distillation_loss(
     teacher_head: Tensor | None = None,
     kd_weight: float = 0.0,
     temperature: float = 1.0,
+    top: TopPredictions | None = None,
 ) -> Loss:
-    """The loss of a student, and of its teacher if there is one.
+    """The loss of a student on the text and, if kd_weight > 0, against its teacher.
 
     Args:
         hidden: [..., d_model], the student's final hidden states.
         head: [vocab, d_model].
         targets: int64 [...], the next tokens.
-        teacher_hidden, teacher_head: the same for the teacher (any width); needed if kd_weight > 0.
+        teacher_hidden, teacher_head: the same for the teacher (any width).
+        top: in their place, the teacher's most probable tokens, taken at the same temperature; the KL is then that between
+            the k + 1 events "each of these tokens" and "any other token".
         kd_weight: w, from 0 (cross-entropy only) to 1 (distillation only).
         temperature: T, by which both logits are divided inside the KL.
     """
-    flat = hidden.flatten(0, -2)
-    teacher = teacher_hidden.flatten(0, -2).detach() if teacher_hidden is not None and kd_weight > 0 else None
-    total, cross_entropy, kl = _ChunkedLoss.apply(
-        flat, head, targets.flatten(), teacher, teacher_head, float(kd_weight), float(temperature)
+    known: tuple[Tensor, ...] = ()
+    if kd_weight > 0 and top is not None:
+        flat = top.flatten()
+        known = (flat.ids, flat.log_q, flat.log_tail)
+    elif kd_weight > 0 and teacher_hidden is not None and teacher_head is not None:
+        known = (teacher_hidden.flatten(0, -2).detach(), teacher_head.detach())
+    return Loss(
+        *_ChunkedLoss.apply(
+            hidden.flatten(0, -2), head, targets.flatten(), float(kd_weight), float(temperature), *known
+        )
     )
-    return Loss(total, cross_entropy, kl)
+
+
+def _dense_divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the rows of KL(q || p), and its gradient with respect to p's logits [rows, vocab]."""
+    q = log_q.exp()
+    return torch.dot(q.flatten(), (log_q - log_p).flatten()), log_p.exp().sub_(q)
+
+
+def _top_divergence(log_p: Tensor, ids: Tensor, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where q is known as k tokens and the mass of all others."""
+    p = log_p.exp()
+    log_p_top, p_top = log_p.gather(-1, ids), p.gather(-1, ids)
+    p_tail = p.scatter(-1, ids, 0.0).sum(-1).clamp_min_(1e-12)
+    q, q_tail = log_q.exp(), log_tail.exp()
+    divergence = torch.dot(q.flatten(), (log_q - log_p_top).flatten()) + torch.dot(q_tail, log_tail - p_tail.log())
+    # sum(q) + q_tail is 1 up to the rounding of the stored values; p carries the same total, so that the gradient of a
+    # student equal to its teacher is zero.
+    total = q.sum(-1) + q_tail
+    grad = p.mul_((total - q_tail / p_tail)[:, None])
+    return divergence, grad.scatter_(-1, ids, p_top * total[:, None] - q)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -59,10 +105,9 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         targets: Tensor,
-        teacher: Tensor | None,
-        teacher_head: Tensor | None,
         w: float,
         t: float,
+        *known: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden.shape[0]
         need_hidden, need_head = ctx.needs_input_grad[:2]
@@ -70,7 +115,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if need_head else None
         sum_ce = torch.zeros((), device=hidden.device)
         sum_kl = torch.zeros((), device=hidden.device)
-        step = max(1, _LOGITS_AT_ONCE // head.shape[0])
+        step = rows_at_once(head.shape[0])
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             h, target = hidden[part], targets[part, None]
@@ -81,24 +126,26 @@ class _ChunkedLoss(torch.autograd.Function):
             if need_hidden or need_head:
                 grad = log_p.exp().mul_(1 - w)
                 grad.scatter_add_(-1, target, torch.full_like(target, w - 1, dtype=grad.dtype))
-            if teacher is not None:
-                assert teacher_head is not None
-                log_q = torch.log_softmax((teacher[part] @ teacher_head.t()).float().div_(t), -1)
-                q = log_q.exp()
+            if known:
                 log_pt = log_p if t == 1.0 else torch.log_softmax(logits.div_(t), -1)
-                sum_kl += torch.dot(q.flatten(), (log_q - log_pt).flatten())
+                if len(known) == 2:
+                    teacher = (known[0][part] @ known[1].t()).float().div_(t)
+                    kl, grad_kl = _dense_divergence(log_pt, torch.log_softmax(teacher, -1))
+                else:
+                    kl, grad_kl = _top_divergence(log_pt, *(tensor[part] for tensor in known))
+                sum_kl += kl
                 if grad is not None:
-                    grad.add_(log_pt.exp().sub_(q), alpha=w * t)
+                    grad.add_(grad_kl, alpha=w * t)
             if grad is not None:
                 grad = grad.div_(rows).to(h.dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = grad @ head
                 if grad_head is not None:
                     grad_head += grad.t() @ h
-        ce, kl = sum_ce / rows, sum_kl / rows
+        sum_ce, sum_kl = sum_ce / rows, sum_kl / rows
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.mark_non_differentiable(ce, kl)
-        return (1 - w) * ce + w * t * t * kl, ce, kl
+        ctx.mark_non_differentiable(sum_ce, sum_kl)
+        return (1 - w) * sum_ce + w * t * t * sum_kl, sum_ce, sum_kl
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,5 +153,5 @@ class _ChunkedLoss(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_head is None else grad_head * grad,
-            *(None,) * 5,
+            *(None,) * (len(ctx.needs_input_grad) - 2),
         )

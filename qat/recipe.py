@@ -60,6 +60,9 @@ class Recipe:
     beta2: float = _setting(0.95, "AdamW: decay of the variance", 0, 1)
     clip: float = _setting(1.0, "largest norm of the gradient; 0 = no limit", 0)
     kd_weight: float = _setting(0.5, "w in (1 - w) CE + w T^2 KL(teacher || student)", 0, 1)
+    teacher_top_k: int = _setting(
+        0, "ask the teacher once and keep its k best tokens on disk; 0 = ask at every step", 0
+    )
     temperature: float = _setting(1.0, "T in the loss", 1e-3)
     dtype: str = _setting("float32", "compute type: float32, or bfloat16 (autocast; weights stay fp32)")
     seed: int = _setting(0, "seed of initial weights and order of the data", 0, 2**31)

@@ -30,6 +30,7 @@ from qat.plan import ACCELERATORS, config_of, describe, make_plan
 from qat.progress import run_command
 from qat.quantizer import make_ternary, quantized_weights
 from qat.recipe import Recipe, load_recipe, options
+from qat.teacher_cache import open_teacher_cache
 from qat.tokenizer import END_OF_TEXT, train_tokenizer
 from qat.trainer import Run, fit
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
@@ -47,6 +48,7 @@ def train(
     held_out: list[Path] | None = None,
     tokenizer: Path | None = None,
     resume: bool = False,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; returns a summary. Without a teacher, a full-precision model is trained from nothing.
 
@@ -66,7 +68,7 @@ def train(
     except OSError as error:
         raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
-        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator)
+        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache")
     if accelerator.is_main_process:
         with atomic_write(out / "recipe.toml") as file:
             file.write(recipe.to_toml("student" if teacher else "teacher").encode())
@@ -89,6 +91,7 @@ def _prepare(
     held_out: list[Path],
     tokenizer: Path | None,
     accelerator: Accelerator,
+    cache: Path,
 ) -> Run:
     """Models, tokens and batches of a run."""
     teacher_model = None
@@ -102,7 +105,7 @@ def _prepare(
         config, tokenizer = checkpoint.config, find_tokenizer(teacher, tokenizer)
         teacher_model = load_model(teacher).requires_grad_(False).eval()
     eos = end_of_text_id(config, tokenizer)
-    stream = tokenize_files(data, tokenizer, config.vocab_size, eos, out / "cache")
+    stream = tokenize_files(data, tokenizer, config.vocab_size, eos, cache)
     batches = Batches(stream.tokens, recipe.seq_len, recipe.batch_size, recipe.seed)
     student = Mamba2LM(config)
     if teacher_model is not None:
@@ -111,8 +114,11 @@ def _prepare(
     run = Run(
         recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
     )
+    if teacher_model is not None and recipe.teacher_top_k and recipe.kd_weight > 0:
+        teacher_model.to(accelerator.device)
+        run.teacher_cache = open_teacher_cache(recipe, teacher_model, batches, stream.key, cache)
     if held_out:
-        scored = tokenize_files(held_out, tokenizer, config.vocab_size, eos, out / "cache")
+        scored = tokenize_files(held_out, tokenizer, config.vocab_size, eos, cache)
         run.held_out, run.held_out_bytes = _first_tokens(scored, recipe.eval_tokens, eos, tokenizer)
     return run
 
@@ -174,6 +180,9 @@ def _first_tokens(stream: TokenStream, count: int, eos: int, tokenizer: Path) ->
 )
 @click.option("--out", type=click.Path(path_type=Path), help="folder for the result")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if the teacher's folder has none")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="folder for tokens and teacher's predictions [OUT/cache]"
+)
 @click.option("--recipe", "recipe_name", help="TOML file, or the name of one in recipes/ (demo-cpu)")
 @click.option("--resume", is_flag=True, help="go on with the run in OUT, if there is one")
 @click.option("--plan", "plan_only", is_flag=True, help="print what the recipe costs (memory, FLOPs, hours) and stop")
@@ -187,6 +196,7 @@ def main(
     held_out: tuple[Path, ...],
     out: Path | None,
     tokenizer: Path | None,
+    cache: Path | None,
     recipe_name: str | None,
     resume: bool,
     plan_only: bool,
@@ -210,7 +220,7 @@ def main(
         raise UsageError("give the text with --data and a folder for the result with --out")
     recipe = load_recipe(recipe_name, "student" if teacher else "teacher", flags)
     try:
-        summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume)
+        summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume, cache)
     except KeyboardInterrupt:
         click.echo(f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})", err=True)
         raise

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from qat.data import Batches
 from qat.errors import TrainingError
 from qat.evaluate import documents_of, score_document
-from qat.losses import distillation_loss
+from qat.losses import TopPredictions, distillation_loss
 from qat.model import Mamba2LM
 from qat.progress import Bar, progress_bar
 from qat.quantizer import zero_ratios
 from qat.recipe import Recipe
 from qat.saving import load_state, save_state, trim_metrics
+from qat.teacher_cache import TeacherCache
 from tmexport.errors import UsageError
 
 
@@ -43,6 +44,7 @@ class Run:
     folder: Path
     eos: int
     tokenizer: Path
+    teacher_cache: TeacherCache | None = None
     held_out: np.ndarray | None = None
     held_out_bytes: int = 0
     accelerator: Accelerator = field(default_factory=Accelerator)
@@ -69,12 +71,13 @@ class Step(nn.Module):
         self._teacher = (teacher,)  # in a tuple: not a submodule
         self.recipe = recipe
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, ids: Tensor, *top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`top`: the fields of TopPredictions, if the teacher was asked before."""
         inputs, targets = ids[:, :-1], ids[:, 1:]
         teacher, recipe = self._teacher[0], self.recipe
         known = None
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-            if teacher is not None and recipe.kd_weight > 0:
+            if teacher is not None and recipe.kd_weight > 0 and not top:
                 with torch.no_grad():
                     known = teacher.backbone(inputs)
             loss = distillation_loss(
@@ -83,8 +86,9 @@ class Step(nn.Module):
                 targets,
                 known,
                 teacher.head_weight if teacher is not None else None,
-                recipe.kd_weight if known is not None else 0.0,
+                recipe.kd_weight if known is not None or top else 0.0,
                 recipe.temperature,
+                TopPredictions(*top) if top else None,
             )
         return loss.total, loss.cross_entropy, loss.kl
 
@@ -138,7 +142,11 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
             first = accelerator.process_index * share
             ids = torch.from_numpy(run.batches(step)[first : first + share]).to(device)
             optimizer.zero_grad(set_to_none=True)
-            losses = _backward(accelerator, module, ids.chunk(recipe.accumulate))
+            inputs = [ids]
+            if run.teacher_cache is not None:
+                top = run.teacher_cache(step, first, share)
+                inputs += [top.ids.to(device), top.log_q.to(device), top.log_tail.to(device)]
+            losses = _backward(accelerator, module, inputs, recipe.accumulate)
             norm = accelerator.clip_grad_norm_(module.parameters(), recipe.clip or math.inf).item()
             # Sums of every process's numbers: all must agree on when to stop.
             late = recipe.minutes > 0 and time.monotonic() - started > 60 * recipe.minutes
@@ -198,12 +206,13 @@ def _share_of_batch(recipe: Recipe, processes: int) -> int:
     return recipe.batch_size // processes
 
 
-def _backward(accelerator: Accelerator, module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
-    """Accumulate the gradient of the mean loss over `parts`; the means of loss, cross-entropy and KL, fp32 [3]."""
+def _backward(accelerator: Accelerator, module: nn.Module, inputs: Sequence[Tensor], count: int) -> Tensor:
+    """Accumulate the gradient of the mean loss over `count` parts of the inputs; the means of the losses, fp32 [3]."""
     sums = torch.zeros(3, device=accelerator.device)
-    for index, ids in enumerate(parts):
+    parts = list(zip(*(tensor.chunk(count) for tensor in inputs), strict=True))
+    for index, part in enumerate(parts):
         with contextlib.nullcontext() if index == len(parts) - 1 else accelerator.no_sync(module):
-            losses = module(ids)
+            losses = module(*part)
             accelerator.backward(losses[0] / len(parts))
         sums += torch.stack([value.detach().float() for value in losses]) / len(parts)
     return sums

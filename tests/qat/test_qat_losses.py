@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import qat.losses
-from qat.losses import distillation_loss
+from qat.losses import TopPredictions, distillation_loss
 
 
 def inputs(dtype=torch.float64):
@@ -62,3 +62,40 @@ def test_scoring_makes_no_gradients():
     with torch.no_grad():
         loss = distillation_loss(hidden, head, targets)
     assert not loss.total.requires_grad
+
+
+def top_of(teacher_hidden, teacher_head, k, t):
+    log_q = F.log_softmax(teacher_hidden @ teacher_head.T / t, -1)
+    values, ids = log_q.topk(k, -1)
+    tail = 1 - values.exp().sum(-1)
+    return TopPredictions(ids, values, tail.clamp_min(1e-12).log())
+
+
+@pytest.mark.parametrize("t", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_top_predictions_equal_the_formula_over_k_plus_one_events(k, t):
+    ours, theirs = inputs(torch.float32), inputs(torch.float32)
+    top = top_of(ours[3], ours[4], k, t)
+    loss = distillation_loss(*ours[:3], kd_weight=0.4, temperature=t, top=top)
+    loss.total.backward()
+    logits = (theirs[0] @ theirs[1].T).flatten(0, 1)
+    p = F.softmax(logits / t, -1)
+    flat = top.flatten()
+    p_top = p.gather(-1, flat.ids)
+    p_tail = 1 - p_top.sum(-1)
+    kl = (flat.log_q.exp() * (flat.log_q - p_top.log())).sum(-1) + flat.log_tail.exp() * (flat.log_tail - p_tail.log())
+    total = 0.6 * F.cross_entropy(logits, theirs[2].flatten()) + 0.4 * t * t * kl.mean()
+    total.backward()
+    torch.testing.assert_close(loss.total, total)
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours[1].grad, theirs[1].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_all_tokens_as_top_predictions_equal_the_full_divergence():
+    ours, theirs = inputs(torch.float32), inputs(torch.float32)
+    a = distillation_loss(*ours[:3], kd_weight=1.0, top=top_of(ours[3], ours[4], 11, 1.0))
+    b = distillation_loss(*theirs, 1.0)
+    a.total.backward()
+    b.total.backward()
+    torch.testing.assert_close(a.kl, b.kl, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad, atol=1e-5, rtol=1e-4)

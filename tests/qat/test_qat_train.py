@@ -117,6 +117,23 @@ def test_parts_of_a_batch_and_recomputed_layers_change_nothing(teacher, corpus, 
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
+def test_teacher_asked_once(teacher, corpus, tmp_path):
+    """With all tokens kept the curve is that of a teacher asked at every step; a rerun uses the file as it is."""
+    settings = {**TINY, "group_size": 64, "lr": 3e-3, "eval_every": 10, "weight_decay": 0.0}
+    train(STUDENT, [corpus], tmp_path / "asked", teacher)
+    cache = tmp_path / "cache"
+    train(Recipe(**settings, teacher_top_k=300), [corpus], tmp_path / "kept", teacher, cache=cache)
+    for a, b in zip(curve(tmp_path / "asked"), curve(tmp_path / "kept"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-3)  # fp16 log-probabilities
+    (file,) = cache.glob("teacher-*")
+    before = file.stat().st_mtime_ns
+    train(Recipe(**{**settings, "lr": 1e-3}, teacher_top_k=300), [corpus], tmp_path / "again", teacher, cache=cache)
+    assert [f.stat().st_mtime_ns for f in cache.glob("teacher-*")] == [before]
+    train(Recipe(**settings, teacher_top_k=300, accumulate=2), [corpus], tmp_path / "parts", teacher, cache=cache)
+    for a, b in zip(curve(tmp_path / "kept"), curve(tmp_path / "parts"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+
+
 def test_collapse_stops_the_run_and_is_named(teacher, corpus, tmp_path):
     """A limit below the usual zero ratio makes the monitor speak; the state is saved and can go on."""
     sensitive = Recipe(**{**TINY, "group_size": 64, "log_every": 1, "collapse_ratio": 0.01})
