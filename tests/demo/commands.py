@@ -1,4 +1,4 @@
-"""The commands in the documentation's ```sh blocks, and the click commands that they name."""
+"""The commands in the documentation's code blocks, and the click commands that they name."""
 
 import importlib
 import re
@@ -17,9 +17,17 @@ FOREIGN = {"git", "pip", "source", "cd", "npm", "tar", "llama-completion", "llam
 
 
 def commands_in(document: Path) -> list[list[str]]:
-    """The words of every command in the document's ```sh blocks; pipes and && separate commands, redirections go."""
-    found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    """The words of every command in the document's ```sh blocks, and of indented lines that begin with one of ours.
+
+    Pipes and && separate commands; redirections and comments go.
+    """
+    found, text = [], document.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks += re.findall(
+        r"^ {4,}((?:tmexport|python -m (?:qat|runtime_ref|tmexport)|python scripts/|make) .*)", rest, re.MULTILINE
+    )
+    for block in blocks:
         for line in block.replace("\\\n", " ").split("\n"):
             for part in re.split(r"\s(?:\||&&)\s", line):
                 words = shlex.split(re.split(r"\s>\s", part)[0], comments=True)
