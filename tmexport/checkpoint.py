@@ -87,11 +87,15 @@ class Checkpoint:
         codes = unpack_codes(self.stored[name + ".codes"].read(), name)
         return TernaryTensor(codes, self.stored[name + ".scales"].read(), self.group_size).check(name)
 
-    def dense(self, name: str) -> np.ndarray:
-        """A tensor in fp32; a stored ternary weight is dequantised (exactly)."""
+    def values(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, fp16 or fp32 (bf16 arrives as fp32); a ternary weight is dequantised. All exact."""
         if self.is_stored_ternary(name):
             return self.ternary(name).dense()
-        return self.stored[name].read().astype(np.float32, copy=False)
+        return self.stored[name].read()
+
+    def dense(self, name: str) -> np.ndarray:
+        """A tensor in fp32, exactly."""
+        return self.values(name).astype(np.float32, copy=False)
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:

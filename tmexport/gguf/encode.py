@@ -12,6 +12,7 @@ from tmexport.errors import NotTernaryError, TmexportError
 from tmexport.gguf.types import GGMLType
 from tmexport.ternary import TernaryTensor, first_true
 
+_FP16_OVERFLOW = 65520.0  # rounds to infinity
 _ROWS_AT_ONCE = 256  # keeps the intermediates in cache and the peak memory at one encoded tensor
 
 
@@ -92,7 +93,7 @@ def _q2_0(digits: np.ndarray, scale_bytes: np.ndarray) -> np.ndarray:
 
 
 def encode_float(values: np.ndarray, kind: GGMLType, name: str) -> np.ndarray:
-    """An fp32 matrix [n, k] in a float or quantised type: uint8 [n, row_bytes].
+    """A matrix [n, k], fp32 or fp16, in a float or quantised type: uint8 [n, row_bytes].
 
     Q8_0 and Q4_0 round as llama.cpp's reference quantisers do (ggml-quants.c).
 
@@ -102,16 +103,16 @@ def encode_float(values: np.ndarray, kind: GGMLType, name: str) -> np.ndarray:
     n, k = values.shape
     if k % kind.block_size:
         raise TmexportError(f"{name}: rows of {k} values do not divide into {kind.name} blocks of {kind.block_size}")
-    if not np.isfinite(values).all():
-        raise TmexportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
     encoder = {GGMLType.F32: _f32, GGMLType.F16: _f16, GGMLType.Q8_0: _q8_0, GGMLType.Q4_0: _q4_0}[kind]
     out = np.empty((n, kind.row_bytes(k)), np.uint8)
     for start in range(0, n, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        with np.errstate(over="ignore"):
-            out[rows] = encoder(np.ascontiguousarray(values[rows], np.float32)).reshape(-1, out.shape[1])
-    if kind is GGMLType.F16 and not np.isfinite(out.view(np.float16)).all():
-        raise TmexportError(f"{name}: holds {np.abs(values).max():.6g}, which overflows fp16 (65504)")
+        part = np.ascontiguousarray(values[rows], np.float32)
+        if not np.isfinite(part).all():
+            raise TmexportError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
+        if kind is not GGMLType.F32 and np.abs(part).max(initial=0) >= _FP16_OVERFLOW:
+            raise TmexportError(f"{name}: holds {np.abs(part).max():.6g}, which overflows fp16 (65504)")
+        out[rows] = encoder(part).reshape(-1, out.shape[1])
     return out
 
 

@@ -140,7 +140,7 @@ def _widest_group(tensor: TernaryTensor, name: str) -> int:
 
 def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int | None, ptq: bool) -> np.ndarray:
     if kind is GGMLType.F16:
-        return encode_float(checkpoint.dense(name), kind, name)
+        return encode_float(checkpoint.values(name), kind, name)
     if ptq:
         assert group_size is not None
         try:  # a weight that already is ternary stays as it is
@@ -156,5 +156,5 @@ def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: i
 
 
 def _float(checkpoint: Checkpoint, name: str, kind: GGMLType, shape: tuple[int, ...]) -> np.ndarray:
-    values = gguf_values(name, checkpoint.dense(name)).reshape(-1, shape[-1])
+    values = gguf_values(name, checkpoint.values(name)).reshape(-1, shape[-1])
     return encode_float(values, kind, name)
