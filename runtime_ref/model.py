@@ -67,6 +67,21 @@ class Model:
     def threads(self) -> int:
         return self._team.size
 
+    @threads.setter
+    def threads(self, number: int) -> None:
+        if not 1 <= number <= 1024:
+            raise UsageError(f"{number} threads; expected 1 to 1024")
+        with self._lock:
+            self._team.close()
+            self._team = Team(number)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that decoding one token reads (of an untied embedding, one row)."""
+        b = self._built
+        arrays = [*b.small, *b.in_proj, *b.out_proj, *b.head]
+        return sum(a.nbytes for a in arrays)
+
     def compiled(self) -> bool:
         """Whether the kernels for this model are compiled in this process."""
         return bool(run.signatures) and self._signature() in run.signatures
@@ -101,16 +116,16 @@ class Model:
             UsageError: the token is outside the vocabulary.
             NumericsError: an Inf or a NaN appeared; the layer is named, and the state is no longer meaningful.
         """
-        return self._forward([state], np.array([[token]], np.int64), all_logits=False)[0]
+        return self._forward([state], _ids([token]).reshape(1, 1), all_logits=False)[0]
 
     def decode_batch(self, states: Sequence[State], tokens: Sequence[int]) -> np.ndarray:
         """One token for each of several different states, sharing one pass over the weights; logits [states, vocab].
 
         Raises: as `decode`; ValueError for a state that occurs twice or a length mismatch.
         """
-        if len({id(s) for s in states}) != len(states) or len(states) != len(tokens):
+        if not len(states) or len({id(s) for s in states}) != len(states) or len(states) != len(tokens):
             raise ValueError("expected distinct states and one token for each")
-        return self._forward(list(states), np.array(tokens, np.int64).reshape(-1, 1), all_logits=False)
+        return self._forward(list(states), _ids(tokens).reshape(-1, 1), all_logits=False)
 
     def prefill(
         self, state: State, tokens: Sequence[int], on_progress: Callable[[int], None] | None = None
@@ -119,7 +134,7 @@ class Model:
 
         Raises: as `decode`.
         """
-        ids = np.asarray(tokens, np.int64).reshape(-1)
+        ids = _ids(tokens)
         if not len(ids):
             raise UsageError("the prompt has no tokens; expected at least one")
         logits = np.zeros(0, np.float32)
@@ -135,7 +150,7 @@ class Model:
 
         Raises: as `decode`.
         """
-        ids = np.asarray(tokens, np.int64).reshape(-1)
+        ids = _ids(tokens)
         for start in range(0, len(ids), CHUNK):
             yield self._forward([state], ids[None, start : start + CHUNK], all_logits=True)
 
@@ -184,6 +199,7 @@ class Model:
         for state in states:
             if state.model != self.fingerprint or state.profile != self.profile:
                 raise StateError("the state belongs to another model or profile")
+            self._check_arrays(state)
         sequences, length = tokens.shape
         with self._lock:
             if len(self._scratch.x) < tokens.size:
@@ -200,6 +216,24 @@ class Model:
         for state in states:
             state.tokens += length
         return logits
+
+    def _check_arrays(self, state: State) -> None:
+        """The kernels get the addresses of these arrays, and believe them."""
+        c = self.config
+        for name, shape, dtype in (
+            ("conv", (c.n_layer, c.d_conv - 1, c.conv_dim), np.float32),
+            ("ssm", (c.n_layer, c.n_heads, c.headdim, c.d_state), STATE_DTYPES[self.profile]),
+        ):
+            array = getattr(state, name)
+            if (
+                not isinstance(array, np.ndarray)
+                or array.shape != shape
+                or array.dtype != dtype
+                or not array.flags.carray
+            ):
+                raise StateError(
+                    f"the state's {name} is not a writeable, contiguous {np.dtype(dtype)} array of shape {list(shape)}"
+                )
 
     def _check(self, logits: np.ndarray, rows: int) -> None:
         bad = self._scratch.bad[:rows]
@@ -221,6 +255,16 @@ class Model:
             np.zeros((1, 1), np.float32),
         )  # fmt: skip
         return tuple(typeof(a) for a in args)
+
+
+def _ids(tokens: Sequence[int]) -> np.ndarray:
+    """Token ids as int64 [n]; a fraction is not rounded, a number too large does not wrap."""
+    ids = np.asarray(tokens)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise UsageError(f"tokens are {ids.dtype}; expected whole numbers")
+    if ids.dtype == np.uint64 and ids.size and ids.max() >= 2**63:
+        raise UsageError(f"token {ids.max()} is outside the vocabulary")
+    return ids.astype(np.int64).reshape(-1)
 
 
 def _fingerprint(built: Built) -> str:

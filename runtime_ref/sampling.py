@@ -34,8 +34,11 @@ def choose(logits: np.ndarray, how: Sampling, rng: np.random.Generator) -> int:
     order = np.argsort(-logits, kind="stable")
     if how.top_k:
         order = order[: how.top_k]
-    scaled = logits[order].astype(np.float64) / how.temperature
-    weights = np.exp(scaled - scaled[0])
+    below = logits[order].astype(np.float64) - np.float64(
+        logits[order[0]]
+    )  # subtracted first: logits / 1e-300 is infinite
+    with np.errstate(over="ignore"):
+        weights = np.exp(below / how.temperature)
     total = np.cumsum(weights)
     kept = 1 + int(np.searchsorted(total, how.top_p * total[-1])) if how.top_p < 1.0 else len(order)
     total = total[:kept]

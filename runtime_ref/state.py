@@ -55,6 +55,8 @@ class State:
         Raises:
             StateError: the file is missing, damaged, or belongs to another model or profile.
         """
+        if not Path(path).is_file():  # a pipe would never open
+            raise StateError(f"{path}: no such file; expected a saved state")
         try:
             with safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {}).get("runtime_ref", "{}"))
@@ -67,7 +69,7 @@ class State:
                 arrays = {name: file.get_tensor(name) for name in ("conv", "ssm")}
         except StateError:
             raise
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
             raise StateError(f"{path}: cannot be read as a saved state: {error}") from None
         for name, array in arrays.items():
             want = getattr(like, name)
@@ -75,7 +77,7 @@ class State:
                 raise StateError(
                     f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {want.dtype} {list(want.shape)}"
                 )
-        if not isinstance(tokens, int) or tokens < 0:
+        if type(tokens) is not int or tokens < 0:
             raise StateError(f"{path}: the token count is {tokens!r}; expected a whole number")
         conv, ssm = (np.array(arrays[name]) for name in ("conv", "ssm"))
         return cls(conv, ssm, tokens, like.model, like.profile)

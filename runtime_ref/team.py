@@ -26,6 +26,8 @@ class Team:
             self._queues.append(queue)
 
     def run(self, function: Callable[..., Any], *args: Any) -> None:
+        if len(self._queues) != self.size - 1:  # the function would wait for the others for ever
+            raise RuntimeError("the model is closed")
         for queue in self._queues:
             queue.put((function, args))
         function(0, self.size, self.sync, *args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tmexport.errors import TokenizerError
+from tmexport.errors import TokenizerError, UsageError
 from tmexport.gguf.names import TOKENIZER_JSON_KEY
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.gguf.tokenizer import parse_tokenizer
@@ -34,7 +34,10 @@ class Tokenizer:
         return cls(text, str(file.path))
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # surrogates, from a command line that is not UTF-8
+            raise UsageError("the text is not valid Unicode; expected UTF-8") from None
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime_ref.kernels.isa import Isa, select
-from runtime_ref.kernels.pack import Packed, PackedTernary, empty_stack, put
+from runtime_ref.kernels.pack import Packed, PackedTernary, empty_stack, expect, put
 from runtime_ref.kernels.profiles import PROFILES, Exact, Fast
 from runtime_ref.kernels.scratch import Dims, dims_of
 from runtime_ref.weights import Source, small_tensors
@@ -54,15 +54,15 @@ def build(source: Source, profile: str) -> Built:
             raise GGUFError(f"{what} is {size}; this runtime needs a multiple of 16")
     isa = select()
     small = Small(**small_tensors(source))
-    in_proj, in_block = _layers(source, "ssm_in", c.d_model, profile)
-    out_proj, out_block = _layers(source, "ssm_out", c.d_inner, profile)
+    in_proj, in_block = _layers(source, "ssm_in", c.d_in_proj, c.d_model, profile)
+    out_proj, out_block = _layers(source, "ssm_out", c.d_model, c.d_inner, profile)
     embedding = _one(source, "token_embd.weight")
     head = embedding if source.tied else _one(source, "output.weight")
     dims = dims_of(c, in_block, out_block)
     return Built(isa, PROFILES[profile], dims, small, embedding, in_proj, out_proj, head)
 
 
-def _layers(source: Source, suffix: str, k: int, profile: str) -> tuple[Packed, int]:
+def _layers(source: Source, suffix: str, n: int, k: int, profile: str) -> tuple[Packed, int]:
     """One projection of all layers, and how many of its activations share a scale."""
     names = [f"blk.{i}.{suffix}.weight" for i in range(source.config.n_layer)]
     first = source.packed(names[0])
@@ -70,6 +70,10 @@ def _layers(source: Source, suffix: str, k: int, profile: str) -> tuple[Packed, 
     block = min(blocks)
     if len(blocks) > 1 or k % block:
         raise GGUFError(f"{names[0]}: rows of {k} do not divide into activation blocks of {sorted(blocks)}")
+    try:
+        expect(first, n, k, block, names[0])
+    except ValueError as error:
+        raise GGUFError(str(error)) from None
     stacked = empty_stack(len(names), first)
 
     def fill(layer: int) -> None:
@@ -87,6 +91,10 @@ def _one(source: Source, name: str) -> Packed:
     packed = source.packed(name)
     if isinstance(packed, PackedTernary):
         raise GGUFError(f"{name}: is ternary; expected F16, F32, BF16, Q8_0 or Q4_0 for an embedding or head")
+    try:
+        expect(packed, source.config.vocab_size, source.config.d_model, 32, name)
+    except ValueError as error:
+        raise GGUFError(str(error)) from None
     stacked = empty_stack(1, packed)
     put(stacked, 0, packed, name)
     return stacked

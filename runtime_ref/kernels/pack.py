@@ -86,6 +86,33 @@ def _pack_dense(values: np.ndarray) -> PackedHalf | PackedFloat:
     return PackedHalf(filled.view(np.uint16)) if values.dtype == np.float16 else PackedFloat(filled)
 
 
+def expect(packed: Packed, n: int, k: int, block: int, where: str) -> None:
+    """Check a matrix [n, k] before native code reads it: every size and dtype it will rely on.
+
+    Raises:
+        ValueError: naming `where`.
+    """
+    tiles = -(-n // ROWS)
+    if isinstance(packed, PackedHalf | PackedFloat):
+        dtype = np.uint16 if isinstance(packed, PackedHalf) else np.float32
+        wanted = [((n, -(-k // 16) * 16), dtype)]
+    elif isinstance(packed, PackedTernary):
+        groups = packed.scales.shape[1] if packed.scales.ndim == 3 else 0
+        if groups < 1 or k % groups or block % 16 or (k // groups) % block:
+            raise ValueError(f"{where}: {groups} groups and activation blocks of {block} do not divide rows of {k}")
+        wanted = [((tiles, k // 16, ROWS, 4), np.uint8), ((tiles, groups, ROWS), np.uint16)]
+    else:
+        step, dtype = (4, np.int8) if isinstance(packed, PackedQ8) else (8, np.uint8)
+        if k % 32 or block != 32:
+            raise ValueError(f"{where}: rows of {k} in activation blocks of {block}; expected blocks of 32")
+        wanted = [((tiles, k // step, ROWS, 4), dtype), ((tiles, k // 32, ROWS), np.uint16)]
+    for array, (shape, dtype) in zip(packed, wanted, strict=True):
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(
+                f"{where}: holds {array.dtype} {list(array.shape)}; expected {np.dtype(dtype)} {list(shape)}"
+            )
+
+
 def empty_stack(count: int, like: Packed) -> Packed:
     """Room for `count` matrices like this one, with a leading layer axis; every array starts on a cache line."""
     return type(like)(*(_aligned((count, *a.shape), a.dtype) for a in like))

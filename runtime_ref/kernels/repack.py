@@ -49,19 +49,28 @@ def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:
     if kind is GGMLType.Q8_0:
         packed = PackedQ8(np.zeros((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
         _q8(blocks, packed.codes.view(np.uint8), packed.scales)
+        _finite(packed.scales, name)
         return packed
     if kind is GGMLType.Q4_0:
         packed4 = PackedQ4(np.zeros((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
         _q4(blocks, packed4.codes, packed4.scales)
+        _finite(packed4.scales, name)
         return packed4
     width = -(-k // 16) * 16
     if kind is GGMLType.F16:
         half = np.zeros((n, width), np.uint16)
         half[:, :k] = blocks.view(np.uint16)
+        _finite(half, name)
         return PackedHalf(half)
     values = np.zeros((n, width), np.float32)
     values[:, :k] = dequantize(blocks, kind, k, name)
     return PackedFloat(values)
+
+
+def _finite(bits: np.ndarray, name: str) -> None:
+    """Refuse NaN and infinite fp16 (all bits of the exponent set)."""
+    if ((bits & np.uint16(0x7C00)) == 0x7C00).any():
+        raise GGUFError(f"{name}: holds NaN or infinite values; the file is damaged")
 
 
 @_compiled
@@ -159,6 +168,8 @@ def _tq1(blocks, codes, scales, table, groups):
             for at in range(52):
                 entry = table[row[base + at]]
                 bad |= entry >> np.uint64(56)
+                if at >= 48:  # four digits, padded with a 0
+                    bad |= (entry >> np.uint64(32)) & np.uint64(3)
                 first, stride, held = (
                     (at, 32, 5) if at < 32 else (160 + at - 32, 16, 5) if at < 48 else (240 + at - 48, 4, 4)
                 )

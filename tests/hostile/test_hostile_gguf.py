@@ -345,7 +345,7 @@ def test_groups_whose_blocks_disagree(tmp_path):
     refused(
         tmp_path,
         wide.with_tensor(OUT, data=bytes(data)),
-        rf"{OUT}, row 7, group 0 has different scales, but tmexport.group_size is 128",
+        rf"{OUT}, row 7, group 0 has different scales, but the group size is 128",
     )
 
 

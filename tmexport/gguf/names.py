@@ -187,10 +187,15 @@ def group_size_of(gguf: GGUFFile) -> int | None:
         fits = all(gguf.tensors[name].shape[-1] % recorded == 0 for name in names) if recorded in GROUP_SIZES else False
         if not fits or (wide_blocks and recorded != 256):
             raise GGUFError(f"{gguf.path}: {GROUP_SIZE_KEY} is {recorded!r}, which does not fit its ternary tensors")
-        if not wide_blocks:
-            _check_scales_agree(gguf, names, recorded)
+        _check_scales_agree(gguf, names, recorded)
         return recorded
     if wide_blocks:
+        for name in names:
+            if gguf.tensors[name].shape[-1] % 256:
+                raise GGUFError(
+                    f"{gguf.path}: {name} has rows that do not divide into groups of 256, as other tensors' do"
+                )
+        _check_scales_agree(gguf, names, 256)
         return 256
     size = 256
     for name in names:
@@ -208,11 +213,13 @@ def group_size_of(gguf: GGUFFile) -> int | None:
 def _check_scales_agree(gguf: GGUFFile, names: list[str], group_size: int) -> None:
     """The Q2_0 blocks of a group must repeat one scale, or whoever keeps one scale a group computes something else."""
     for name in names:
+        if gguf.tensors[name].type is not GGMLType.Q2_0:
+            continue
         n, k = gguf.tensors[name].shape
         blocks = gguf.blocks(name).reshape(n, k // group_size, group_size // 64, GGMLType.Q2_0.block_bytes)
         differs = (blocks[..., :2] != blocks[:, :, :1, :2]).any(axis=(2, 3))
         if differs.any():
             row, group = first_true(differs)
             raise GGUFError(
-                f"{gguf.path}: {name}, row {row}, group {group} has different scales, but {GROUP_SIZE_KEY} is {group_size}"
+                f"{gguf.path}: {name}, row {row}, group {group} has different scales, but the group size is {group_size}"
             )
