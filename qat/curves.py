@@ -19,7 +19,12 @@ def draw_curves(metrics: Path, out: Path) -> None:
     entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     tokens = [entry["tokens"] for entry in entries]
-    axes[0].plot(tokens, _smooth([entry["bits_per_byte"] for entry in entries]), label="training (smoothed)")
+    predicting = [entry for entry in entries if "bits_per_byte" in entry]  # not while layers were aligned
+    axes[0].plot(
+        [entry["tokens"] for entry in predicting],
+        _smooth([entry["bits_per_byte"] for entry in predicting]),
+        label="training (smoothed)",
+    )
     scored = [entry for entry in entries if "held_out_bits_per_byte" in entry]
     if scored:
         axes[0].plot(

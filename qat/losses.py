@@ -7,11 +7,12 @@ are made in the forward pass, row chunk by row chunk. Source of the loss: Hinton
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _LOGITS_AT_ONCE = 2**21  # entries (8 MB in fp32): a chunk stays in a CPU's last cache and is negligible on a GPU
 
@@ -96,6 +97,26 @@ def _top_divergence(log_p: Tensor, ids: Tensor, log_q: Tensor, log_tail: Tensor)
     total = q.sum(-1) + q_tail
     grad = p.mul_((total - q_tail / p_tail)[:, None])
     return divergence, grad.scatter_(-1, ids, p_top * total[:, None] - q)
+
+
+def alignment_loss(student: Sequence[nn.Module], teacher: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    """How far each student layer is from the teacher's on the teacher's own hidden states, as a share of what it adds.
+
+    mean over the layers of |student(h) - teacher(h)|^2 / |teacher(h) - h|^2: the second stage of MOHAWK (Bick et al. 2024,
+    arXiv 2408.10189). No layer sees another's error, so all are trained at once, each on its own.
+
+    Args:
+        student, teacher: layers [batch, time, d_model] -> the same shape, with a residual connection inside.
+        hidden: what enters the first layer.
+    """
+    total = hidden.new_zeros(())
+    for ours, theirs in zip(student, teacher, strict=True):
+        with torch.no_grad():
+            after = theirs(hidden)
+            size = (after - hidden).square().mean()
+        total = total + (ours(hidden) - after).square().mean() / size.clamp_min(1e-12)
+        hidden = after
+    return total / len(student)
 
 
 class _ChunkedLoss(torch.autograd.Function):

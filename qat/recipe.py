@@ -60,6 +60,9 @@ class Recipe:
     beta2: float = _setting(0.95, "AdamW: decay of the variance", 0, 1)
     clip: float = _setting(1.0, "largest norm of the gradient; 0 = no limit", 0)
     kd_weight: float = _setting(0.5, "w in (1 - w) CE + w T^2 KL(teacher || student)", 0, 1)
+    align_steps: int = _setting(
+        0, "first steps in which each layer imitates the teacher's layer on the teacher's input", 0
+    )
     teacher_top_k: int = _setting(
         0, "ask the teacher once and keep its k best tokens on disk; 0 = ask at every step", 0
     )

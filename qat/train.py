@@ -96,6 +96,8 @@ def _prepare(
     """Models, tokens and batches of a run."""
     teacher_model = None
     if teacher is None:
+        if recipe.align_steps:
+            raise UsageError("align_steps needs a teacher; remove it, or give --teacher")
         tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
         config = _config_of(recipe, tokenizer)
     else:

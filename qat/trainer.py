@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.data import Batches
 from qat.errors import TrainingError
 from qat.evaluate import documents_of, score_document
-from qat.losses import TopPredictions, distillation_loss
+from qat.losses import TopPredictions, alignment_loss, distillation_loss
 from qat.model import Mamba2LM
 from qat.progress import Bar, progress_bar
 from qat.quantizer import zero_ratios
@@ -63,13 +63,17 @@ class Run:
 
 
 class Step(nn.Module):
-    """ids int64 [batch, seq_len + 1] -> (loss, cross-entropy, KL). The teacher is not part of its parameters."""
+    """ids int64 [batch, seq_len + 1] -> (loss, cross-entropy, KL). The teacher is not part of its parameters.
+
+    While `aligning`, the loss is that of each layer against the teacher's, and the other two are NaN.
+    """
 
     def __init__(self, student: Mamba2LM, teacher: Mamba2LM | None, recipe: Recipe) -> None:
         super().__init__()
         self.student = student
         self._teacher = (teacher,)  # in a tuple: not a submodule
         self.recipe = recipe
+        self.aligning = False
 
     def forward(self, ids: Tensor, *top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`top`: the fields of TopPredictions, if the teacher was asked before."""
@@ -77,6 +81,12 @@ class Step(nn.Module):
         teacher, recipe = self._teacher[0], self.recipe
         known = None
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            if self.aligning:
+                assert teacher is not None
+                embedded = teacher.backbone.embeddings(inputs).float()
+                loss = alignment_loss(self.student.backbone.layers, teacher.backbone.layers, embedded)
+                unknown = torch.full((), math.nan, device=ids.device)
+                return loss, unknown, unknown
             if teacher is not None and recipe.kd_weight > 0 and not top:
                 with torch.no_grad():
                     known = teacher.backbone(inputs)
@@ -123,7 +133,8 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
             layer.compile()
     optimizer = make_optimizer(run.student, recipe)
     step, best = load_state(run.latest, run.student, optimizer, recipe, resume)
-    module, optimizer = accelerator.prepare(Step(run.student, run.teacher, recipe), optimizer)
+    work = Step(run.student, run.teacher, recipe)
+    module, optimizer = accelerator.prepare(work, optimizer)
     started, stopped_by = time.monotonic(), "steps"
     zeros: dict[str, float] = {}
     if main:
@@ -142,8 +153,9 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
             first = accelerator.process_index * share
             ids = torch.from_numpy(run.batches(step)[first : first + share]).to(device)
             optimizer.zero_grad(set_to_none=True)
+            work.aligning = step < recipe.align_steps
             inputs = [ids]
-            if run.teacher_cache is not None:
+            if run.teacher_cache is not None and not work.aligning:
                 top = run.teacher_cache(step, first, share)
                 inputs += [top.ids.to(device), top.log_q.to(device), top.log_tail.to(device)]
             losses = _backward(accelerator, module, inputs, recipe.accumulate)
@@ -155,8 +167,9 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
             _check_finite(run, step, loss, norm)
             optimizer.step()
             entry: dict[str, Any] = {"step": step, "tokens": (step + 1) * recipe.tokens_per_step}
-            entry |= {"lr": recipe.learning_rate(step), "loss": loss, "cross_entropy": ce, "kl": kl, "grad_norm": norm}
-            entry["bits_per_byte"] = ce / math.log(2) / run.bytes_per_token
+            entry |= {"lr": recipe.learning_rate(step), "loss": loss, "grad_norm": norm}
+            if not work.aligning:
+                entry |= {"cross_entropy": ce, "kl": kl, "bits_per_byte": ce / math.log(2) / run.bytes_per_token}
             entry["tokens_per_second"] = round(recipe.tokens_per_step / (time.monotonic() - began), 1)
             step += 1
             last = step == recipe.steps
@@ -203,6 +216,10 @@ def _share_of_batch(recipe: Recipe, processes: int) -> int:
             f"a batch of {recipe.batch_size} cannot be shared by {processes} processes in {recipe.accumulate} parts each; "
             "choose a --batch-size that divides"
         )
+    if recipe.align_steps and processes > 1:
+        raise UsageError(
+            "align_steps trains only the layers, which needs one process; use --align-steps 0 with several"
+        )
     return recipe.batch_size // processes
 
 
@@ -240,11 +257,8 @@ def _check_finite(run: Run, step: int, loss: float, norm: float) -> None:
 
 
 def _show(bar: Bar, step: int, entry: dict[str, Any], zeros: dict[str, float]) -> None:
-    parts = [
-        f"loss {entry['loss']:.3f}",
-        f"{entry['bits_per_byte']:.3f} bits/byte",
-        f"{entry['tokens_per_second']:,.0f} tok/s",
-    ]
+    score = f"{entry['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in entry else "aligning layers"
+    parts = [f"loss {entry['loss']:.3f}", score, f"{entry['tokens_per_second']:,.0f} tok/s"]
     if zeros:
         parts.append(f"{mean(zeros.values()):.0%} zeros")
     bar.update(step, " · ".join(parts))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import qat.losses
-from qat.losses import TopPredictions, distillation_loss
+from qat.losses import TopPredictions, alignment_loss, distillation_loss
 
 
 def inputs(dtype=torch.float64):
@@ -99,3 +99,19 @@ def test_all_tokens_as_top_predictions_equal_the_full_divergence():
     b.total.backward()
     torch.testing.assert_close(a.kl, b.kl, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[0].grad, theirs[0].grad, atol=1e-5, rtol=1e-4)
+
+
+def test_alignment_is_a_share_of_what_a_layer_adds():
+    torch.manual_seed(0)
+    double, triple = (torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+    with torch.no_grad():
+        double.weight.copy_(2 * torch.eye(4))
+        triple.weight.copy_(3 * torch.eye(4))
+    hidden = torch.randn(2, 3, 4)
+    # teacher: h -> 2h -> 4h adds h, then 2h; student: h -> 3h (off by h: 1), and 2h -> 6h (off by 2h: 1)
+    loss = alignment_loss([triple, triple], [double, double], hidden)
+    assert loss.item() == pytest.approx(1.0)
+    assert alignment_loss([double], [double], hidden).item() == 0.0
+    loss.backward()
+    assert triple.weight.grad is not None
+    assert double.weight.grad is None

@@ -134,6 +134,23 @@ def test_teacher_asked_once(teacher, corpus, tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
 
 
+def test_aligning_layers(teacher, corpus, tmp_path):
+    """The warm-up lowers the distance between the layers, leaves head and embedding alone, and then training goes on."""
+    settings = {**TINY, "group_size": 64, "lr": 3e-3, "warmup": 0.0, "final_lr": 1.0, "weight_decay": 0.0}
+    train(Recipe(**settings, align_steps=30), [corpus], tmp_path / "only", teacher)
+    rows = curve(tmp_path / "only")
+    assert all("cross_entropy" not in row for row in rows)
+    assert np.mean([row["loss"] for row in rows[-5:]]) < 0.7 * rows[0]["loss"]
+    only, source = open_checkpoint(tmp_path / "only"), open_checkpoint(teacher)
+    for name in ("backbone.embeddings.weight", "backbone.norm_f.weight"):
+        assert np.array_equal(only.dense(name), source.dense(name))
+    train(Recipe(**settings, align_steps=10), [corpus], tmp_path / "both", teacher)
+    rows = curve(tmp_path / "both")
+    assert ["cross_entropy" in row for row in rows] == [False] * 10 + [True] * 20
+    with pytest.raises(UsageError, match="align_steps needs a teacher"):
+        train(Recipe(**settings, align_steps=10), [corpus], tmp_path / "none")
+
+
 def test_collapse_stops_the_run_and_is_named(teacher, corpus, tmp_path):
     """A limit below the usual zero ratio makes the monitor speak; the state is saved and can go on."""
     sensitive = Recipe(**{**TINY, "group_size": 64, "log_every": 1, "collapse_ratio": 0.01})
