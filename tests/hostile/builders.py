@@ -125,10 +125,10 @@ def floats(shape: tuple[int, ...], kind: int = F32, seed: int = 0) -> bytes:
     return values.astype(np.float16).tobytes() if kind == F16 else values.tobytes()
 
 
-def model(kind: int = Q2_0, d: int | None = None, vocab: int = 16) -> Gguf:
-    """A complete one-layer Mamba-2 with expand 1, d_state 8 and heads of 64; a few kilobytes."""
+def model(kind: int = Q2_0, d: int | None = None, vocab: int = 16, state: int = 8) -> Gguf:
+    """A complete one-layer Mamba-2 with expand 1 and heads of 64; a few kilobytes."""
     d = d or (64 if kind == Q2_0 else 256)
-    heads, state = d // 64, 8
+    heads = d // 64
     conv_dim, rows = d + 2 * state, 2 * d + 2 * state + heads
     whole = {"context_length": 2**20, "embedding_length": d, "feed_forward_length": 0, "attention.head_count": 0, "block_count": 1,
              "vocab_size": vocab, "ssm.conv_kernel": 4, "ssm.inner_size": d, "ssm.state_size": state, "ssm.time_step_rank": heads,
