@@ -99,7 +99,7 @@ def web(
     from tmexport.cli import _progress
 
     _need_onnx()
-    from tmexport.onnx.web import write_site
+    from tmexport.onnx.site import write_site
 
     source = open_checkpoint(checkpoint)
     with _progress() as progress:
