@@ -52,7 +52,16 @@ def load_state(
         student.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         return saved["step"], saved["best"]
-    except (RuntimeError, KeyError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OSError,
+        EOFError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UsageError(
             f"{path}: is damaged or not a checkpoint of this model ({type(error).__name__}); choose another --out"
         ) from None

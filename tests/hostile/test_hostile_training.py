@@ -1,0 +1,82 @@
+"""Training killed with SIGKILL and resumed gives the bits of a run left alone. scripts/fault_train.py does it fifty times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.recipe import Recipe
+from tests.models import SMALL
+from tmexport.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# In a process of its own: a process in which torch has computed cannot be forked safely.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from scripts import fault_train as fault
+import qat.trainer
+import matplotlib.pyplot
+
+work, show = Path(sys.argv[1]), qat.trainer._show
+teacher, text = fault.prepare(work)
+
+def killed_at(moment):
+    def fatal(bar, step, *rest):
+        show(bar, step, *rest)
+        if step == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def action():
+        qat.trainer._show = fatal
+        fault.run_training(work / "killed", teacher, text, 12)
+    return action
+
+def killed_while_saving():
+    replace = os.replace
+    def fatal(source, target):
+        if str(target).endswith("latest.pt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    import tmexport.files
+    tmexport.files.os.replace = fatal
+    fault.run_training(work / "killed", teacher, text, 12)
+
+codes = [fault.wait(fault.start(lambda: fault.run_training(work / "whole", teacher, text, 12)))]
+for action in (killed_at(3), killed_while_saving, killed_at(10), lambda: fault.run_training(work / "killed", teacher, text, 12)):
+    codes.append(fault.wait(fault.start(action)))
+print(json.dumps([codes, fault.results(work / "killed") == fault.results(work / "whole"), len(fault.results(work / "whole")["curve"])]))
+"""
+
+
+def test_killed_three_times_and_resumed(tmp_path):
+    """Before the first checkpoint, while it takes its name, and after the second."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    codes, identical, steps = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [0, -9, -9, -9, 0], done.stderr
+    assert steps == 12
+    assert identical
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[], {"step": 3}, {"recipe": 3}, 7, {"recipe": {}, "model": {}, "optimizer": {}, "step": 0, "best": 0}],
+    ids=repr,
+)
+def test_a_trainers_checkpoint_that_is_none(tmp_path, content):
+    from qat.model import Mamba2LM
+    from qat.saving import load_state
+    from qat.trainer import make_optimizer
+
+    torch.save(content, tmp_path / "latest.pt")
+    model, recipe = Mamba2LM(SMALL), Recipe()
+    with pytest.raises(UsageError, match="latest.pt: (is damaged or not a checkpoint|was made with)"):
+        load_state(tmp_path / "latest.pt", model, make_optimizer(model, recipe), recipe, resume=True)
