@@ -1,6 +1,6 @@
 """Profile fast and a stock llama.cpp, on the same file: the same integers, so the same log probabilities.
 
-llama.cpp keeps the SSM state in fp32. With an fp32 state the specification agrees with it to float rounding; the fp16
+llama.cpp keeps the SSM state in fp32, and for Q2_0 rounds the scale of every 32 activations to fp16. With an fp32 state the specification agrees with it to float rounding; the fp16
 state of profile fast is the only other difference, and on random weights (no trained model is this sensitive) it is visible.
 """
 
@@ -37,6 +37,6 @@ def test_fast_agrees_with_llamacpp(tmp_path, kind, group_size):
     for token in prompt:
         logits = model.step(state, token)
     for token, log_probability in found[:16]:
-        assert abs(log_softmax(logits)[token] - log_probability) < 0.01
+        assert abs(log_softmax(logits)[token] - log_probability) < (0.03 if kind == "q2_0" else 0.004)
         logits = model.step(state, token)
     assert np.abs(differences(path, prompt, found, "fast")).max() < 0.06
