@@ -17,6 +17,7 @@ from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, expected_shapes
 from tmexport.errors import NotTernaryError
 from tmexport.onnx.graph import build_graph
 from tmexport.onnx.names import ModelInfo, OnnxError, info_from_metadata
+from tmexport.ternary import first_true
 from tmexport.verify import Difference, Report
 
 _FIELDS = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "n_groups", "rms_eps", "tie_embeddings")  # fmt: skip
@@ -28,10 +29,10 @@ def load_onnx(path: Path) -> tuple[onnx.ModelProto, ModelInfo]:
     Raises:
         OnnxError: there is no such file, it is damaged, or another program wrote it.
     """
+    if not path.is_file():  # a pipe would never end
+        raise OnnxError(f"{path}: no such file; expected a file written by `tmexport onnx`")
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except FileNotFoundError:
-        raise OnnxError(f"{path}: no such file; expected a file written by `tmexport onnx`") from None
     except Exception as error:  # protobuf's DecodeError has no public base; OSError
         raise OnnxError(f"{path}: is not a readable ONNX file: {' '.join(str(error).split())}") from None
     info = info_from_metadata({p.key: p.value for p in model.metadata_props}, path)
@@ -101,6 +102,9 @@ def _compare_graph(
     for tensor in graph.initializers:
         if tensor.name not in stored:
             return Difference(tensor.name, None, None, f"{tensor.dtype} {list(tensor.shape)}", "nothing")
+        dims = list(stored[tensor.name].dims)
+        if dims != list(tensor.shape):  # numpy would read a dimension of -1 as "whatever is left"
+            return Difference(tensor.name, None, None, f"the shape {list(tensor.shape)}", f"{dims}")
         if tensor.name.startswith("const_"):  # the table of codes, zero points, axes, epsilon
             want, have = tensor.make(), _array(stored[tensor.name], "constant")
             if want.dtype != have.dtype or want.shape != have.shape or want.tobytes() != have.tobytes():
@@ -137,7 +141,7 @@ def _compare_ternary(
     codes = np.stack([packed >> 2 * i & 3 for i in range(4)], axis=2).reshape(n, k).view(np.int8) - 1
     differs = codes != expected.codes
     if differs.any():
-        row, column = map(int, np.argwhere(differs)[0])
+        row, column = first_true(differs)
         want = f"code {expected.codes[row, column]} in column {column}"
         return Difference(name, row, column // expected.group_size, want, f"{codes[row, column]}"), 0, 0
     stored_scales = stored[f"{name}.scales"]
@@ -151,7 +155,7 @@ def _compare_ternary(
         return Difference(name, None, None, f"{want.size} scales", f"{have.size}"), 0, 0
     differs = want.view(np.uint32) != have.view(np.uint32)
     if differs.any():
-        row, run = map(int, np.argwhere(differs)[0])
+        row, run = first_true(differs)
         place = (row, run * 64 // expected.group_size)
         return Difference(name, *place, f"scale {want[row, run]!r}", f"{have[row, run]!r}"), 0, 0
     return None, codes.size, scales.size
@@ -195,5 +199,5 @@ def _compare_embedding(
 def _first_difference(name: str, expected: np.ndarray, found: np.ndarray, ok: np.ndarray) -> Difference | None:
     if ok.all():
         return None
-    place = tuple(map(int, np.argwhere(~ok)[0]))
+    place = first_true(~ok)
     return Difference(name, place[0], None, f"{expected[place]!r} at {list(place)}", f"{found[place]!r}")
