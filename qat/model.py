@@ -113,6 +113,7 @@ class Mixer(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.log(torch.empty(config.n_heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(config.n_heads))
+        self.scanned = nn.Identity()  # a place for hooks: the scan's output [batch, time, heads, headdim]
         self.norm = RMSNorm(config.d_inner, config.rms_eps, config.n_groups)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
         nn.init.normal_(self.out_proj.weight, std=0.5 / math.sqrt(config.d_inner * config.n_layer))
@@ -135,7 +136,7 @@ class Mixer(nn.Module):
         )
         if state is not None:
             state.conv, state.ssm = recent, last
-        y = torch.addcmul(y, x, self.D.to(x.dtype)[:, None]).flatten(-2)
+        y = self.scanned(torch.addcmul(y, x, self.D.to(x.dtype)[:, None])).flatten(-2)
         return self.out_proj(self.norm(y * F.silu(z)))
 
 
