@@ -22,6 +22,8 @@ def round_to_nearest(folder: Path, out: Path, group_size: int = 256) -> float:
 
     scale = mean|w| of the group, code = round(clip(w / scale, -1, 1)): no data, no training.
     """
+    if out.resolve() == folder.resolve():
+        raise UsageError(f"{out}: is the teacher's folder, which would be overwritten; choose another --out")
     checkpoint = open_checkpoint(folder)
     if (
         group_size not in GROUP_SIZES

@@ -162,6 +162,6 @@ def read_table(path: Path, table: str) -> dict[str, Any]:
 
 
 def changed_settings(saved: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Settings that matter to the result and differ from the saved run's."""
-    now = dataclasses.asdict(recipe)
-    return [key for key in now if key not in _FREE_ON_RESUME and saved.get(key) != now[key]]
+    """Settings that matter to the result and differ from the saved run's; one that it did not know had its default."""
+    now, defaults = dataclasses.asdict(recipe), dataclasses.asdict(Recipe())
+    return [key for key in now if key not in _FREE_ON_RESUME and saved.get(key, defaults[key]) != now[key]]

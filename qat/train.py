@@ -63,6 +63,8 @@ def train(
     torch.manual_seed(recipe.seed)
     if (out / "checkpoints" / "latest.pt").is_file() and not resume:
         raise UsageError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
+    if teacher is not None and out.resolve() == teacher.resolve():
+        raise UsageError(f"{out}: is the teacher's folder, which would be overwritten; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,7 +142,7 @@ def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | No
     if given is not None:
         find_tokenizer(out, given)
         shutil.copyfile(given, path)
-    elif not path.is_file():
+    elif not (out / "checkpoints" / "latest.pt").is_file():
         click.echo(f"training a tokenizer of {recipe.vocab_size} tokens", err=True)
         train_tokenizer(data, recipe.vocab_size, path)
     return path

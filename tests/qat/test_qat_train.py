@@ -246,6 +246,10 @@ def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
         train(STUDENT, [corpus], tmp_path / "a", tmp_path / "rtn")
     with pytest.raises(CheckpointError, match="no such folder"):
         train(STUDENT, [corpus], tmp_path / "b", tmp_path / "missing")
+    with pytest.raises(UsageError, match="is the teacher's folder"):
+        train(STUDENT, [corpus], teacher, teacher, resume=True)
+    with pytest.raises(UsageError, match="is the teacher's folder"):
+        round_to_nearest(teacher, teacher, 64)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     with pytest.raises(DataError, match="holds no text"):
