@@ -11,6 +11,7 @@ import click
 
 from runtime_ref.model import Model
 from tmexport.errors import TmexportError
+from tmexport.files import silence_stdout
 
 
 def run_command(command: click.Command, name: str) -> None:
@@ -25,6 +26,10 @@ def run_command(command: click.Command, name: str) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
         code = 1
+    except OSError as error:
+        silence_stdout()
+        click.echo(f"error: the output cannot be written: {error.strerror or error}", err=True)
+        code = 1
     except MemoryError:
         click.echo("error: not enough memory for this model", err=True)
         code = 1
@@ -33,6 +38,11 @@ def run_command(command: click.Command, name: str) -> None:
         code = error.exit_code
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def for_terminal(text: str) -> str:
+    """What a stranger's model says, without the control characters that would reprogram a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def compile_kernels(model: Model) -> float:

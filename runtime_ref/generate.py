@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 
 import click
 import numpy as np
 
-from runtime_ref.command import compile_kernels, run_command
+from runtime_ref.command import compile_kernels, for_terminal, run_command
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.tokenizer import Tokenizer
@@ -78,15 +79,16 @@ def generate(
         if len(times) == 1:
             times.append(time.perf_counter())
 
+    shown = for_terminal if sys.stdout.isatty() else str
     if not as_json:
-        click.echo(prompt, nl=False)
+        click.echo(shown(prompt), nl=False)
     for token in model.generate(ids, count, sampling, state, stop, seen):
         tokens.append(token)
         if not as_json:
-            click.echo(stream.push(token), nl=False)
+            click.echo(shown(stream.push(token)), nl=False)
     end = time.perf_counter()
     if not as_json:
-        click.echo(stream.flush())
+        click.echo(shown(stream.flush()))
     if save_state:
         state.save(save_state)
     prompt_rate = len(ids) / (times[1] - times[0])

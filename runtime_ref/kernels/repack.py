@@ -169,6 +169,8 @@ def _tq1(blocks, codes, scales, table, groups):
                 entry = table[row[base + at]]
                 bad |= entry >> np.uint64(56)
                 if at >= 48:  # four digits, padded with a 0
+                    bad |= entry >> np.uint64(32) & np.uint64(3)
+                if at >= 48:  # four digits, padded with a 0
                     bad |= (entry >> np.uint64(32)) & np.uint64(3)
                 first, stride, held = (
                     (at, 32, 5) if at < 32 else (160 + at - 32, 16, 5) if at < 48 else (240 + at - 48, 4, 4)
