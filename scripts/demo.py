@@ -15,7 +15,7 @@ from typing import Any
 import click
 from demo_curves import draw_curves
 from demo_plan import PROMPT, SCALES, Layout, Scale, sections
-from demo_report import closing_list, comparison, first_difference, results_of, table
+from demo_report import closing_list, comparison, first_difference, proof_of_the_file, results_of, table
 from demo_steps import Records, content_hash, duration, run_step
 from make_corpus import SHIPPED, read_corpus, write_split
 from rich.console import Console
@@ -70,6 +70,7 @@ def run(out: Path, scale_name: str, console: Console) -> dict[str, Any]:
     console.print(first_difference(results), highlight=False)
     console.print()
     console.print(table(results))
+    console.print(proof_of_the_file(results), highlight=False)
     console.print()
     console.print(f"What lies in {out}/", style="bold", highlight=False)
     for line in closing_list(out):

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo_report import MODELS, said_content, said_export, said_proof, said_score, said_speed
+from demo_report import (
+    MODELS,
+    said_bench,
+    said_content,
+    said_export,
+    said_llamacpp,
+    said_proof,
+    said_score,
+    said_tokens,
+)
 from demo_steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +108,7 @@ def sections(layout: Layout, scale: Scale) -> dict[str, list[Step]]:
     )
     data = (train, held_out, RECIPE)
     llamacpp = Path(os.path.relpath(ROOT / "scripts" / "run_llamacpp.py"))
-    ask = f"-n {scale.tokens} --threads 1"
+    prompt, ask = Path(PROMPT), f"-n {scale.tokens} --threads 1"  # a Path, so that it stays one word
     return {
         "Train a small Mamba-2 from scratch: the teacher": [
             Step("train-teacher", train_teacher, data, (teacher,), resumable=True),
@@ -147,28 +156,39 @@ def sections(layout: Layout, scale: Scale) -> dict[str, list[Step]]:
                 asking(f"inspect-{m}", words("tmexport inspect", gguf(m), "--json"), (gguf(m),), said_content),
             )
         ],
+        "Measure the file to ship once more, in the runtime that will serve it": [
+            asking(
+                "perplexity-student",
+                words("python -m runtime_ref.perplexity", gguf("student"), held_out, "--json"),
+                (gguf("student"), held_out),
+                said_score,
+            )
+        ],
         "Run the files: runtime_ref, and a stock llama.cpp": [
             step
             for m in MODELS
             for step in (
                 asking(
                     f"generate-{m}",
+                    words("python -m runtime_ref.generate", gguf(m), "--prompt", prompt, ask, "--profile fast --json"),
+                    (gguf(m),),
+                    said_tokens,
+                ),
+                asking(
+                    f"bench-{m}",
                     words(
-                        "python -m runtime_ref.generate",
+                        "python -m runtime_ref.bench",
                         gguf(m),
-                        "--prompt",
-                        Path(PROMPT),
-                        ask,
-                        "--temperature 0 --profile fast --json",
+                        f"-n {scale.tokens} -t 1 -r {scale.runs} --profile fast --depth 0 --json",
                     ),
                     (gguf(m),),
-                    said_speed,
+                    said_bench,
                 ),
                 asking(
                     f"llamacpp-{m}",
-                    words("python", llamacpp, gguf(m), "--prompt", Path(PROMPT), ask, f"--runs {scale.runs}"),
+                    words("python", llamacpp, gguf(m), "--prompt", prompt, ask, f"--runs {scale.runs}"),
                     (gguf(m),),
-                    said_speed,
+                    said_llamacpp,
                 ),
             )
         ],

@@ -56,11 +56,16 @@ def said_content(printed: dict[str, Any]) -> str:
     return f"{printed['parameters']:,} parameters{zeros}"
 
 
-def said_speed(printed: dict[str, Any]) -> str:
-    return f"{printed['tokens_per_second']:,.0f} tokens/s"
+def said_tokens(printed: dict[str, Any]) -> str:
+    return f"{len(printed['tokens'])} tokens"
 
 
-_RUN = ("text", "tokens", "tokens_per_second", "prompt_tokens_per_second")
+def said_bench(printed: dict[str, Any]) -> str:
+    return ", ".join(f"{row['test']}: {row['tokens_per_second']:,.0f} tokens/s" for row in printed["rows"])
+
+
+def said_llamacpp(printed: dict[str, Any]) -> str:
+    return f"{len(printed['tokens'])} tokens, {printed['tokens_per_second']:,.0f} tokens/s"
 
 
 def results_of(steps: dict[str, Step], records: Records, prompt: str) -> dict[str, Any]:
@@ -71,10 +76,11 @@ def results_of(steps: dict[str, Step], records: Records, prompt: str) -> dict[st
     """
     models = {}
     for name, label in LABELS.items():
-        score, exported, seen, proof, ours, stock = (
+        score, exported, seen, proof, ours, speed, stock = (
             steps[f"{what}-{name}"].printed
-            for what in ("evaluate", "export", "inspect", "verify", "generate", "llamacpp")
+            for what in ("evaluate", "export", "inspect", "verify", "generate", "bench", "llamacpp")
         )
+        (decoding,) = (row for row in speed["rows"] if row["test"].startswith("tg"))
         models[name] = {
             "label": label,
             "bits_per_byte": score["bits_per_byte"],
@@ -85,9 +91,14 @@ def results_of(steps: dict[str, Step], records: Records, prompt: str) -> dict[st
             "gguf_bytes": exported["bytes"],
             "verified_codes": proof["codes"],
             "verified_scales": proof["scales"],
-            "runtime_ref": {key: ours[key] for key in _RUN},
-            "llama_cpp": {key: stock[key] for key in (*_RUN, "margins")},
+            "runtime_ref": {
+                "text": ours["text"],
+                "tokens": ours["tokens"],
+                "tokens_per_second": decoding["tokens_per_second"],
+            },
+            "llama_cpp": {key: stock[key] for key in ("text", "tokens", "margins", "tokens_per_second")},
         }
+    models["student"]["runtime_ref"]["bits_per_byte"] = steps["perplexity-student"].printed["bits_per_byte"]
     teacher, rtn, student = (models[name]["bits_per_byte"] for name in ("teacher", "rtn", "student"))
     recovery = 100.0 * (rtn - student) / (rtn - teacher) if rtn > teacher else None
     seconds = {name: round(records.seconds(name), 2) for name in steps}
@@ -130,6 +141,15 @@ def first_difference(results: dict[str, Any]) -> str:
     margin = stock["margins"][same] if same < len(stock["margins"]) else None
     why = "" if margin is None else f" (llama.cpp's two best were {margin:.4f} apart in log probability)"
     return f"The first {same} of {total} tokens are the same; the next one differs{why}, and so all that follows."
+
+
+def proof_of_the_file(results: dict[str, Any]) -> str:
+    """One line: the shipped file's own score beside the trained model's."""
+    student = results["models"]["student"]
+    return (
+        f"student.gguf itself, measured in runtime_ref: {student['runtime_ref']['bits_per_byte']:.4f} bits per byte; "
+        f"as it was trained, in PyTorch: {student['bits_per_byte']:.4f}."
+    )
 
 
 def table(results: dict[str, Any]) -> Table:

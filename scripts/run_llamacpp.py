@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any, BinaryIO
 
 import click
@@ -30,7 +30,7 @@ class Completion:
     text: the continuation, without the prompt; bytes that are not UTF-8 become U+FFFD.
     tokens: its token ids. margins: by how much each led the second best, in natural logarithms of the probabilities; None
     where llama.cpp keeps them to itself (a token that ends inside a UTF-8 character).
-    prompt_tokens_per_second, tokens_per_second: llama.cpp's own timings, medians over the runs.
+    prompt_tokens_per_second, tokens_per_second: llama.cpp's own timings, means over the runs.
     """
 
     text: str
@@ -107,8 +107,8 @@ def complete(model: Path, prompt: str, n: int, threads: int = 1, runs: int = 1) 
         tokens=first["__verbose"]["tokens"],
         margins=_margins(first["__verbose"]["tokens"], steps),
         prompt_tokens=first["usage"]["prompt_tokens"],
-        prompt_tokens_per_second=median(timing["prompt_per_second"] for timing in timings),
-        tokens_per_second=median(timing["predicted_per_second"] for timing in timings),
+        prompt_tokens_per_second=mean(timing["prompt_per_second"] for timing in timings),
+        tokens_per_second=mean(timing["predicted_per_second"] for timing in timings),
     )
 
 
@@ -132,7 +132,7 @@ def _margins(tokens: list[int], steps: list[dict[str, Any]]) -> list[float | Non
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("-n", "n", default=64, show_default=True, help="Tokens to generate.")
 @click.option("--threads", default=1, show_default=True)
-@click.option("--runs", default=3, show_default=True, help="Timed runs; the median is reported.")
+@click.option("--runs", default=3, show_default=True, help="Timed runs; the mean is reported.")
 def main(model: Path, prompt: str, n: int, threads: int, runs: int) -> None:
     """Continue a prompt with a stock llama.cpp, greedily.
 

@@ -69,6 +69,11 @@ def test_both_runtimes_ran_every_file_and_agree_at_the_start(results):
         assert ours["tokens"][0] == stock["tokens"][0]
 
 
+def test_the_file_scores_as_the_trained_model_does(results):
+    student = results["models"]["student"]
+    assert student["runtime_ref"]["bits_per_byte"] == pytest.approx(student["bits_per_byte"], abs=1e-3)
+
+
 def test_picture_is_a_picture(demo):
     pixels = image.imread(demo.out / "curves.png")
     assert pixels.shape[0] > 300
@@ -89,7 +94,8 @@ def test_commands_shown_are_the_documented_ones(demo):
     shown = [line[2:] for line in demo.stdout.split("\n") if line.startswith("$ ")]
     heads = ["python -m qat.train --from-scratch", "python -m qat.ptq rtn", "python -m qat.train --teacher"]
     heads += ["python -m qat.evaluate"] * 3 + ["tmexport gguf"] * 3 + ["tmexport verify", "tmexport inspect"] * 3
-    heads += ["python -m runtime_ref.generate", "python scripts/run_llamacpp.py"] * 3
+    heads += ["python -m runtime_ref.perplexity"]
+    heads += ["python -m runtime_ref.generate", "python -m runtime_ref.bench", "python scripts/run_llamacpp.py"] * 3
     assert [command[: len(head)] for command, head in zip(shown, heads, strict=True)] == heads
 
 
@@ -110,7 +116,7 @@ def test_second_run_reuses_and_mends(demo, tmp_path):
         lines = again.stdout.split("\n")
         done = [lines[i - 1].split()[1:] for i, line in enumerate(lines) if "done in" in line]
         assert [words[1] for words in done] == ["gguf"]
-        assert again.stdout.count("unchanged, reused") == 20
+        assert again.stdout.count("unchanged, reused") == 24
         assert (demo.out / "student.gguf").read_bytes() == (kept / "student.gguf").read_bytes()
     finally:
         shutil.rmtree(demo.out)
