@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tmexport.errors import TmexportError
+from tmexport.files import silence_stdout
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ def run_command(command: click.Command) -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
+    except MemoryError:
+        click.echo("error: out of memory; choose a smaller --batch-size or --seq-len", err=True)
+        code = 1
+    except OSError as error:  # the metrics, or stdout
+        silence_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        code = 1
     except TmexportError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code

@@ -90,6 +90,7 @@ def generate(
     if not as_json:
         click.echo(shown(stream.flush()))
     if save_state:
+        model.decode(state, tokens[-1])  # the state then covers all of the text shown
         state.save(save_state)
     prompt_rate = len(ids) / (times[1] - times[0])
     rate = (len(tokens) - 1) / (end - times[1]) if len(tokens) > 1 else 0.0

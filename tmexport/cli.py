@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -12,6 +13,7 @@ import click
 
 from tmexport import __version__
 from tmexport.errors import TmexportError, UsageError
+from tmexport.files import silence_stdout
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,6 +32,12 @@ class _Group(click.Group):
             ctx.exit(error.exit_code)
         except MemoryError:
             click.echo("tmexport: out of memory; nothing was left half written", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click's business: the reader has enough
+                raise
+            silence_stdout()
+            click.echo(f"tmexport: the output cannot be written: {error.strerror or error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("tmexport: interrupted; nothing was left half written", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,12 @@ def read_text(path: Path, largest: int) -> str:
             raise ValueError(f"has {size} bytes; expected at most {largest}")
         data = file.read(size)
     return data.decode("utf-8")
+
+
+def silence_stdout() -> None:
+    """Send what is still buffered for stdout nowhere: it cannot be written, and the flush at exit must not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -90,7 +90,9 @@ def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
         if getattr(found, field) != getattr(expected, field):
             return Difference(field, None, None, repr(getattr(expected, field)), repr(getattr(found, field)))
     stored = gguf.metadata.get(TOKENIZER_JSON_KEY)
-    if checkpoint.tokenizer is not None and stored != Path(checkpoint.tokenizer).read_text(encoding="utf-8"):
+    if checkpoint.tokenizer is not None and (
+        not isinstance(stored, str) or stored.encode() != Path(checkpoint.tokenizer).read_bytes()
+    ):
         return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
     return None
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import struct
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from runtime_ref.command import for_terminal
 from runtime_ref.errors import NumericsError, StateError
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling, choose
@@ -39,6 +44,7 @@ from tests.hostile.targets import accepts, accepts_gguf
 from tests.runtime_ref.small import CONFIG, tensors
 from tmexport.errors import GGUFError, TmexportError, TokenizerError, UsageError
 
+ROOT = Path(__file__).resolve().parents[2]
 EMBED, IN, OUT = "token_embd.weight", "blk.0.ssm_in.weight", "blk.0.ssm_out.weight"
 
 
@@ -342,3 +348,32 @@ def test_any_temperature_chooses_a_token(temperature):
 def test_sampling_that_cannot_be(values):
     with pytest.raises(UsageError, match="expected"):
         replace(Sampling(), **values)
+
+
+def test_a_models_words_cannot_reprogram_a_terminal():
+    assert for_terminal("a\x1b[2J\x9b\x07\r\u202eb\n\t\u00e9") == "a\ufffd[2J\ufffd\ufffd\ufffd\ufffdb\n\t\u00e9"
+
+
+def test_ctrl_c_while_a_text_is_made(tmp_path):
+    path = tmp_path / "m.gguf"
+    text = value(STRING, json.dumps(tokenizer_json()))
+    path.write_bytes(model(Q2_0, vocab=258, state=16).with_key("tokenizer.huggingface.json", text).build())
+    command = [
+        sys.executable,
+        "-m",
+        "runtime_ref.generate",
+        path,
+        "--prompt",
+        "he",
+        "-n",
+        "100000000",
+        "--threads",
+        "2",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(3)[:2] == b"he"  # the prompt, and the first byte of what follows
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors

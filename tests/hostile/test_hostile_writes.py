@@ -365,6 +365,17 @@ def test_a_refused_file_is_one_line_whatever_it_is_called(tmp_path):
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
+def test_an_output_that_cannot_be_written(tmp_path):
+    folder, output = checkpoint(tmp_path / "ckpt"), tmp_path / "m.gguf"
+    for arguments in (("inspect", folder), ("inspect", folder, "--json"), ("gguf", folder, output)):
+        with open("/dev/full", "w") as full:
+            program = "from tmexport.cli import main; main()"
+            done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, text=True, stdout=full, stderr=subprocess.PIPE, check=False)  # fmt: skip
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
+        assert (done.returncode, lines) == (1, ["tmexport: the output cannot be written: No space left on device"])
+    assert names(tmp_path) == ["ckpt"]
+
+
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path):
     """Hash seeds, time zones, locales, working folders and umasks must not reach the file."""
     folder, digests = write_small(tmp_path / "ckpt", SMALL, 256), set()
