@@ -108,12 +108,14 @@ def _prepare(
             raise CheckpointError(f"{teacher}: is already ternary; expected a full-precision teacher")
         config, tokenizer = checkpoint.config, find_tokenizer(teacher, tokenizer)
         teacher_model = load_model(teacher).requires_grad_(False).eval()
+        if recipe.dtype == "bfloat16":
+            _halve_matrices(teacher_model)
     eos = end_of_text_id(config, tokenizer)
     stream = tokenize_files(data, tokenizer, config.vocab_size, eos, cache)
     batches = Batches(stream.tokens, recipe.seq_len, recipe.batch_size, recipe.seed)
     student = Mamba2LM(config)
     if teacher_model is not None:
-        student.load_state_dict(teacher_model.state_dict())
+        student.load_state_dict(load_model(teacher).state_dict())
         make_ternary(student, recipe.group_size, recipe.learned_scale)
     run = Run(
         recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
@@ -125,6 +127,13 @@ def _prepare(
         scored = tokenize_files(held_out, tokenizer, config.vocab_size, eos, cache)
         run.held_out, run.held_out_bytes = _first_tokens(scored, recipe.eval_tokens, eos, tokenizer)
     return run
+
+
+def _halve_matrices(model: Mamba2LM) -> None:
+    """Keep matrices in bf16, which autocast would make of them anyway; what is computed in fp32 stays fp32."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def model_tensors(model: Mamba2LM) -> dict[str, np.ndarray | TernaryTensor]:

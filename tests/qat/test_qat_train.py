@@ -117,6 +117,20 @@ def test_parts_of_a_batch_and_recomputed_layers_change_nothing(teacher, corpus, 
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
+def test_bfloat16_computes_with_fp32_latent_weights(teacher, corpus, tmp_path):
+    settings = {**TINY, "group_size": 64, "lr": 3e-3, "eval_every": 10, "weight_decay": 0.0}
+    train(STUDENT, [corpus], tmp_path / "full", teacher)
+    train(Recipe(**settings, dtype="bfloat16"), [corpus], tmp_path / "half", teacher)
+    full, half = curve(tmp_path / "full"), curve(tmp_path / "half")
+    assert half[0]["loss"] != full[0]["loss"]
+    for a, b in zip(full, half, strict=True):
+        assert b["cross_entropy"] == pytest.approx(a["cross_entropy"], abs=0.05)
+    state = torch.load(tmp_path / "half" / "checkpoints" / "latest.pt", weights_only=True)["model"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    name = "backbone.layers.0.mixer.in_proj.parametrizations.weight.original"
+    assert not torch.equal(state[name], state[name].bfloat16().float())  # not a bf16 number in disguise
+
+
 def test_teacher_asked_once(teacher, corpus, tmp_path):
     """With all tokens kept the curve is that of a teacher asked at every step; a rerun uses the file as it is."""
     settings = {**TINY, "group_size": 64, "lr": 3e-3, "eval_every": 10, "weight_decay": 0.0}
