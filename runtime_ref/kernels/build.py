@@ -95,6 +95,4 @@ def _one(source: Source, name: str) -> Packed:
         expect(packed, source.config.vocab_size, source.config.d_model, 32, name)
     except ValueError as error:
         raise GGUFError(str(error)) from None
-    stacked = empty_stack(1, packed)
-    put(stacked, 0, packed, name)
-    return stacked
+    return type(packed)(*(array[None] for array in packed))

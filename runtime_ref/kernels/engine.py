@@ -17,11 +17,13 @@ from runtime_ref.kernels.intrinsics import (
 from runtime_ref.kernels.math import exp, softplus, vector_silu
 from runtime_ref.kernels.matmul import embed, multiply, prepare
 from runtime_ref.kernels.profiles import Exact
-from runtime_ref.kernels.vector import load, splat, store, tree_sum, widen
+from runtime_ref.kernels.vector import load, prefetch, splat, store, tree_sum, widen
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 ZERO = np.float32(0.0)
+PART = 32  # channels of a head whose state is updated together
+AHEAD = 1024  # state elements to ask for in advance
 SPINS = 2000  # a few microseconds: longer than a phase's imbalance, far shorter than a time slice
 
 
@@ -93,11 +95,18 @@ def _state_pointer(profile, address):
 
 @njit
 def scan_head(dims, small, layer, s, ssm, first, rows, head):
-    """The recurrence of one head over `rows` consecutive tokens, and the gate; ssm [H, P, N] is updated.
+    """The recurrence of one head over `rows` consecutive tokens, and the gate; ssm [H, P, N] is updated."""
+    for p in range(0, dims.headdim, PART):
+        _scan_part(dims, small, layer, s, ssm, first, rows, head, p, min(p + PART, dims.headdim))
+
+
+@njit
+def _scan_part(dims, small, layer, s, ssm, first, rows, head, p_first, p_end):
+    """Channels p_first..p_end of a head: few enough that their state stays in the first-level cache from token to token.
 
     The state's loads and stores convert to and from fp32, so y reads the new state before it is rounded.
     """
-    width, n = dims.headdim, dims.d_state
+    n, base = dims.d_state, head * dims.headdim
     group = head // (dims.n_heads // dims.n_groups)
     b_at = dims.d_inner + group * n
     c_at = b_at + dims.n_groups * n
@@ -107,17 +116,23 @@ def scan_head(dims, small, layer, s, ssm, first, rows, head):
         dt = softplus(s.proj[r, dims.d_inner + dims.conv_dim + head] + small.dt_bias[layer, head])
         decay = splat(exp(dt * small.a[layer, head]))
         xbc, y_row, z_row = s.xbc[r], s.wide[r], s.proj[r]
-        for p in range(width):
-            channel = head * width + p
-            h_row = states[p]
-            dtx = splat(dt * xbc[channel])
-            lanes = splat(ZERO)
+        for p in range(p_first, p_end, 2):  # two channels at a time share the loads of B and C
+            h_row, h_next = states[p], states[p + 1]
+            dtx, dtx_next = splat(dt * xbc[base + p]), splat(dt * xbc[base + p + 1])
+            lanes, lanes_next = splat(ZERO), splat(ZERO)
             for i in range(0, n, 16):
-                h = load(h_row, i) * decay + dtx * load(xbc, b_at + i)
+                prefetch(h_row, i + AHEAD)
+                prefetch(h_next, i + AHEAD)
+                b, c = load(xbc, b_at + i), load(xbc, c_at + i)
+                h = load(h_row, i) * decay + dtx * b
                 store(h_row, i, h)
-                lanes = lanes + h * load(xbc, c_at + i)
-            y_row[channel] = tree_sum(lanes)
-        for channel in range(head * width, (head + 1) * width, 16):
+                lanes = lanes + h * c
+                h = load(h_next, i) * decay + dtx_next * b
+                store(h_next, i, h)
+                lanes_next = lanes_next + h * c
+            y_row[base + p] = tree_sum(lanes)
+            y_row[base + p + 1] = tree_sum(lanes_next)
+        for channel in range(base + p_first, base + p_end, 16):
             y = load(y_row, channel) + skip * load(xbc, channel)
             store(y_row, channel, y * vector_silu(load(z_row, channel)))
 

@@ -115,7 +115,7 @@ def expect(packed: Packed, n: int, k: int, block: int, where: str) -> None:
 
 def empty_stack(count: int, like: Packed) -> Packed:
     """Room for `count` matrices like this one, with a leading layer axis; every array starts on a cache line."""
-    return type(like)(*(_aligned((count, *a.shape), a.dtype) for a in like))
+    return type(like)(*(aligned((count, *a.shape), a.dtype) for a in like))
 
 
 def put(into: Packed, layer: int, packed: Packed, where: str) -> None:
@@ -130,7 +130,8 @@ def put(into: Packed, layer: int, packed: Packed, where: str) -> None:
         b[layer] = a
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that starts on a cache line, its contents undefined."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(n_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from runtime_ref.kernels.pack import ROWS, Packed, PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
+from runtime_ref.kernels.pack import ROWS, Packed, PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary, aligned
 from tmexport.errors import GGUFError
 from tmexport.gguf.decode import decode_ternary, dequantize
 from tmexport.gguf.reader import GGUFFile
@@ -47,12 +47,13 @@ def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:
             raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
         return PackedTernary(codes.view(np.uint8).reshape(tiles, k // 16, ROWS, 4), scales)
     if kind is GGMLType.Q8_0:
-        packed = PackedQ8(np.zeros((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
+        packed = PackedQ8(_blank((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
         _q8(blocks, packed.codes.view(np.uint8), packed.scales)
         _finite(packed.scales, name)
         return packed
     if kind is GGMLType.Q4_0:
-        packed4 = PackedQ4(np.zeros((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
+        packed4 = PackedQ4(_blank((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
+        packed4.codes[-1] = 0x88
         _q4(blocks, packed4.codes, packed4.scales)
         _finite(packed4.scales, name)
         return packed4
@@ -71,6 +72,13 @@ def _finite(bits: np.ndarray, name: str) -> None:
     """Refuse NaN and infinite fp16 (all bits of the exponent set)."""
     if ((bits & np.uint16(0x7C00)) == 0x7C00).any():
         raise GGUFError(f"{name}: holds NaN or infinite values; the file is damaged")
+
+
+def _blank(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Room for a large matrix on a cache line; only the last tile, which may have rows to spare, is cleared."""
+    array = aligned(shape, np.dtype(dtype))
+    array[-1] = 0
+    return array
 
 
 @_compiled

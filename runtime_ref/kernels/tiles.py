@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from runtime_ref.kernels.isa import PRIMITIVES, Primitives, broadcast, constant
 from runtime_ref.kernels.pack import PackedHalf
 from runtime_ref.kernels.profiles import Exact
-from runtime_ref.kernels.vector import LANES, splatted, tree_of
+from runtime_ref.kernels.vector import LANES, ask_for_line, splatted, tree_of
 
 # ruff: noqa: ANN001, ANN201, ANN202 - the signature of an intrinsic is Numba's (typing context, types)
 
@@ -73,10 +73,7 @@ class _Code:
 
     def prefetch(self, pointer: V) -> None:
         """Ask for the cache line AHEAD of `pointer`: a prefetch past the end of an array is harmless."""
-        name, one = "llvm.prefetch.p0", ir.Constant(I32, 1)
-        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
-        self.b.call(function, [self.at(pointer, AHEAD), ir.Constant(I32, 0), ir.Constant(I32, 3), one])
+        ask_for_line(self.b, self.at(pointer, AHEAD))
 
 
 def _zeros(kind: ir.VectorType, count: int) -> list[V]:

@@ -132,6 +132,26 @@ def store(typingctx, array, index, vector):
 
 
 @intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of an element; one beyond the end is harmless."""
+
+    def codegen(context, builder, sig, args):
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        ask_for_line(builder, builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+def ask_for_line(builder: ir.IRBuilder, pointer: ir.Value) -> None:
+    """A prefetch for reading, into every level of the cache."""
+    i32, name = ir.IntType(32), "llvm.prefetch.p0"
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(function, [pointer, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
+
+
+@intrinsic
 def widen(typingctx, vector):
     """F32 as F64; exact."""
     return F64(F32), lambda context, builder, sig, args: builder.fpext(args[0], F64.llvm)
