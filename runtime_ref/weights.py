@@ -108,7 +108,7 @@ def small_tensors(source: Source) -> dict[str, np.ndarray]:
     conv = stack("ssm_conv1d.weight", (c.conv_dim, c.d_conv))
     return {
         "norm": stack("attn_norm.weight", (c.d_model,)),
-        "norm_f": np.ascontiguousarray(source.vector("output_norm.weight").reshape(c.d_model), np.float32),
+        "norm_f": np.array(source.vector("output_norm.weight").reshape(c.d_model), np.float32),
         "gate_norm": stack("ssm_norm.weight", (c.d_inner,)),
         "conv_weight": np.ascontiguousarray(conv.transpose(0, 2, 1)),
         "conv_bias": stack("ssm_conv1d.bias", (c.conv_dim,)),

@@ -54,10 +54,11 @@ def build(source: Source, profile: str) -> Built:
             raise GGUFError(f"{what} is {size}; this runtime needs a multiple of 16")
     isa = select()
     small = Small(**small_tensors(source))
-    in_proj, in_block = _layers(source, "ssm_in", c.d_in_proj, c.d_model, profile)
-    out_proj, out_block = _layers(source, "ssm_out", c.d_model, c.d_inner, profile)
+    # The embedding first: while it is copied both copies count, and nothing else is there yet.
     embedding = _one(source, "token_embd.weight")
     head = embedding if source.tied else _one(source, "output.weight")
+    in_proj, in_block = _layers(source, "ssm_in", c.d_in_proj, c.d_model, profile)
+    out_proj, out_block = _layers(source, "ssm_out", c.d_model, c.d_inner, profile)
     dims = dims_of(c, in_block, out_block)
     return Built(isa, PROFILES[profile], dims, small, embedding, in_proj, out_proj, head)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 from numba import carray, njit
 from numba.extending import overload
@@ -142,61 +146,76 @@ def _share(total, tid, threads):
     return tid * total // threads, (tid + 1) * total // threads
 
 
-@njit(nogil=True, cache=True)
-def run(
-    tid, threads, sync, isa, profile, dims, small, embedding, in_proj, out_proj, head, s,
-    tokens, conv_at, ssm_at, sequences, length, all_logits, logits,
-):  # fmt: skip
-    """Forward `sequences` * `length` tokens (row-major) through the model; every thread calls this with its own tid.
+def source_digest() -> int:
+    """A digest of the kernels' source: numba's cache itself notices changes to this one file only."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "little")
 
-    conv_at, ssm_at: uint64 addresses of each sequence's state. logits [rows, vocab], or [sequences, vocab] for the last
-    token of each sequence only (all_logits False). s.bad tells the layer of the first Inf or NaN.
-    """
-    rows = sequences * length
-    d = dims.d_model
-    for r in range(tid, rows, threads):
-        embed(embedding, tokens[r], s.x[r])
-        s.bad[r] = -1
-    for layer in range(dims.n_layer):
+
+def _compiled(digest: int) -> Callable[..., None]:
+    @njit(nogil=True, cache=True)
+    def run(
+        tid, threads, sync, isa, profile, dims, small, embedding, in_proj, out_proj, head, s,
+        tokens, conv_at, ssm_at, sequences, length, all_logits, logits,
+    ):  # fmt: skip
+        """Forward `sequences` * `length` tokens (row-major) through the model; every thread calls this with its own tid.
+
+        conv_at, ssm_at: uint64 addresses of each sequence's state. logits [rows, vocab], or [sequences, vocab] for the last
+        token of each sequence only (all_logits False). s.bad tells the layer of the first Inf or NaN.
+        """
+        _ = digest  # a free variable is part of the cache's key
+        rows = sequences * length
+        d = dims.d_model
         for r in range(tid, rows, threads):
-            if not rms_norm(s.x[r], small.norm[layer], s.wide[r, :d], dims.eps) and s.bad[r] < 0:
-                s.bad[r] = layer
-            prepare(profile, in_proj, s, r, d, dims.in_block)
-        barrier(sync, threads)
-        multiply(isa, profile, in_proj, layer, s, rows, d, dims.in_block, s.proj, False, tid, threads)
-        barrier(sync, threads)
-        low, high = _share(dims.conv_dim // 16, tid, threads)
-        for q in range(sequences):
-            at = conv_at[q] + np.uint64(4 * layer * (dims.d_conv - 1) * dims.conv_dim)
-            conv = carray(pointer_f32(at), (dims.d_conv - 1, dims.conv_dim))
-            convolve(dims, small, layer, s, conv, q * length, length, low * 16, high * 16)
-        barrier(sync, threads)
-        low, high = _share(dims.n_heads, tid, threads)
-        shape = (dims.n_layer, dims.n_heads, dims.headdim, dims.d_state)
-        for q in range(sequences):
-            ssm = carray(state_pointer(profile, ssm_at[q]), shape)[layer]
-            for h in range(low, high):
-                scan_head(dims, small, layer, s, ssm, q * length, length, h)
-        barrier(sync, threads)
-        part = dims.d_inner // dims.n_groups
+            embed(embedding, tokens[r], s.x[r])
+            s.bad[r] = -1
+        for layer in range(dims.n_layer):
+            for r in range(tid, rows, threads):
+                if not rms_norm(s.x[r], small.norm[layer], s.wide[r, :d], dims.eps) and s.bad[r] < 0:
+                    s.bad[r] = layer
+                prepare(profile, in_proj, s, r, d, dims.in_block)
+            barrier(sync, threads)
+            multiply(isa, profile, in_proj, layer, s, rows, d, dims.in_block, s.proj, False, tid, threads)
+            barrier(sync, threads)
+            low, high = _share(dims.conv_dim // 16, tid, threads)
+            for q in range(sequences):
+                at = conv_at[q] + np.uint64(4 * layer * (dims.d_conv - 1) * dims.conv_dim)
+                conv = carray(pointer_f32(at), (dims.d_conv - 1, dims.conv_dim))
+                convolve(dims, small, layer, s, conv, q * length, length, low * 16, high * 16)
+            barrier(sync, threads)
+            low, high = _share(dims.n_heads, tid, threads)
+            shape = (dims.n_layer, dims.n_heads, dims.headdim, dims.d_state)
+            for q in range(sequences):
+                ssm = carray(state_pointer(profile, ssm_at[q]), shape)[layer]
+                for h in range(low, high):
+                    scan_head(dims, small, layer, s, ssm, q * length, length, h)
+            barrier(sync, threads)
+            part = dims.d_inner // dims.n_groups
+            for r in range(tid, rows, threads):
+                for g in range(dims.n_groups):
+                    span = s.wide[r, g * part : (g + 1) * part]
+                    rms_norm(span, small.gate_norm[layer, g * part : (g + 1) * part], span, dims.eps)
+                prepare(profile, out_proj, s, r, dims.d_inner, dims.out_block)
+            barrier(sync, threads)
+            multiply(isa, profile, out_proj, layer, s, rows, dims.d_inner, dims.out_block, s.x, True, tid, threads)
+            barrier(sync, threads)
+        wanted = rows if all_logits else sequences
         for r in range(tid, rows, threads):
-            for g in range(dims.n_groups):
-                span = s.wide[r, g * part : (g + 1) * part]
-                rms_norm(span, small.gate_norm[layer, g * part : (g + 1) * part], span, dims.eps)
-            prepare(profile, out_proj, s, r, dims.d_inner, dims.out_block)
+            if all_logits or r % length == length - 1:
+                target = r if all_logits else r // length
+                finite = rms_norm(s.x[r], small.norm_f, s.wide[target, :d], dims.eps)
+                prepare(profile, head, s, target, d, 32)
+            else:
+                finite = rms_norm(s.x[r], small.norm_f, s.x[r], dims.eps)
+            if not finite and s.bad[r] < 0:
+                s.bad[r] = dims.n_layer
         barrier(sync, threads)
-        multiply(isa, profile, out_proj, layer, s, rows, dims.d_inner, dims.out_block, s.x, True, tid, threads)
+        multiply(isa, profile, head, 0, s, wanted, d, 32, logits, False, tid, threads)
         barrier(sync, threads)
-    wanted = rows if all_logits else sequences
-    for r in range(tid, rows, threads):
-        if all_logits or r % length == length - 1:
-            target = r if all_logits else r // length
-            finite = rms_norm(s.x[r], small.norm_f, s.wide[target, :d], dims.eps)
-            prepare(profile, head, s, target, d, 32)
-        else:
-            finite = rms_norm(s.x[r], small.norm_f, s.x[r], dims.eps)
-        if not finite and s.bad[r] < 0:
-            s.bad[r] = dims.n_layer
-    barrier(sync, threads)
-    multiply(isa, profile, head, 0, s, wanted, d, 32, logits, False, tid, threads)
-    barrier(sync, threads)
+
+    return run
+
+
+run = _compiled(source_digest())
