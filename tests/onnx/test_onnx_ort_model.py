@@ -137,6 +137,7 @@ def test_files_that_are_not_ours(tmp_path):
     ("tmexport.config", "{", "metadata is damaged"),
     ("tmexport.config", '{"model_type": "mamba2"}', "hidden_size is missing"),
     ("tmexport.form", "fast", "form is 'fast'"),
+    ("tmexport.io_names", "genai", r"the input past_key_values.0.conv_state is None, but the metadata says \['batch', 576, 3\]"),
     ("tmexport.group_size", "x", "metadata is damaged"),
 ])  # fmt: skip
 def test_damaged_metadata(files, tmp_path, key, value, words):
@@ -148,4 +149,15 @@ def test_damaged_metadata(files, tmp_path, key, value, words):
             prop.value = value
     onnx.save(broken, tmp_path / "m.onnx")
     with pytest.raises(OnnxError, match=words):
+        OrtModel.load(tmp_path / "m.onnx")
+
+
+def test_metadata_of_another_model_is_refused(files, tmp_path):
+    import onnx
+
+    broken = onnx.load(files["ort", "q8"])
+    for prop in broken.metadata_props:
+        prop.value = prop.value.replace('"state_size": 32', '"state_size": 16')
+    onnx.save(broken, tmp_path / "m.onnx")
+    with pytest.raises(OnnxError, match="the input past_conv.0 is .*576, 3.*, but the metadata says .*544, 3"):
         OrtModel.load(tmp_path / "m.onnx")

@@ -100,7 +100,9 @@ class OrtModel:
                 f"{path}: onnxruntime {ort.__version__} cannot load it: {_one_line(error)}; see docs/onnx.md for the versions"
             ) from None
         info = info_from_metadata(session.get_modelmeta().custom_metadata_map, path)
-        return cls(session, info, path, kernels)
+        model = cls(session, info, path, kernels)
+        model._check_inputs()
+        return model
 
     def new_state(self, batch: int = 1) -> OrtState:
         """The state before the first token of `batch` texts."""
@@ -212,9 +214,21 @@ class OrtModel:
         self._run(binding)
         return np.array(logits.numpy())
 
+    def _check_inputs(self) -> None:
+        """The graph has the inputs that its metadata promises, so that a run cannot fail on a shape."""
+        wanted = {"input_ids": ["batch", "time"]}
+        for names, conv, ssm in self._state_shapes(0):
+            wanted |= {names.past_conv: ["batch", *conv[1:]], names.past_ssm: ["batch", *ssm[1:]]}
+        found = {value.name: value.shape for value in self.session.get_inputs()}
+        for name in wanted | found:
+            if wanted.get(name) != found.get(name):
+                raise OnnxError(f"{self.path}: the input {name} is {found.get(name)}, but the metadata says {wanted.get(name)}")  # fmt: skip
+
     def _run(self, binding: Any) -> None:
         try:
             self.session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors share no base of their own
+            raise OnnxError(f"{self.path}: onnxruntime cannot run it: {_one_line(error)}") from None
         finally:
             if self.kernels:
                 from tmexport.onnx.kernels import raise_failure
