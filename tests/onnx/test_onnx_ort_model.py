@@ -81,6 +81,23 @@ def test_sampling_follows_the_softmax():
     assert np.abs(sharp - np.array([25, 9, 4]) / 38).max() < 0.03
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_state_kept_in_place_has_the_bits_of_one_carried_by_hand(files, threads):
+    """The ort form shares past_ssm's buffer with present_ssm; session.run with arrays does not."""
+    from tests.onnx.exporting import zero_state
+
+    ids = token_ids(TIED, 2, 40)
+    model = OrtModel.load(files["ort", "q8"], threads=threads)
+    ours, by_hand = model.new_state(2), zero_state(TIED, 2)
+    for start, end in ((0, 17), (17, 18), (18, 19), (19, 21), (21, 22), (22, 40)):
+        want = dict(zip([o.name for o in model.session.get_outputs()], model.session.run(None, {"input_ids": ids[:, start:end], **by_hand}), strict=True))  # fmt: skip
+        assert np.array_equal(model.run(ours, ids[:, start:end]), want.pop("logits"))
+        by_hand = {name.replace("present", "past"): value for name, value in want.items()}
+    arrays = ours.arrays()
+    assert arrays.keys() == by_hand.keys()
+    assert all(np.array_equal(arrays[name], by_hand[name]) for name in arrays)
+
+
 def test_genai_names_run(tied, tmp_path, model):
     other = OrtModel.load(export(tied, tmp_path / "m.onnx", "portable", "f32", io_names="genai"), threads=1)
     assert list(other.generate([5, 6], 5)) == list(model.generate([5, 6], 5))

@@ -6,7 +6,7 @@
     logits = model.decode(state, 4)
 
 The recurrent state (100 MB for a 1.3B model) is never copied to Python: each call reads one set of buffers, writes the
-other, and the two change places.
+other, and the two change places. In the ort form the larger part, the SSM state, has one buffer for both.
 """
 
 from __future__ import annotations
@@ -30,19 +30,26 @@ from tmexport.onnx.names import (
 
 
 class OrtState:
-    """What a model remembers of `batch` texts: two sets of buffers, the current one and the one written next."""
+    """What a model remembers of `batch` texts: two sets of buffers, the current one and the one written next.
 
-    def __init__(self, batch: int, arrays: Sequence[tuple[StateNames, np.ndarray, np.ndarray]]) -> None:
+    `in_place` gives past_ssm and present_ssm the same buffer. LinearAttention (CPU) copies the one to the other and then
+    works on that; sharing saves the copy, some 40 % of the operator's time at decode. After an error inside onnxruntime
+    such a state is no longer meaningful.
+    """
+
+    def __init__(self, batch: int, arrays: Sequence[tuple[StateNames, np.ndarray, np.ndarray]], in_place: bool) -> None:
         import onnxruntime as ort
 
         self.batch = batch
         self._names = [(names.past_conv, names.present_conv) for names, _, _ in arrays]
         self._names += [(names.past_ssm, names.present_ssm) for names, _, _ in arrays]
-        first = [conv for _, conv, _ in arrays] + [ssm for _, _, ssm in arrays]
-        self.sets = [
-            [ort.OrtValue.ortvalue_from_numpy(array) for array in first],
-            [ort.OrtValue.ortvalue_from_shape_and_type(array.shape, np.float32) for array in first],
-        ]
+        conv = [ort.OrtValue.ortvalue_from_numpy(array) for _, array, _ in arrays]
+        ssm = [ort.OrtValue.ortvalue_from_numpy(array) for _, _, array in arrays]
+
+        def like(values: list) -> list:
+            return [ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.float32) for value in values]
+
+        self.sets = [conv + ssm, like(conv) + (ssm if in_place else like(ssm))]
         self.current = 0
         self.decoders: dict[int, tuple[Any, Any, Any]] = {}  # current set -> binding, ids, logits of a single step
 
@@ -106,8 +113,8 @@ class OrtModel:
 
     def new_state(self, batch: int = 1) -> OrtState:
         """The state before the first token of `batch` texts."""
-        return OrtState(batch, [(names, np.zeros(conv, np.float32), np.zeros(ssm, np.float32))
-                                for names, conv, ssm in self._state_shapes(batch)])  # fmt: skip
+        parts = [(n, np.zeros(conv, np.float32), np.zeros(ssm, np.float32)) for n, conv, ssm in self._state_shapes(batch)]  # fmt: skip
+        return OrtState(batch, parts, in_place=self.info.form == "ort")
 
     def state_from(self, arrays: Mapping[str, np.ndarray]) -> OrtState:
         """A state from arrays by input name (past_conv.0, past_ssm.0, ...), fp32.
@@ -127,7 +134,7 @@ class OrtModel:
                     found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
                     raise OnnxError(f"the state's {name} is {found}; expected float32 {list(shape)}")
             parts.append((names, *(np.ascontiguousarray(arrays[n]) for n in (names.past_conv, names.past_ssm))))
-        return OrtState(batch, parts)
+        return OrtState(batch, parts, in_place=self.info.form == "ort")
 
     def run(self, state: OrtState, ids: np.ndarray) -> np.ndarray:
         """Feed ids int64 [batch, time]; logits fp32 [batch, time, vocab] ([batch, 1, vocab] if the file gives the last only).
