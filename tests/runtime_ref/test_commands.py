@@ -1,5 +1,6 @@
 """generate and perplexity as commands: outputs, agreement with the library, errors of one line."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -79,10 +80,16 @@ def test_generate_streams_the_same_text(gguf, printed):
     assert "tokens/s" in result.stderr
 
 
-def test_a_saved_state_continues_the_text(gguf, printed, tmp_path):
-    first = run(generate, gguf, "--prompt", "Fellow", "-n", 1, "--json", "--threads", 1, "--save-state", tmp_path / "s")
+def test_a_saved_state_continues_the_text(gguf, tmp_path):
+    common = ["-n", 4, "--json", "--threads", 1]
+    first = run(generate, gguf, "--prompt", "Fellow", *common, "--save-state", tmp_path / "s")
     assert first.exit_code == 0, first.output
-    assert Model.load(gguf, "exact", 1).load_state(tmp_path / "s").tokens > 0
+    second = run(generate, gguf, "--prompt", " and", *common, "--load-state", tmp_path / "s")
+    assert second.exit_code == 0, second.output
+    shown, continued = (json.loads(r.stdout.splitlines()[-1])["tokens"] for r in (first, second))
+    tokenizer = Tokenizer.from_gguf(gguf)
+    whole = [*tokenizer.encode("Fellow"), *shown, *tokenizer.encode(" and")]
+    assert list(Model.load(gguf, "exact", 1).generate(whole, 4)) == continued
 
 
 def test_seeds_repeat_and_differ(gguf):
@@ -125,7 +132,7 @@ def test_perplexity_equals_a_sum_over_single_steps(gguf, tmp_path):
     printed = json.loads(result.stdout.splitlines()[-1])
     model, tokenizer = Model.load(gguf, "exact", 1), Tokenizer.from_gguf(gguf)
     ids, state, nats = [0, *tokenizer.encode(TEXT)], model.new_state(), 0.0
-    for given, target in zip(ids[:-1], ids[1:], strict=True):
+    for given, target in itertools.pairwise(ids):
         logits = model.decode(state, given).astype(np.float64)
         nats -= logits[target] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
     assert printed["tokens"] == len(ids) - 1
