@@ -41,7 +41,9 @@ def said_score(printed: dict[str, Any]) -> str:
 
 
 def said_export(printed: dict[str, Any]) -> str:
-    return f"{printed['type']}, {printed['bytes'] / 1e6:.2f} MB, {printed['ratio_to_fp16']:.2f} x smaller than fp16"
+    ratio = printed["ratio_to_fp16"]
+    smaller = f", {ratio:.2f} x smaller than fp16" if ratio > 1 else ""
+    return f"{printed['type']}, {printed['bytes'] / 1e6:.2f} MB{smaller}"
 
 
 def said_proof(printed: dict[str, Any]) -> str:
@@ -152,16 +154,22 @@ def proof_of_the_file(results: dict[str, Any]) -> str:
     )
 
 
+def recovery_line(results: dict[str, Any]) -> str:
+    """What training made good of what rounding lost, in words."""
+    recovery = results["recovery_percent"]
+    if recovery is None:
+        return "rounding lost nothing here"
+    if recovery > 100:
+        return f"QAT made good all that rounding lost, and learned beyond the teacher ({recovery:.0f} %)"
+    return f"QAT made good {recovery:.1f} % of what rounding lost"
+
+
 def table(results: dict[str, Any]) -> Table:
     """The three models in a table of at most 80 columns."""
-    recovery = results["recovery_percent"]
-    made_good = (
-        "rounding lost nothing here" if recovery is None else f"QAT made good {recovery:.1f} % of what rounding lost"
-    )
     view = Table(
         box=box.ROUNDED,
         title="Held-out speeches, file, and speed with one thread",
-        caption=made_good,
+        caption=recovery_line(results),
         caption_style="bold green",
     )
     for name, justify in (

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from demo_report import first_difference, table
+from demo_report import first_difference, recovery_line, table
 from gguf import GGUFReader
 from matplotlib import image
 from rich.console import Console
@@ -38,7 +38,7 @@ def test_recovery_is_the_share_of_the_lost_bits(demo, results):
     assert demo.last_line["bits_per_byte"] == bits
     lost, still_lost = bits["rtn"] - bits["teacher"], bits["student"] - bits["teacher"]
     assert results["recovery_percent"] == pytest.approx(100 * (1 - still_lost / lost))
-    assert f"made good {results['recovery_percent']:.1f} %" in demo.stdout
+    assert recovery_line(results) in demo.stdout
 
 
 def test_zero_ratios_are_those_of_the_stored_codes(demo, results):
@@ -163,6 +163,14 @@ def test_first_difference_counts_from_the_start():
     assert line.startswith("The first 2 of 4 tokens are the same")
     assert "0.0031 apart" in line
     assert first_difference(_results([1, 2, 3], [1, 2], [1.0, 1.0])).startswith("The first 2 of 3")
+
+
+@pytest.mark.parametrize(
+    ("recovery", "words"),
+    [(91.26, "made good 91.3 %"), (137.04, "all that rounding lost, .*137 %"), (None, "lost nothing")],
+)
+def test_recovery_in_words(recovery, words):
+    assert re.search(words, recovery_line({"recovery_percent": recovery}))
 
 
 def test_table_fits_eighty_columns():
