@@ -48,7 +48,7 @@ def draw_curves(teacher: Path, student: Path, results: dict[str, Any], out: Path
     left.axhline(scores["teacher"], color=TEACHER, linewidth=0.8, linestyle="--")
     # The first steps from random weights would squeeze everything that follows.
     low = min(scores.values())
-    left.set_ylim(low - 0.1, max(scores["rtn"], low + 0.8) + 0.25)
+    left.set_ylim(low - 0.2, max(scores["rtn"], low + 0.8) + 0.25)
     left.set(
         xlabel="tokens trained on, millions",
         ylabel="bits per byte",
