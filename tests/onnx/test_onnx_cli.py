@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tests.models import random_tensors, ternary_tensors
-from tests.onnx.exporting import FORMS, TIED, peer_logits
+from tests.onnx.exporting import FORMS, TIED, peer_model
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli import cli
 from tmexport.config import Mamba2Config
@@ -98,9 +99,10 @@ def test_generate_is_the_peers_greedy_continuation(tied, files, tmp_path):
     prompt = "import numpy as np"
     tokenizer = Tokenizer.from_file(str(tied.tokenizer))
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    wanted = list(ids)
-    for _ in range(12):
-        wanted.append(int(peer_logits(tied, np.array([wanted]))[0, -1].argmax()))
+    peer, wanted = peer_model(tied), list(ids)
+    with torch.no_grad():
+        for _ in range(12):
+            wanted.append(int(peer(torch.tensor([wanted]), use_cache=False).logits[0, -1].argmax()))
     command = [sys.executable, "-m", "tmexport.onnx.generate", str(files["portable", "f32"]), "--prompt", prompt, "-n", "12"]  # fmt: skip
     report = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert report["tokens"] == wanted[len(ids) :]
