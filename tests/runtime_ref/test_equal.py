@@ -18,9 +18,12 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("body", "embedding", "head"), KINDS)
-@pytest.mark.parametrize("profile", ["exact", "fast"])
-def test_kernels_equal_the_specification(body, embedding, head, profile):
+@pytest.mark.parametrize(
+    ("profile", "body", "embedding", "head"),
+    [("exact", *kind) for kind in KINDS]
+    + [("fast", *kind) for kind in KINDS[:3]],  # the others add no kernel of `fast`
+)
+def test_kernels_equal_the_specification(profile, body, embedding, head):
     src = source(body, embedding, head)
     want = reference_logits(src, profile, TOKENS)
     assert np.isfinite(want).all()
