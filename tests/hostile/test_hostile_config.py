@@ -46,7 +46,7 @@ def test_a_dimension_that_is_absurd(tmp_path, name, value):
 
 
 def test_dimensions_are_refused_before_they_are_used(tmp_path):
-    """A list of the tensors of 16 million layers would take 40 GB."""
+    """A list of the tensors of 16 million layers would take 26 GB."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2**24}))
 
     def load():
