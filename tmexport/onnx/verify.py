@@ -88,13 +88,15 @@ def _compare_graph(
     if info.group_size != graph.info.group_size:
         return Difference("group_size", None, None, str(graph.info.group_size), str(info.group_size))
     expected = graph.skeleton
-    for what in ("node", "input", "output"):
+    for what in ("node", "input", "output", "value_info"):
         want, have = getattr(expected.graph, what), getattr(model.graph, what)
         for index, (one, other) in enumerate(zip(want, have, strict=False)):
             if one != other:
                 return Difference(f"graph {what} {index}", None, None, _short(one), _short(other))
         if len(want) != len(have):
             return Difference(f"graph {what}s", None, None, str(len(want)), str(len(have)))
+    if expected.ir_version != model.ir_version:
+        return Difference("ir_version", None, None, str(expected.ir_version), str(model.ir_version))
     if list(expected.functions) != list(model.functions):
         return Difference("functions", None, None, "those this release writes", "others")
     if {(o.domain, o.version) for o in expected.opset_import} != {(o.domain, o.version) for o in model.opset_import}:
