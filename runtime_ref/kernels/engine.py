@@ -21,7 +21,7 @@ from runtime_ref.kernels.intrinsics import (
 from runtime_ref.kernels.math import exp, softplus, vector_silu
 from runtime_ref.kernels.matmul import embed, multiply, prepare
 from runtime_ref.kernels.profiles import Exact
-from runtime_ref.kernels.vector import load, prefetch, splat, store, tree_sum, widen
+from runtime_ref.kernels.vector import load, prefetch, splat, store, tree_sum, tree_sums, widen
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
@@ -115,29 +115,30 @@ def _scan_part(dims, small, layer, s, ssm, first, rows, head, p_first, p_end):
     b_at = dims.d_inner + group * n
     c_at = b_at + dims.n_groups * n
     skip = splat(small.d[layer, head])
-    states = ssm[head]
+    states, sums = ssm[head], np.empty(256, np.float32)
     for r in range(first, first + rows):
         dt = softplus(s.proj[r, dims.d_inner + dims.conv_dim + head] + small.dt_bias[layer, head])
         decay = splat(exp(dt * small.a[layer, head]))
         xbc, y_row, z_row = s.xbc[r], s.wide[r], s.proj[r]
-        for p in range(p_first, p_end, 2):  # two channels at a time share the loads of B and C
-            h_row, h_next = states[p], states[p + 1]
-            dtx, dtx_next = splat(dt * xbc[base + p]), splat(dt * xbc[base + p + 1])
-            lanes, lanes_next = splat(ZERO), splat(ZERO)
-            for i in range(0, n, 16):
-                prefetch(h_row, i + AHEAD)
-                prefetch(h_next, i + AHEAD)
-                b, c = load(xbc, b_at + i), load(xbc, c_at + i)
-                h = load(h_row, i) * decay + dtx * b
-                store(h_row, i, h)
-                lanes = lanes + h * c
-                h = load(h_next, i) * decay + dtx_next * b
-                store(h_next, i, h)
-                lanes_next = lanes_next + h * c
-            y_row[base + p] = tree_sum(lanes)
-            y_row[base + p + 1] = tree_sum(lanes_next)
-        for channel in range(base + p_first, base + p_end, 16):
-            y = load(y_row, channel) + skip * load(xbc, channel)
+        for p_low in range(p_first, p_end, 16):
+            for p in range(p_low, p_low + 16, 2):  # two channels at a time share the loads of B and C
+                h_row, h_next = states[p], states[p + 1]
+                dtx, dtx_next = splat(dt * xbc[base + p]), splat(dt * xbc[base + p + 1])
+                lanes, lanes_next = splat(ZERO), splat(ZERO)
+                for i in range(0, n, 16):
+                    prefetch(h_row, i + AHEAD)
+                    prefetch(h_next, i + AHEAD)
+                    b, c = load(xbc, b_at + i), load(xbc, c_at + i)
+                    h = load(h_row, i) * decay + dtx * b
+                    store(h_row, i, h)
+                    lanes = lanes + h * c
+                    h = load(h_next, i) * decay + dtx_next * b
+                    store(h_next, i, h)
+                    lanes_next = lanes_next + h * c
+                store(sums, (p - p_low) * 16, lanes)
+                store(sums, (p - p_low) * 16 + 16, lanes_next)
+            channel = base + p_low
+            y = tree_sums(sums) + skip * load(xbc, channel)
             store(y_row, channel, y * vector_silu(load(z_row, channel)))
 
 

@@ -236,6 +236,34 @@ def tree_sum(typingctx, vector):
 
 
 @intrinsic
+def tree_sums(typingctx, array):
+    """`tree_sum` of 16 vectors stored one after the other in a float32 array [256]; lane c is the sum of vector c.
+
+    Vectors are folded in pairs, so that every addition does 16 lanes of work; each sum is still the specification's tree.
+    """
+
+    def codegen(context, builder, sig, args):
+        base = _place(context, builder, sig, [args[0], ir.Constant(ir.IntType(64), 0)], ir.FloatType())
+        vectors = [builder.load(builder.gep(base, [ir.Constant(ir.IntType(64), c)]), align=4) for c in range(LANES)]
+        half = LANES // 2
+        while len(vectors) > 1:
+            # a vector holds LANES / (2 half) sums of 2 half lanes each; lane numbers beyond 15 are the second vector's
+            starts = range(0, 2 * LANES, 2 * half)
+            low, high = (
+                ir.Constant(ir.VectorType(ir.IntType(32), LANES), [s + at + j for s in starts for j in range(half)])
+                for at in (0, half)
+            )
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [
+                builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)) for a, b in pairs
+            ]
+            half //= 2
+        return vectors[0]
+
+    return F32(array), codegen
+
+
+@intrinsic
 def largest(typingctx, vector):
     """The largest lane of an I32."""
 
