@@ -71,13 +71,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(tied, tmp_path):
     assert run("onnx", tied.path, out / "m.onnx", "--ops", "fast").exit_code == 2
 
 
-def test_a_weight_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_a_weight_that_cannot_be_written_leaves_nothing(tied, tmp_path):
     tensors = ternary_tensors(TIED, 64)
     tensors["backbone.norm_f.weight"][3] = np.nan
-    write_checkpoint(tmp_path / "ckpt", TIED, tensors)
+    write_checkpoint(tmp_path / "ckpt", TIED, tensors, tied.tokenizer)
     out = tmp_path / "out"
     out.mkdir()
     refused(out, run("onnx", tmp_path / "ckpt", out / "m.onnx"), "backbone.norm_f.weight: holds NaN")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_exported_with_a_warning(tmp_path):
+    write_checkpoint(tmp_path / "ckpt", TIED, ternary_tensors(TIED, 64))
+    result = run("onnx", tmp_path / "ckpt", tmp_path / "m.onnx")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: no tokenizer.json in the checkpoint")
+    assert not (tmp_path / "m.tokenizer.json").exists()
 
 
 def test_help_has_an_example():

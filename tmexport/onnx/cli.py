@@ -64,6 +64,8 @@ def onnx(
     if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
         raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
     graph = build_graph(source, form, embedding_type, opset, io_names, logits)
+    if tokenizer is None and source.tokenizer is None:
+        click.echo("warning: no tokenizer.json in the checkpoint; none is written beside the file (see --tokenizer)", err=True)  # fmt: skip
     with _progress() as progress:
         task = progress.add_task("writing", total=len(graph.initializers))
         result = export_onnx(output, graph, tokenizer or source.tokenizer, lambda tensor: progress.advance(task))
