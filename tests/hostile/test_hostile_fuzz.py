@@ -31,7 +31,7 @@ def tokenizer(scratch):
     return fuzz_common.Target(seeds.tokenizer_seeds(), seeds.tokenizer_words(), lambda data: targets.accepts_tokenizer(scratch / "t", data))  # fmt: skip
 
 
-@pytest.mark.parametrize(("load", "executions"), [(gguf, 700), (checkpoint, 350), (tokenizer, 1500)])
+@pytest.mark.parametrize(("load", "executions"), [(gguf, 3000), (checkpoint, 2000), (tokenizer, 7500)])
 def test_random_damage_is_refused_or_harmless(tmp_path, load, executions):
     (tmp_path / "findings").mkdir()
     target, rng = load(tmp_path), random.Random(1)
