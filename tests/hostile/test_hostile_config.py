@@ -239,6 +239,14 @@ def test_a_panic_of_the_library_is_our_error(monkeypatch):
         parse_tokenizer("{}", "t")
 
 
+def test_a_real_panic_of_the_library_is_our_error():
+    """Found by the fuzzer: in a model without its optional fields, a merge into a token that is not there."""
+    raw = tokenizer_json()
+    raw["model"] = {"type": "BPE", "vocab": {"h": 0, "e": 1}, "merges": [["h", "e"]]}
+    with pytest.raises(TokenizerError, match="t: is not a tokenizer.json the tokenizers library can load: "):
+        parse_tokenizer(json.dumps(raw), "t")
+
+
 def test_what_is_not_a_tokenizer_file(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(TokenizerError, match="cannot be read"):
