@@ -6,18 +6,22 @@ Codes and scales come back through `gguf.decode`, which shares nothing with the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from tmexport.checkpoint import Checkpoint, expected_shapes
+from tmexport.config import Mamba2Config
 from tmexport.errors import NotTernaryError
 from tmexport.gguf.decode import decode_ternary, dequantize
 from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata, gguf_name
 from tmexport.gguf.reader import GGUFFile
 from tmexport.gguf.types import GGMLType
 from tmexport.ternary import first_true
+
+# A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
+_NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,7 @@ def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str
 
 def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
     found, expected = config_from_metadata(gguf), checkpoint.config
-    for field in (
-        "d_model",
-        "n_layer",
-        "vocab_size",
-        "d_state",
-        "d_conv",
-        "expand",
-        "headdim",
-        "n_groups",
-        "rms_eps",
-        "tie_embeddings",
-    ):
+    for field in (f.name for f in fields(Mamba2Config) if f.name not in _NOT_COMPARED):
         if getattr(found, field) != getattr(expected, field):
             return Difference(field, None, None, repr(getattr(expected, field)), repr(getattr(found, field)))
     stored = gguf.metadata.get(TOKENIZER_JSON_KEY)

@@ -69,15 +69,14 @@ def plan_export(
     """
     config = checkpoint.config
     if kind == "f16":
-        chosen, group_size = GGMLType.F16, None
+        group_size = None
     elif ptq:
         group_size = next((g for g in GROUP_SIZES if config.d_model % g == 0 and config.d_inner % g == 0), None)
         if group_size is None:
             raise UsageError(f"d_model {config.d_model} and d_inner {config.d_inner} do not divide into groups of 64")
-        chosen = TYPES.get(kind, GGMLType.TQ1_0 if group_size == 256 else GGMLType.Q2_0)
     else:
         group_size = _shared_group_size(checkpoint)
-        chosen = TYPES.get(kind, GGMLType.TQ1_0 if group_size == 256 else GGMLType.Q2_0)
+    chosen = TYPES.get(kind, GGMLType.TQ1_0 if group_size == 256 else GGMLType.Q2_0)
     for k in (config.d_model, config.d_inner):
         if k % chosen.block_size:
             raise UsageError(
@@ -90,13 +89,10 @@ def plan_export(
         target = gguf_shape(name, config, shape)
         if name in projections:
             make, tensor_kind = partial(_projection, checkpoint, name, chosen, group_size, ptq), chosen
-        elif name in (EMBEDDING, LM_HEAD):
-            tensor_kind = EMBEDDING_TYPES[embedding]
-            if shape[1] % tensor_kind.block_size:
-                raise UsageError(f"embedding rows of {shape[1]} do not divide into {tensor_kind.name} blocks; use f16")
-            make = partial(_float, checkpoint, name, tensor_kind, target)
         else:
-            tensor_kind = GGMLType.F32
+            tensor_kind = EMBEDDING_TYPES[embedding] if name in (EMBEDDING, LM_HEAD) else GGMLType.F32
+            if shape[-1] % tensor_kind.block_size:
+                raise UsageError(f"embedding rows of {shape[-1]} do not divide into {tensor_kind.name} blocks; use f16")
             make = partial(_float, checkpoint, name, tensor_kind, target)
         tensors.append(PlannedTensor(gguf_name(name), target, tensor_kind, make))
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tmexport.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD
+from tmexport.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
 from tmexport.config import Mamba2Config
 from tmexport.errors import ConfigError, GGUFError
 from tmexport.gguf.decode import decode_ternary
@@ -145,8 +145,6 @@ def _whole(gguf: GGUFFile, key: str) -> int:
 
 def tensor_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of a GGUF of these dimensions, numpy order."""
-    from tmexport.checkpoint import expected_shapes
-
     return {gguf_name(name): gguf_shape(name, config, shape) for name, shape in expected_shapes(config).items()}
 
 
