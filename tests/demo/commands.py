@@ -46,7 +46,11 @@ def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
     module, rest = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
     if words[1] != "-m":
         assert (ROOT / words[1]).is_file(), f"{words[1]}: no such script"
-    namespace = vars(importlib.import_module(module))
+    found = importlib.import_module(module)
+    if hasattr(found, "__path__"):  # a package that runs keeps its command in cli.py
+        module = f"{module}.cli"
+        found = importlib.import_module(module)
+    namespace = vars(found)
     ours = [v for v in namespace.values() if isinstance(v, click.Command) and v.callback.__module__ == module]
     groups = [command for command in ours if isinstance(command, click.Group)]
     (command,) = groups or ours

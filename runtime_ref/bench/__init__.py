@@ -1,0 +1,1 @@
+"""How fast a GGUF model runs here: `python -m runtime_ref.bench MODEL.gguf`."""
