@@ -28,7 +28,14 @@ def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:
         GGUFError: damaged blocks, or scales that differ inside a group; row and block are named.
     """
     info = gguf.tensors[name]
-    blocks, k, kind = gguf.blocks(name), info.shape[-1], info.type
+    return pack_blocks(gguf.blocks(name), info.type, info.shape[-1], group, name)
+
+
+def pack_blocks(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> Packed:
+    """`read_packed` for the blocks uint8 [n, bytes of a row] of a matrix [n, k]; `name` is for messages.
+
+    Raises: as `read_packed`.
+    """
     n = len(blocks)
     tiles = -(-n // ROWS)
     if kind.is_ternary:

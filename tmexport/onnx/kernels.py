@@ -1,27 +1,29 @@
-"""The operators of the custom form computed by runtime_ref's rules, to the bit (onnxruntime-extensions' Python operators).
+"""The operators of the custom form computed by runtime_ref's kernels, to the bit (onnxruntime-extensions' Python operators).
 
     options = onnxruntime.SessionOptions()
     register_kernels(options)
     session = onnxruntime.InferenceSession("model.onnx", options)   # written with --ops custom
 
 The same file without this call runs its function bodies. What each operator computes is `runtime_ref.reference`, profile
-exact; the only liberty taken here is to add up integers in another order, which is exact. This is the path for proofs:
-every call hands its tensors to Python and back, so for speed use the ort form or runtime_ref itself.
+exact; runtime_ref and Numba are imported when this is called. Every call hands copies of its tensors to Python and back,
+the weights too, so this is the path for proofs; for speed use the ort form or runtime_ref itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tmexport.errors import UsageError
 from tmexport.onnx.names import DOMAIN
 
-_f32 = np.float32
-_unpacked: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}  # weights by their content, unpacked once
+if TYPE_CHECKING:
+    from runtime_ref.kernels.pack import Packed
+
+_SAMPLE = 64  # bytes of a weight by which it is looked up, before all of it is compared
+_packed: dict[tuple[Any, ...], list[tuple[tuple[np.ndarray, ...], Packed]]] = {}
 _registered = False
 _failures: list[BaseException] = []
 
@@ -33,12 +35,17 @@ def register_kernels(session_options: Any) -> None:
         session_options: an onnxruntime.SessionOptions.
 
     Raises:
-        UsageError: onnxruntime-extensions is not installed.
+        UsageError: onnxruntime-extensions or Numba is not installed.
     """
     try:
         import onnxruntime_extensions as extensions
     except ImportError:
         raise UsageError("the package onnxruntime-extensions is not installed; run: pip install onnxruntime-extensions") from None  # fmt: skip
+    try:
+        import runtime_ref.kernels.operators  # noqa: F401  # Numba, before onnxruntime's threads need it
+    except ImportError as error:
+        raise UsageError(f"runtime_ref's kernels cannot be imported: {error}; run: pip install numba") from None
+    _packed.clear()  # weights of sessions that may be gone; one that lives packs its own again
     _define(extensions)
     session_options.register_custom_ops_library(extensions.get_library_path())
 
@@ -104,55 +111,34 @@ def raise_failure() -> None:
 
 def ternary_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, profile: str) -> np.ndarray:
     """x [B, T, k], codes uint8 [n, k/4], scales fp32 [n, k/g] -> [B, T, n]."""
+    from runtime_ref.kernels.operators import matmul, pack_ternary
+
     _check_profile(profile)
-
-    def unpack() -> np.ndarray:
-        two_bit = np.stack([codes >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
-        return two_bit.reshape(len(codes), -1).astype(np.float32) - _f32(1.0)
-
-    # |q| <= 32512, so a group of 256 adds up to at most 8,323,072 < 2**24: exact in fp32, in whatever order
-    return _integer_matmul(x, _once(codes, unpack), scales, group_size, np.float32)
+    return _by_rows(lambda rows: matmul(rows, _once(pack_ternary, codes, scales), len(codes), group_size), x)
 
 
 def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], codes int8 [n, k], scales fp32 [n, k/32] -> [B, T, n]."""
+    from runtime_ref.kernels.operators import matmul, pack_q8
+
     _check_profile(profile)
-    return _integer_matmul(x, codes, scales, 32, np.float64)
-
-
-def _integer_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, block: int, exact: type) -> np.ndarray:
-    """`reference.integer_matmul` for many rows of x; sums inside a block are integers that `exact` holds."""
-    from runtime_ref.reference import EXACT_LEVELS, quantize
-
-    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    with np.errstate(all="ignore"):
-        q, q_scales = quantize(rows.reshape(-1), block, EXACT_LEVELS)
-        q, q_scales = q.reshape(rows.shape), q_scales.reshape(len(rows), -1)
-        y = np.zeros((len(rows), len(codes)), np.float32)
-        for b in range(q_scales.shape[1]):
-            span = slice(b * block, (b + 1) * block)
-            isum = q[:, span].astype(exact) @ codes[:, span].astype(exact, copy=False).T
-            y = y + isum.astype(np.float32) * (scales[:, b] * q_scales[:, b, None])
-    return y.reshape(*x.shape[:-1], -1)
+    return _by_rows(lambda rows: matmul(rows, _once(pack_q8, codes, scales), len(codes), 32), x)
 
 
 def dense_matmul(x: np.ndarray, weight: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], weight fp32 [n, k] -> [B, T, n]."""
-    from runtime_ref.reference import sum16
+    from runtime_ref.kernels.operators import matmul, pack_dense
 
     _check_profile(profile)
-    with np.errstate(all="ignore"):
-        rows = [sum16(weight * row) for row in x.reshape(-1, x.shape[-1])]
-    return np.stack(rows).reshape(*x.shape[:-1], -1)
+    return _by_rows(lambda rows: matmul(rows, pack_dense(weight), len(weight), 32), x)
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], weight [k] -> [B, T, k]."""
-    from runtime_ref import reference
+    from runtime_ref.kernels import operators
 
     _check_profile(profile)
-    with np.errstate(all="ignore"):
-        return reference.rms_norm(x, weight, float(epsilon))
+    return _by_rows(lambda rows: operators.rms_norm(rows, weight, float(epsilon)), x)
 
 
 def selective_scan(
@@ -168,46 +154,34 @@ def selective_scan(
     epsilon: np.ndarray,
     profile: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`reference.ReferenceModel`'s mixer between the projections; shapes as in `tmexport.onnx.functions`."""
-    from runtime_ref import reference as r
+    """A mixer between its projections; shapes as in `tmexport.onnx.functions`."""
+    from runtime_ref.kernels import operators
+    from runtime_ref.kernels.build import Small
 
     _check_profile(profile)
-    batch, time = projected.shape[:2]
-    heads, n, width = past_ssm.shape[1:]
-    channels, _, taps = conv_weight.shape
-    d_inner = heads * width
-    groups = (channels - d_inner) // (2 * n)
-    z, xbc, dt = np.split(projected, [d_inner, d_inner + channels], axis=-1)
-    window = np.concatenate([past_conv.transpose(0, 2, 1), xbc], axis=1)  # [B, K-1+T, C], oldest first
-    with np.errstate(all="ignore"):
-        total = conv_bias
-        for tap in range(taps):
-            total = total + conv_weight[:, 0, tap] * window[:, tap : tap + time]
-        xbc = r.silu(total)
-        x = xbc[..., :d_inner].reshape(batch, time, heads, width)
-        bb, cc = (
-            np.repeat(part.reshape(batch, time, groups, n), heads // groups, axis=2)
-            for part in np.split(xbc[..., d_inner:], 2, axis=-1)
-        )
-        dt = r.softplus(dt + dt_bias)
-        decay, dx = r.exp(dt * a), dt[..., None] * x
-        h, y = past_ssm.transpose(0, 1, 3, 2), np.empty_like(x)
-        for t in range(time):
-            h = h * decay[:, t, :, None, None]
-            h = h + dx[:, t, :, :, None] * bb[:, t, :, None, :]
-            y[:, t] = r.sum16(h * cc[:, t, :, None, :]) + d[:, None] * x[:, t]
-        gated = (y.reshape(batch, time, d_inner) * r.silu(z)).reshape(batch, time, groups, -1)
-        normed = r.rms_norm(gated, norm_weight.reshape(groups, -1), float(epsilon))
-    present_conv = window[:, time:].transpose(0, 2, 1)
-    return normed.reshape(batch, time, d_inner), present_conv, np.ascontiguousarray(h.transpose(0, 1, 3, 2))
+    taps_first = np.ascontiguousarray(conv_weight[:, 0].T)
+    layer = {"gate_norm": norm_weight, "conv_weight": taps_first, "conv_bias": conv_bias, "dt_bias": dt_bias, "a": a, "d": d}  # fmt: skip
+    small = Small(norm=norm_weight[None], norm_f=norm_weight, **{name: array[None] for name, array in layer.items()})
+    return operators.selective_scan(projected, past_conv, past_ssm, small, float(epsilon))
 
 
-def _once(packed: np.ndarray, unpack: Any) -> np.ndarray:
-    """`unpack()` for these bytes, made once: the library copies a weight for every call, so only its content knows it."""
-    key = (packed.shape, hashlib.blake2b(packed, digest_size=16).digest())
-    if key not in _unpacked:
-        _unpacked[key] = unpack()
-    return _unpacked[key]
+def _by_rows(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+    """function of x as [B * T, k], its result as [B, T, n]."""
+    return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def _once(pack: Callable[..., Packed], *weight: np.ndarray) -> Packed:
+    """`pack(*weight)`, made once for these bytes: the library copies a weight for every call, so only its content knows it."""
+    from runtime_ref.kernels.operators import same
+
+    key = (pack, *((array.shape, array.reshape(-1)[:_SAMPLE].tobytes()) for array in weight))
+    known = _packed.setdefault(key, [])
+    for stored, packed in known:
+        if all(same(a, b) for a, b in zip(weight, stored, strict=True)):
+            return packed
+    packed = pack(*weight)
+    known.append((weight, packed))
+    return packed
 
 
 def _check_profile(profile: str) -> None:

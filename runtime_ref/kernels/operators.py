@@ -1,0 +1,215 @@
+"""The kernels one operator at a time, for a program that brings arrays of its own (`tmexport.onnx.kernels`).
+
+Profile exact, one thread. Weights are in the layout of `pack.py`; the functions give the bits of
+`runtime_ref.reference` for many rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from runtime_ref.kernels.build import Small
+from runtime_ref.kernels.engine import convolve, scan_head, source_digest
+from runtime_ref.kernels.engine import rms_norm as norm_row
+from runtime_ref.kernels.isa import select
+from runtime_ref.kernels.matmul import multiply, prepare
+from runtime_ref.kernels.pack import Packed, PackedFloat
+from runtime_ref.kernels.profiles import PROFILES
+from runtime_ref.kernels.repack import pack_blocks
+from runtime_ref.kernels.scratch import Dims, Scratch
+from tmexport.errors import UsageError
+from tmexport.gguf.types import GGMLType
+
+# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
+
+ROWS = 32  # of x at a time: enough to use each unpacked weight often, few enough to stay in cache
+_WORDS = 4096  # compared before looking whether they were equal
+
+
+def pack_ternary(codes: np.ndarray, scales: np.ndarray) -> Packed:
+    """codes uint8 [n, k/4] (the checkpoint's packing), scales fp32 [n, k/g] that fp16 holds -> the kernels' layout.
+
+    The detour is a Q2_0 tensor: its blocks of 64 hold the scale and then the codes' own bytes.
+
+    Raises:
+        UsageError: rows that are no multiple of 64, or scales that fp16 does not hold.
+        GGUFError: a code or a scale is none.
+    """
+    n, k, groups = len(codes), codes.shape[1] * 4, scales.shape[1]
+    if k % 64 or not groups or k // 64 % groups:
+        raise UsageError(f"a ternary weight has rows of {k} and {groups} scales; expected groups of whole 64s")
+    blocks = np.empty((n, k // 64, 18), np.uint8)
+    blocks[..., :2] = np.repeat(_half(scales), k // 64 // groups, axis=1)[..., None].view(np.uint8)
+    blocks[..., 2:] = codes.reshape(n, k // 64, 16)
+    return _layer(pack_blocks(blocks.reshape(n, -1), GGMLType.Q2_0, k, k // groups, "a ternary weight"))
+
+
+def pack_q8(codes: np.ndarray, scales: np.ndarray) -> Packed:
+    """codes int8 [n, k], scales fp32 [n, k/32] that fp16 holds -> the kernels' layout. Raises: as `pack_ternary`."""
+    n, k = codes.shape
+    if k % 32 or scales.shape != (n, k // 32):
+        raise UsageError(f"an 8-bit weight has rows of {k} and {scales.shape[-1]} scales; expected one for every 32")
+    blocks = np.empty((n, k // 32, 34), np.uint8)
+    blocks[..., :2] = _half(scales)[..., None].view(np.uint8)
+    blocks[..., 2:] = codes.view(np.uint8).reshape(n, k // 32, 32)
+    return _layer(pack_blocks(blocks.reshape(n, -1), GGMLType.Q8_0, k, None, "an 8-bit weight"))
+
+
+def pack_dense(values: np.ndarray) -> Packed:
+    """values fp32 [n, k] as they lie. Raises UsageError if k is no multiple of 16."""
+    _sixteens("rows of a weight", values.shape[1])
+    return PackedFloat(values[None])
+
+
+def _half(scales: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = scales.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), scales):
+        raise UsageError("a weight has a scale that fp16 does not hold; expected those of a file by `tmexport onnx`")
+    return half
+
+
+def _layer(packed: Packed) -> Packed:
+    return type(packed)(*(array[None] for array in packed))
+
+
+def _sixteens(what: str, size: int) -> None:
+    if size % 16:
+        raise UsageError(f"{what} have {size} values; the kernels need a multiple of 16")
+
+
+def matmul(x: np.ndarray, packed: Packed, n: int, block: int) -> np.ndarray:
+    """x fp32 [R, k] times a packed matrix [n, k] -> fp32 [R, n]; `block` activations share a scale."""
+    rows, k = x.shape
+    out = np.empty((rows, n), np.float32)
+    width = -(-k // 64) * 64 + 64  # as in scratch.allocate
+    room = min(rows, ROWS)
+    s = _scratch(
+        wide=np.empty((room, width), np.float32),
+        q=np.empty((room, width), np.int16),
+        high=np.empty((room, width), np.int8),
+        low=np.empty((room, width), np.int8),
+        q_scale=np.empty((room, -(-width // 32)), np.float32),
+        q_sum=np.empty((room, -(-width // 32)), np.int32),
+    )
+    for start in range(0, rows, ROWS):
+        part = x[start : start + ROWS]
+        s.wide[: len(part), :k] = part
+        _matmul(select(), PROFILES["exact"], packed, s, len(part), k, block, out[start : start + ROWS])
+    return out
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """`reference.rms_norm` of x fp32 [R, k] with weight [k]."""
+    _sixteens("the rows to normalise", x.shape[1])
+    out = np.empty_like(x)
+    _rms_norm(x, weight, out, float(np.float32(eps)))
+    return out
+
+
+def selective_scan(
+    projected: np.ndarray, past_conv: np.ndarray, past_ssm: np.ndarray, small: Small, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A mixer between its projections: projected fp32 [B, T, d_in_proj], past_conv [B, C, K-1], past_ssm [B, H, N, P].
+
+    `small` holds one layer's vectors (with a layer axis of 1; the fields for norm and norm_f are not read). Returns the
+    gated, normalised y [B, T, d_inner], and the new past_conv and past_ssm.
+
+    Raises:
+        UsageError: headdim or d_state is no multiple of 16.
+    """
+    batch, time, d_in_proj = projected.shape
+    heads, n, width = past_ssm.shape[1:]
+    taps, channels = small.conv_weight.shape[1:]
+    d_inner = heads * width
+    for what, size in (("the channels of a head", width), ("a channel's states", n)):
+        _sixteens(what, size)
+    groups = (channels - d_inner) // (2 * n)
+    dims = Dims(0, d_inner, channels, d_in_proj, heads, width, n, groups, taps, 1, 0, float(np.float32(eps)), 0, 0)
+    y = np.empty((batch, time, d_inner), np.float32)
+    conv, ssm = np.empty_like(past_conv), np.empty_like(past_ssm)
+    for b in range(batch):
+        s = _scratch(wide=y[b], proj=projected[b], xbc=np.empty((time, channels), np.float32))
+        _scan(dims, small, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
+    return y, conv, ssm
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two contiguous arrays of one shape and dtype hold the same bytes, at the speed of memory."""
+    a, b = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
+    whole = len(a) // 8 * 8
+    return bool(_same(a[:whole].view(np.uint64), b[:whole].view(np.uint64))) and bytes(a[whole:]) == bytes(b[whole:])
+
+
+_UNUSED = {
+    name: np.empty((1, 1), dtype)
+    for name, dtype in zip(Scratch._fields, ("f4", "f4", "i2", "i1", "i1", "f4", "i4", "f4", "f4"), strict=False)
+}
+
+
+def _scratch(**arrays: np.ndarray) -> Scratch:
+    return Scratch(**(_UNUSED | arrays), bad=np.empty(1, np.int64))
+
+
+def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
+    """The compiled functions; `digest` is a free variable of each, which makes it part of the cache's key."""
+
+    @njit(cache=True)
+    def matmul(isa, profile, packed, s, rows, k, block, out):
+        _ = digest
+        for r in range(rows):
+            prepare(profile, packed, s, r, k, block)
+        multiply(isa, profile, packed, 0, s, rows, k, block, out, False, 0, 1)
+
+    @njit(cache=True)
+    def rms_norm(x, weight, out, eps):
+        _ = digest
+        for r in range(x.shape[0]):
+            norm_row(x[r], weight, out[r], eps)
+
+    @njit(cache=True)
+    def scan(dims, small, s, past_conv, past_ssm, present_conv, present_ssm):
+        _ = digest
+        rows, keep = s.wide.shape[0], dims.d_conv - 1
+        conv = np.empty((keep, dims.conv_dim), np.float32)
+        for c in range(dims.conv_dim):
+            for tap in range(keep):
+                conv[tap, c] = past_conv[c, tap]
+        convolve(dims, small, 0, s, conv, 0, rows, 0, dims.conv_dim)
+        for c in range(dims.conv_dim):
+            for tap in range(keep):
+                present_conv[c, tap] = conv[tap, c]
+        ssm = np.empty((dims.n_heads, dims.headdim, dims.d_state), np.float32)
+        for h in range(dims.n_heads):
+            for p in range(dims.headdim):
+                for n in range(dims.d_state):
+                    ssm[h, p, n] = past_ssm[h, n, p]
+            scan_head(dims, small, 0, s, ssm, 0, rows, h)
+            for n in range(dims.d_state):
+                for p in range(dims.headdim):
+                    present_ssm[h, n, p] = ssm[h, p, n]
+        part = dims.d_inner // dims.n_groups
+        for r in range(rows):
+            for g in range(dims.n_groups):
+                span = s.wide[r, g * part : (g + 1) * part]
+                norm_row(span, small.gate_norm[0, g * part : (g + 1) * part], span, dims.eps)
+
+    @njit(cache=True)
+    def same(a, b):
+        _ = digest
+        for start in range(0, a.shape[0], _WORDS):
+            differ = np.uint64(0)
+            for i in range(start, min(start + _WORDS, a.shape[0])):
+                differ |= a[i] ^ b[i]
+            if differ:
+                return False
+        return True
+
+    return matmul, rms_norm, scan, same
+
+
+_matmul, _rms_norm, _scan, _same = _compiled(source_digest())
