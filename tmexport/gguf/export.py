@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, expected_shapes, projection_names
+from tmexport.config import Mamba2Config
 from tmexport.errors import NotTernaryError, UsageError
 from tmexport.gguf.encode import encode_float, encode_ternary, scales_per_block
 from tmexport.gguf.names import gguf_name, gguf_shape, gguf_values, model_metadata
 from tmexport.gguf.tokenizer import tokenizer_metadata
 from tmexport.gguf.types import FILE_TYPES, GGMLType
-from tmexport.gguf.writer import PlannedTensor, header_bytes, write_gguf
+from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
 
 TYPES = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0, "f16": GGMLType.F16}
@@ -35,7 +36,7 @@ class ExportPlan:
     @property
     def n_bytes(self) -> int:
         """The size of the file."""
-        return len(header_bytes(self.metadata, self.tensors)) + sum(-(-t.n_bytes // 32) * 32 for t in self.tensors)
+        return file_bytes(self.metadata, self.tensors)
 
     @property
     def n_bytes_fp16(self) -> int:
@@ -82,17 +83,12 @@ def plan_export(
             raise UsageError(
                 f"rows of {k} weights do not divide into {chosen.name} blocks of {chosen.block_size}; use --type q2_0"
             )
-    shapes = expected_shapes(config)
     projections = set(projection_names(config))
     tensors = []
-    for name, shape in shapes.items():
-        target = gguf_shape(name, config, shape)
+    for name, (target, tensor_kind) in tensor_layout(config, chosen, EMBEDDING_TYPES[embedding]).items():
         if name in projections:
-            make, tensor_kind = partial(_projection, checkpoint, name, chosen, group_size, ptq), chosen
+            make = partial(_projection, checkpoint, name, chosen, group_size, ptq)
         else:
-            tensor_kind = EMBEDDING_TYPES[embedding] if name in (EMBEDDING, LM_HEAD) else GGMLType.F32
-            if shape[-1] % tensor_kind.block_size:
-                raise UsageError(f"embedding rows of {shape[-1]} do not divide into {tensor_kind.name} blocks; use f16")
             make = partial(_float, checkpoint, name, tensor_kind, target)
         tensors.append(PlannedTensor(gguf_name(name), target, tensor_kind, make))
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
@@ -100,6 +96,31 @@ def plan_export(
     source = tokenizer or checkpoint.tokenizer
     metadata |= tokenizer_metadata(source, config) if source else {"tokenizer.ggml.model": "none"}
     return ExportPlan(chosen, group_size, metadata, tensors)
+
+
+def tensor_layout(
+    config: Mamba2Config, kind: GGMLType, embedding: GGMLType
+) -> dict[str, tuple[tuple[int, ...], GGMLType]]:
+    """The shape and type of every tensor in the file, by its name in the checkpoint.
+
+    Args:
+        config: the dimensions.
+        kind: of in_proj and out_proj.
+        embedding: of the embedding and an untied head; everything else is F32.
+
+    Raises:
+        UsageError: the embedding's rows do not divide into the type's blocks.
+    """
+    projections, layout = set(projection_names(config)), {}
+    for name, shape in expected_shapes(config).items():
+        if name in projections:
+            tensor_kind = kind
+        else:
+            tensor_kind = embedding if name in (EMBEDDING, LM_HEAD) else GGMLType.F32
+            if shape[-1] % tensor_kind.block_size:
+                raise UsageError(f"embedding rows of {shape[-1]} do not divide into {tensor_kind.name} blocks; use f16")
+        layout[name] = (gguf_shape(name, config, shape), tensor_kind)
+    return layout
 
 
 def _shared_group_size(checkpoint: Checkpoint) -> int:

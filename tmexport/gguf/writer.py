@@ -48,6 +48,11 @@ def header_bytes(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]
     return header.ljust(_padded(len(header)), b"\0")
 
 
+def file_bytes(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> int:
+    """The size of the file that `write_gguf` makes of these."""
+    return len(header_bytes(metadata, tensors)) + sum(_padded(tensor.n_bytes) for tensor in tensors)
+
+
 def write_gguf(
     path: Path,
     metadata: Mapping[str, Value],
