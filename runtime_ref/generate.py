@@ -17,6 +17,7 @@ import click
 import numpy as np
 
 from runtime_ref.command import compile_kernels, for_terminal, run_command
+from runtime_ref.memory import MemorySize, check_memory
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ from tmexport.errors import UsageError
               help="exact: 16-bit activations; fast: 8-bit activations and a 16-bit state.")  # fmt: skip
 @click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a saved state.")
 @click.option("--save-state", type=click.Path(path_type=Path), help="Save the state when done.")
+@click.option("--max-memory", type=MemorySize(), help="Refuse a model that needs more, before loading it: 512M, 1.5G.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def generate(
     model_path: Path,
@@ -53,6 +55,7 @@ def generate(
     profile: str,
     load_state: Path | None,
     save_state: Path | None,
+    max_memory: int | None,
     as_json: bool,
 ) -> None:
     """Continue a text with MODEL.gguf; it ends after -n tokens, or with the model's end-of-text token.
@@ -61,6 +64,8 @@ def generate(
     Example:
       python -m runtime_ref.generate model.gguf --prompt "Fellow citizens" -n 64 --temperature 0.8 --top-p 0.95
     """
+    if max_memory is not None:
+        check_memory(model_path, max_memory, profile, states=2 if load_state or save_state else 1)
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokenizer = Tokenizer.from_gguf(model_path)
     ids = tokenizer.encode(prompt)
