@@ -7,6 +7,7 @@ Profile exact, one thread. Weights are in the layout of `pack.py`; the functions
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numba import njit
 from runtime_ref.kernels.build import Small
 from runtime_ref.kernels.engine import convolve, scan_head, source_digest
 from runtime_ref.kernels.engine import rms_norm as norm_row
-from runtime_ref.kernels.isa import select
+from runtime_ref.kernels.isa import Isa, select
 from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.kernels.pack import Packed, PackedFloat
 from runtime_ref.kernels.profiles import PROFILES
@@ -82,6 +83,11 @@ def _sixteens(what: str, size: int) -> None:
         raise UsageError(f"{what} have {size} values; the kernels need a multiple of 16")
 
 
+@cache
+def _isa() -> Isa:
+    return select()  # asks LLVM, which takes longer than a small product
+
+
 def matmul(x: np.ndarray, packed: Packed, n: int, block: int) -> np.ndarray:
     """x fp32 [R, k] times a packed matrix [n, k] -> fp32 [R, n]; `block` activations share a scale."""
     rows, k = x.shape
@@ -99,7 +105,7 @@ def matmul(x: np.ndarray, packed: Packed, n: int, block: int) -> np.ndarray:
     for start in range(0, rows, ROWS):
         part = x[start : start + ROWS]
         s.wide[: len(part), :k] = part
-        _matmul(select(), PROFILES["exact"], packed, s, len(part), k, block, out[start : start + ROWS])
+        _matmul(_isa(), PROFILES["exact"], packed, s, len(part), k, block, out[start : start + ROWS])
     return out
 
 

@@ -16,7 +16,7 @@ from tmexport.errors import UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.onnx import OrtModel
 
-IDS = 32
+IDS = 40  # more than the rows the kernels take at a time
 
 
 def gguf_of(checkpoint, path, embedding):
@@ -69,6 +69,41 @@ def test_any_split_gives_the_same_bits(exact, cuts):
     state = model.new_state(2)
     parts = [model.run(state, ids[:, a:b]) for a, b in zip((0, *cuts), (*cuts, IDS), strict=True)]
     assert digest(np.concatenate(parts, axis=1)) == want
+
+
+def test_weights_that_begin_alike_are_told_apart():
+    """The library copies weights for every call, so they are known by content: here two that differ in the last byte."""
+    from runtime_ref.reference import EXACT_LEVELS, integer_matmul, quantize
+    from tmexport.onnx.kernels import ternary_matmul
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 1, 256)).astype(np.float32)
+    scales = np.full((20, 4), 0.5, np.float32)
+    codes = np.full((20, 64), 0b01_01_01_10, np.uint8)
+    other = codes.copy()
+    other[-1, -1] = 0b00_01_01_10
+    found = [ternary_matmul(x, c.copy(), scales.copy(), 64, "exact")[0, 0] for c in (codes, other, codes)]
+    for packed, y in zip((codes, other, codes), found, strict=True):
+        plain = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=2).reshape(20, 256).astype(np.int8) - 1
+        assert np.array_equal(y, integer_matmul(plain, scales, *quantize(x.reshape(-1), 64, EXACT_LEVELS)))
+    assert found[0][-1] != found[1][-1]
+
+
+def test_what_the_kernels_cannot_compute_is_one_clear_error():
+    from tmexport.errors import GGUFError
+    from tmexport.onnx.kernels import q8_matmul, rms_norm, ternary_matmul
+
+    x, codes, scales = np.ones((1, 1, 64), np.float32), np.zeros((8, 16), np.uint8), np.ones((8, 1), np.float32)
+    with pytest.raises(UsageError, match="a scale that fp16 does not hold"):
+        ternary_matmul(x, codes, scales * np.float32(0.1), 64, "exact")
+    with pytest.raises(GGUFError, match="a ternary weight"):
+        ternary_matmul(x, codes | 3, scales, 64, "exact")
+    with pytest.raises(UsageError, match="rows of 60 and 1 scales; expected groups of whole 64s"):
+        ternary_matmul(x[..., :60], codes[:, :15], scales, 60, "exact")
+    with pytest.raises(UsageError, match="rows of 64 and 1 scales; expected one for every 32"):
+        q8_matmul(x, np.zeros((8, 64), np.int8), scales, "exact")
+    with pytest.raises(UsageError, match="need a multiple of 16"):
+        rms_norm(x[..., :20], np.ones(20, np.float32), np.float32(1e-5), "exact")
 
 
 def test_another_profile_is_refused(files, tmp_path):

@@ -76,6 +76,16 @@ def _define(extensions: Any) -> None:
     _registered = True
 
 
+class _Result(np.ndarray):
+    """An array that onnxruntime-extensions copies as it is: by itself it would make a Python float of every element."""
+
+    def flatten(self, order: str = "C") -> _Result:  # what the library calls, and on its result
+        return self
+
+    def tolist(self) -> np.ndarray:  # this
+        return self.view(np.ndarray)
+
+
 def _matmul_shape(x: np.ndarray, weight: np.ndarray, *rest: np.ndarray) -> list[tuple[int, ...]]:
     return [(*x.shape[:-1], weight.shape[0])]
 
@@ -92,11 +102,13 @@ def _guarded(function: Callable[..., Any], shapes: Callable[..., list[tuple[int,
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            results = function(*args, **kwargs)
+            results = results if isinstance(results, tuple) else (results,)
         except BaseException as error:
             _failures.append(error)
-            nothing = [np.full(shape, np.nan, np.float32) for shape in shapes(*args)]
-            return nothing[0] if len(nothing) == 1 else tuple(nothing)
+            results = tuple(np.full(shape, np.nan, np.float32) for shape in shapes(*args))
+        fast = tuple(np.ascontiguousarray(result).view(_Result) for result in results)
+        return fast[0] if len(fast) == 1 else fast
 
     return call
 
