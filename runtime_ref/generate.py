@@ -65,7 +65,7 @@ def generate(
       python -m runtime_ref.generate model.gguf --prompt "Fellow citizens" -n 64 --temperature 0.8 --top-p 0.95
     """
     if max_memory is not None:
-        check_memory(model_path, max_memory, profile, states=2 if load_state or save_state else 1)
+        check_memory(model_path, max_memory, profile, states=4 if load_state or save_state else 1)
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokenizer = Tokenizer.from_gguf(model_path)
     ids = tokenizer.encode(prompt)

@@ -1,24 +1,20 @@
-"""The command: what to measure, in which order, and how the result is given."""
+"""The command: its options, a progress bar, and the forms of its result."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from runtime_ref.bench.machine import machine
-from runtime_ref.bench.measure import Row, peak_rss, time_decode, time_depths, time_prefill
-from runtime_ref.bench.show import draw, show
-from runtime_ref.command import compile_kernels
-from runtime_ref.kernels.bandwidth import read_bandwidth
-from runtime_ref.model import Model
+from runtime_ref.bench.compare import compare
+from runtime_ref.bench.report import page
+from runtime_ref.bench.show import draw, show, show_ratios
+from runtime_ref.bench.workloads import WORKLOADS
+from runtime_ref.memory import MemorySize, check_memory
 from tmexport.errors import UsageError
+from tmexport.files import atomic_write
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -28,82 +24,105 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
         raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,2") from None
     if min(numbers) < (0 if parameter.name == "depths" else 1):
         raise click.BadParameter(f"{value!r} holds a number that is too small")
-    return numbers
+    if parameter.name == "threads" and max(numbers) > 1024:
+        raise click.BadParameter(f"{value!r} holds more than 1024 threads")
+    return list(dict.fromkeys(numbers))
+
+
+def _names(allowed: tuple[str, ...]):  # noqa: ANN202 - a click callback
+    def parse(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+        names = list(dict.fromkeys(value.split(","))) if value else []
+        if not set(names) <= set(allowed):
+            raise click.BadParameter(f"{value!r}; expected {' or '.join(allowed)}, or several with commas")
+        return names
+
+    return parse
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model_path", metavar="MODEL.gguf", type=click.Path(path_type=Path))
+@click.argument("model_path", metavar="MODEL.gguf", required=False, type=click.Path(path_type=Path))
 @click.option("-p", "prompt", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt test.")
 @click.option(
     "-n", "count", type=click.IntRange(1), default=64, show_default=True, help="Tokens of the generation test."
 )
 @click.option("-t", "threads", default="1,2", show_default=True, callback=_numbers, help="Numbers of threads.")
 @click.option("-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each test.")
-@click.option("--profile", "profiles", default="exact,fast", show_default=True)
+@click.option("--profile", "profiles", default="exact,fast", show_default=True, callback=_names(("exact", "fast")))
 @click.option("--depth", "depths", default="0,1000,8000", show_default=True, callback=_numbers,
               help="Context lengths at which a decoded token is timed.")  # fmt: skip
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the results.")
+@click.option("--chunks", default="1,8,32,128,512", show_default=True, callback=_numbers,
+              help="Lengths of the pieces in which a prompt is read.")  # fmt: skip
+@click.option("--workloads", default="", callback=_names(tuple(WORKLOADS)),
+              help="Also time chat (a turn from a saved state), document (8k tokens, then an answer), stream (deadlines).")  # fmt: skip
+@click.option("--workload-scale", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+              help="Shorter workloads, for a slow board.")  # fmt: skip
+@click.option("--max-memory", type=MemorySize(), help="Refuse a model that needs more, before loading it: 512M, 1.5G.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page (HTML) with tables and charts.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the results (needs matplotlib).")
+@click.option("--compare", "pair", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json",
+              help="Measure nothing: ratios B / A of two results of --json.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
-    model_path: Path,
+    model_path: Path | None,
     prompt: int,
     count: int,
     threads: list[int],
     repeats: int,
-    profiles: str,
+    profiles: list[str],
     depths: list[int],
+    chunks: list[int],
+    workloads: list[str],
+    workload_scale: float,
+    max_memory: int | None,
+    report: Path | None,
     plot: Path | None,
+    pair: tuple[Path, Path] | None,
     as_json: bool,
 ) -> None:
     """Time MODEL.gguf: prompt and generation speed, latency, load time, memory, share of the memory bandwidth.
 
     \b
-    Example:
+    Examples:
       python -m runtime_ref.bench model.gguf -p 128 -n 64 -t 1,2 -r 5 --profile exact,fast --json
+      python -m runtime_ref.bench model.gguf --workloads chat,document,stream --report bench.html
+      python -m runtime_ref.bench --compare before.json after.json
     """
-    names = profiles.split(",")
-    if not set(names) <= {"exact", "fast"}:
-        raise UsageError(f"--profile is {profiles!r}; expected exact, fast or exact,fast")
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as other:  # keeps its buffer out of our peak memory
-        bandwidth = dict(zip(threads, other.map(read_bandwidth, threads), strict=True))
-    rows: list[Row] = []
-    loads: dict[str, dict[str, float]] = {}
-    depth_ms: dict[str, dict[str, float]] = {}
-    for name in names:
-        start = time.perf_counter()
-        model = Model.load(model_path, name, max(threads))
-        loaded = time.perf_counter() - start
-        compiled = compile_kernels(model)
-        model.decode(model.new_state(), 0)
-        loads[name] = {"load_s": loaded, "compile_s": compiled, "first_token_s": time.perf_counter() - start}
-        for number in threads:
-            model.threads = number
-            _say(as_json, f"{name}, {number} threads ...")
-            rows.append(time_prefill(model, prompt, repeats))
-            rows.append(time_decode(model, count, repeats, bandwidth[number]))
-        _say(as_json, f"{name}, depths {depths} ...")
-        depth_ms[name] = time_depths(model, depths, count)
-        model.close()
-        del model
-    result = {
-        "rows": [asdict(row) for row in rows],
-        "machine": machine() | {"read_bytes_per_second": {str(t): b for t, b in bandwidth.items()}},
-        "model": str(model_path),
-        "file_bytes": model_path.stat().st_size,
-        "load": loads,
-        "depth_ms": depth_ms,
-        "peak_rss_bytes": peak_rss(),
-    }
+    if pair:
+        if model_path:
+            raise UsageError(f"--compare reads two results; it cannot time {model_path} as well")
+        ratios = compare(*pair)
+        if as_json:
+            rows = [vars(ratio) | {"ratio": ratio.ratio} for ratio in ratios]
+            click.echo(json.dumps({"a": str(pair[0]), "b": str(pair[1]), "rows": rows}))
+        else:
+            show_ratios(ratios)
+        return
+    if model_path is None:
+        raise UsageError("missing MODEL.gguf, the model to time (or --compare A.json B.json)")
+    if not profiles:
+        raise UsageError("--profile is empty; expected exact, fast or exact,fast")
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from runtime_ref.bench.run import Settings, run_bench
+
+    settings = Settings(prompt, count, threads, repeats, profiles, depths, chunks, workloads, workload_scale)
+    if max_memory is not None:
+        for profile in profiles:
+            check_memory(model_path, max_memory, profile, settings.states())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("starting", total=settings.tokens())
+        result = run_bench(
+            model_path, settings, lambda what, done: progress.update(task, description=what, advance=done)
+        )
+    if report:
+        with atomic_write(report) as file:
+            file.write(page(result).encode("utf-8"))
     if plot:
         draw(result, plot)
     if as_json:
         click.echo(json.dumps(result))
     else:
         show(result)
-
-
-def _say(quiet: bool, text: str) -> None:
-    if not quiet or sys.stderr.isatty():
-        click.echo(text, err=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from runtime_ref.bench.compare import Ratio
+from runtime_ref.bench.svg import number
 
 
 def show(result: dict[str, Any]) -> None:
@@ -25,7 +29,27 @@ def show(result: dict[str, Any]) -> None:
         click.echo(
             f"{profile}: load {times['load_s']:.2f} s, first token after {times['first_token_s']:.2f} s; ms a token at depth {depths}"
         )
+    for profile, rates in result["chunk_tokens_per_second"].items():
+        pieces = ", ".join(f"{chunk}: {rate:.1f}" for chunk, rate in rates.items())
+        click.echo(f"{profile}: tokens/s of a prompt in pieces of {pieces}")
+    for profile, loads in result["workloads"].items():
+        for work, values in loads.items():
+            click.echo(f"{profile}, {work}: " + ", ".join(f"{key} {number(value)}" for key, value in values.items()))
+    for row in result["rows"]:
+        for source, joules in (row["joules_per_token"] or {}).items():
+            click.echo(f"{row['test']}, {row['profile']}, {row['threads']} threads: {joules:.3f} J a token ({source})")
     click.echo(f"peak memory {result['peak_rss_bytes'] / 1e6:.0f} MB")
+
+
+def show_ratios(ratios: Sequence[Ratio]) -> None:
+    """A line for each value: A, B, and B / A."""
+    width = max(len(ratio.what) for ratio in ratios)
+    click.echo(f"{'':<{width}}  {'A':>10}  {'B':>10}  {'B/A':>7}")
+    for ratio in ratios:
+        quotient = "" if ratio.ratio is None else f"{ratio.ratio:.3f}"
+        click.echo(
+            f"{ratio.what:<{width}}  {number(ratio.a):>10}  {number(ratio.b):>10}  {quotient:>7}  {ratio.unit}".rstrip()
+        )
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
