@@ -183,7 +183,7 @@ def verify(checkpoint: Path, exported: Path, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what PATH (a GGUF file or a checkpoint folder) holds: dimensions, types, sizes, zero ratios.
+    """Show what PATH (a GGUF file, an .onnx file or a checkpoint folder) holds: dimensions, types, sizes, zero ratios.
 
     \b
     Example:
@@ -213,6 +213,14 @@ def inspect(path: Path, as_json: bool) -> None:
         f"head {'tied' if config.tie_embeddings else 'untied'}",
         soft_wrap=True,
     )
+    if summary.onnx is not None:
+        versions = ", ".join(f"{domain} {version}" for domain, version in summary.onnx["opset"].items())
+        functions = ", ".join(summary.onnx["functions"]) or "none"
+        console.print(
+            f"form {summary.onnx['form']}, embedding {summary.onnx['embedding_type']}, logits {summary.onnx['logits']}, operators of {versions}, "
+            f"IR version {summary.onnx['ir_version']}, {summary.onnx['nodes']} nodes, functions: {functions}",
+            soft_wrap=True,
+        )
     if totals["zero_ratio"] is not None:
         console.print(
             f"ternary: group size {summary.group_size or 'none (not every projection)'}, zero ratio {totals['zero_ratio']:.4f}"

@@ -1,4 +1,4 @@
-"""What is in a GGUF or a checkpoint: dimensions, types, sizes, and the zero ratio of every ternary projection."""
+"""What is in a GGUF, an ONNX file or a checkpoint: dimensions, types, sizes, and the zero ratio of every ternary projection."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Summary:
     bytes: int
     parameters: int
     tensors: list[TensorSummary]
+    onnx: dict[str, Any] | None = None  # of an ONNX file: form, opset, ...
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -53,11 +54,16 @@ class Summary:
 
 
 def inspect_path(path: Path, on_tensor: Callable[[str, int], None] = lambda name, total: None) -> Summary:
-    """Summarise a GGUF file or a checkpoint folder; every ternary code is read for the zero ratios.
+    """Summarise a GGUF file, an .onnx file or a checkpoint folder; every ternary code is read for the zero ratios.
 
     Raises:
-        GGUFError, CheckpointError, ConfigError: it is neither, or is damaged.
+        GGUFError, OnnxError, CheckpointError, ConfigError: it is none of them, or is damaged.
+        UsageError: an .onnx file, and the package onnx is not installed.
     """
+    if path.suffix == ".onnx" and not path.is_dir():
+        from tmexport.onnx.cli import inspect_file
+
+        return inspect_file(path, on_tensor)
     return _inspect_checkpoint(path, on_tensor) if path.is_dir() else _inspect_gguf(path, on_tensor)
 
 

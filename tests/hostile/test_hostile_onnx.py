@@ -98,11 +98,15 @@ def weight(parsed, name):
     return next(t for t in parsed.graph.initializer if t.name == name)
 
 
-def _external(parsed):
-    tensor = weight(parsed, f"{IN}.codes")
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../../../../etc/passwd")
+def _external(location, offset=0, length=145 * 16):
+    def change(parsed):
+        tensor = weight(parsed, f"{IN}.codes")
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in {"location": location, "offset": offset, "length": length}.items():
+            tensor.external_data.add(key=key, value=str(value))
+
+    return change
 
 
 def _metadata(key, value):
@@ -117,7 +121,15 @@ def _metadata(key, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_external, rf"{IN}.codes lies in another file; expected all weights in this one"),
+        (_external("../../../../etc/passwd"), rf"{IN}.codes lies in '../../../../etc/passwd'; expected a file beside the model"),
+        (_external("/etc/passwd"), "expected a file beside the model"),
+        (_external(".."), "expected a file beside the model"),
+        (_external("none.data"), "none.data: no such file"),
+        (_external("link.data"), "is a link that leaves the folder"),
+        (_external("m.onnx", offset=2**40), "expected 2320 within its"),
+        (_external("m.onnx", offset=-1), "expected 2320 within its"),
+        (_external("m.onnx", length=10**12), "is 1000000000000 bytes at 0 of m.onnx; expected 2320 within its"),
+        (_external("m.onnx", offset="x"), "is damaged"),
         (lambda m: m.ClearField("metadata_props"), "has no tmexport metadata"),
         (_metadata("tmexport.version", "2"), "format version '2'; this release reads 1; install a newer tmexport"),
         (_metadata("tmexport.config", "{"), "the tmexport metadata is damaged"),
@@ -129,10 +141,11 @@ def _metadata(key, value):
         (lambda m: setattr(weight(m, f"{IN}.codes"), "data_type", 99), "is damaged|expected u1"),
         (lambda m: weight(m, f"{IN}.codes").ClearField("raw_data"), "is damaged|expected u1"),
     ],
-    ids=range(11),
+    ids=range(19),
 )  # fmt: skip
 def test_a_file_that_lies(source, whole, tmp_path, change, message):
     (tmp_path / "m.onnx").write_bytes(changed(whole, change))
+    (tmp_path / "link.data").symlink_to("/etc/passwd")
     with pytest.raises(TmexportError, match=message) as caught:
         verify_onnx(source, tmp_path / "m.onnx")
     assert str(caught.value).isprintable()

@@ -11,15 +11,28 @@ from tmexport.onnx.graph import build_graph
 EVERY = [(form, embedding) for form in FORMS for embedding in EMBEDDINGS]
 
 
-@pytest.mark.parametrize(("form", "embedding"), EVERY)
-def test_checker_and_shape_inference(files, form, embedding):
-    onnx.checker.check_model(str(files[form, embedding]), full_check=True)
-    model = onnx.load(files[form, embedding])
+def check_whole(path):
+    """onnx's checker accepts the file, and shape inference knows the shape of every tensor in it."""
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
     known = {value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.output)}
     outputs = [name for node in inferred.node for name in node.output if name]
     assert len(outputs) > 20
     assert [name for name in outputs if name not in known or not known[name].HasField("shape")] == []
+
+
+@pytest.mark.parametrize(("form", "embedding"), EVERY)
+def test_checker_and_shape_inference(files, form, embedding):
+    check_whole(files[form, embedding])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("source", ["untied", "groups"])
+def test_checker_and_shape_inference_of_other_models(request, tmp_path, source, form):
+    """An untied head and two groups of B and C; the last logits only, and genai's names."""
+    checkpoint = request.getfixturevalue(source)
+    check_whole(export(checkpoint, tmp_path / "m.onnx", form, logits="last", io_names="genai"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -79,9 +92,3 @@ def test_an_opset_that_cannot_be_is_refused(tied, form, opset, oldest):
 def test_the_same_checkpoint_gives_the_same_bytes(tied, files, tmp_path):
     for form in FORMS:
         assert export(tied, tmp_path / "m.onnx", form, "q8").read_bytes() == files[form, "q8"].read_bytes()
-
-
-def test_a_file_over_2_gb_is_refused_before_anything_is_written(tied, monkeypatch):
-    monkeypatch.setattr("tmexport.onnx.graph.LARGEST_FILE", 100_000)
-    with pytest.raises(UsageError, match="over protobuf's limit of 2 GB; use --embedding-type q8"):
-        build_graph(tied)

@@ -63,6 +63,9 @@ def test_bad_input_is_one_line(tied, tmp_path, node_modules, monkeypatch):
     write_checkpoint(bare, TIED, ternary_tensors(TIED, 64))
     fails(run("web", bare, tmp_path / "site", "--runtime", node_modules), 2, "has no tokenizer.json")
     fails(run("web", tied.path, tmp_path / "site", "--runtime", tmp_path), 1, "expected a node_modules folder")
+    with monkeypatch.context() as patch:
+        patch.setattr("tmexport.onnx.writer.LARGEST_FILE", 100_000)
+        fails(run("web", tied.path, tmp_path / "site", "--runtime", node_modules), 2, "more than a page can hold")
     monkeypatch.setenv("PATH", str(tmp_path))
     fails(run("web", tied.path, tmp_path / "site"), 2, "npm is not installed")
     (tmp_path / "npm").write_text("#!/bin/sh\necho no network >&2\nexit 1\n")

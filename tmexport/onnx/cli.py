@@ -14,6 +14,7 @@ from tmexport.errors import UsageError
 
 if TYPE_CHECKING:
     from tmexport.checkpoint import Checkpoint
+    from tmexport.inspect import Summary
     from tmexport.verify import Report
 
 _PATH = click.Path(path_type=Path)
@@ -120,6 +121,14 @@ def verify_file(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], N
     from tmexport.onnx.verify import verify_onnx
 
     return verify_onnx(checkpoint, path, on_tensor)
+
+
+def inspect_file(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
+    """`tmexport inspect` for an .onnx file."""
+    _need_onnx()
+    from tmexport.onnx.inspect import inspect_onnx
+
+    return inspect_onnx(path, on_tensor)
 
 
 def _need_onnx() -> None:

@@ -18,7 +18,7 @@ from tmexport.onnx.writer import write_model
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """What was written: bytes of the model (with its data file, if it has one), and all files."""
 
     n_bytes: int
     files: list[Path]
@@ -33,21 +33,21 @@ def export_onnx(
         TmexportError: a weight cannot be represented, or a file cannot be written.
         TokenizerError: the tokenizer cannot be read.
     """
-    files = [path, config_path(path)]
     text = b""
     if tokenizer is not None:
         try:
             text = tokenizer.read_bytes()
         except OSError as error:
             raise TokenizerError(f"{tokenizer}: cannot be read: {error.strerror}") from None
-        files.append(tokenizer_path(path))
-    n_bytes = write_model(path, graph, on_tensor)
+    sizes = write_model(path, graph, on_tensor)
+    files = [*sizes, config_path(path)]
     with atomic_write(config_path(path)) as file:
         file.write((json.dumps(describe(graph), indent=2) + "\n").encode())
     if tokenizer is not None:
+        files.append(tokenizer_path(path))
         with atomic_write(tokenizer_path(path)) as file:
             file.write(text)
-    return Exported(n_bytes, files)
+    return Exported(sum(sizes.values()), files)
 
 
 def describe(graph: Graph) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from tmexport.onnx.names import (
 )
 
 _WRITERS = {"ort": Ort, "portable": Portable, "custom": Custom}
-LARGEST_FILE = 2**31 - 1  # protobuf's limit, which onnxruntime shares
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,6 @@ class Graph:
     skeleton: onnx.ModelProto
     initializers: list[Initializer]
     info: ModelInfo
-
-    @property
-    def n_bytes_weights(self) -> int:
-        return sum(tensor.n_bytes for tensor in self.initializers)
 
 
 def build_graph(
@@ -62,7 +57,7 @@ def build_graph(
 
     Raises:
         NotTernaryError: a projection is not exactly ternary.
-        UsageError: the opset cannot be, or the file would pass protobuf's 2 GB.
+        UsageError: the opset cannot be.
     """
     config = checkpoint.config
     opset = _checked_opset(form, opset)
@@ -99,12 +94,7 @@ def build_graph(
     writer.head(normed, EMBEDDING if config.tie_embeddings else LM_HEAD, embedding_type)
 
     skeleton = _model(b, info, opset, inputs, outputs)
-    graph = Graph(skeleton, initializers + b.constants, info)
-    if graph.n_bytes_weights + skeleton.ByteSize() > LARGEST_FILE:
-        raise UsageError(
-            f"the file would take {graph.n_bytes_weights / 1e9:.1f} GB, over protobuf's limit of 2 GB; use --embedding-type q8"
-        )
-    return graph
+    return Graph(skeleton, initializers + b.constants, info)
 
 
 def _checked_opset(form: str, opset: int | None) -> int:

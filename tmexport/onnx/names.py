@@ -72,6 +72,11 @@ def config_path(model: Path) -> Path:
     return model.with_name(f"{model.stem}.config.json")
 
 
+def data_path(model: Path) -> Path:
+    """model.onnx -> model.onnx.data, where the weights of a model over protobuf's 2 GB are."""
+    return model.with_name(f"{model.name}.data")
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What a file says about itself in its metadata_props."""

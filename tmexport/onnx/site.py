@@ -15,6 +15,7 @@ from pathlib import Path
 from tmexport.checkpoint import Checkpoint
 from tmexport.errors import TmexportError, UsageError
 from tmexport.files import atomic_write
+from tmexport.onnx import writer
 from tmexport.onnx.export import export_onnx
 from tmexport.onnx.graph import build_graph
 
@@ -49,12 +50,15 @@ def write_site(
         The files by name, with their sizes in bytes.
 
     Raises:
-        UsageError: the checkpoint has no tokenizer, or npm is needed and not installed.
+        UsageError: the checkpoint has no tokenizer, the model is too large, or npm is needed and not installed.
         TmexportError: a file of the runtime is missing, or the folder cannot be written.
     """
     if checkpoint.tokenizer is None:
         raise UsageError(f"{checkpoint.path}: has no tokenizer.json; a page needs one to read what is typed")
     graph = build_graph(checkpoint, "portable", embedding_type, logits="last")
+    n_bytes = sum(tensor.n_bytes for tensor in graph.initializers)
+    if n_bytes > writer.LARGEST_FILE:  # and unpacked to fp32 it would be several times that
+        raise UsageError(f"the model would take {n_bytes / 1e9:.1f} GB, more than a page can hold (2 GB); use a smaller one, or --embedding-type q8")  # fmt: skip
     vendor = _from_folder(runtime) if runtime else _from_npm()
     try:
         (folder / "vendor").mkdir(parents=True, exist_ok=True)

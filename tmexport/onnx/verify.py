@@ -6,17 +6,19 @@ that this release writes for the model, so that a right weight in a wrong place 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, expected_shapes
-from tmexport.errors import NotTernaryError
+from tmexport.errors import CheckpointError, NotTernaryError
+from tmexport.files import file_in
 from tmexport.onnx.graph import build_graph
-from tmexport.onnx.names import ModelInfo, OnnxError, info_from_metadata
+from tmexport.onnx.names import ModelInfo, OnnxError, info_from_metadata, tokenizer_path
 from tmexport.ternary import first_true
 from tmexport.verify import Difference, Report
 
@@ -35,15 +37,11 @@ def load_onnx(path: Path) -> tuple[onnx.ModelProto, ModelInfo]:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no public base; OSError
         raise OnnxError(f"{path}: is not a readable ONNX file: {' '.join(str(error).split())}") from None
-    info = info_from_metadata({p.key: p.value for p in model.metadata_props}, path)
-    for tensor in model.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.DEFAULT:
-            raise OnnxError(f"{path}: {tensor.name} lies in another file; expected all weights in this one")
-    return model, info
+    return model, info_from_metadata({p.key: p.value for p in model.metadata_props}, path)
 
 
 def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], None] = lambda name: None) -> Report:
-    """Compare the dimensions, the nodes and every weight; stops at the first difference.
+    """Compare the dimensions, the nodes, every weight and the tokenizer beside the file; stops at the first difference.
 
     Raises:
         OnnxError: the file is damaged.
@@ -51,7 +49,7 @@ def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], N
     """
     model, info = load_onnx(path)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    difference = _compare_config(checkpoint, info) or _compare_graph(checkpoint, model, info, stored)
+    difference = _compare_config(checkpoint, info) or _compare_graph(checkpoint, path, model, info, stored)
     n_ternary = n_codes = n_scales = n_other = 0
     for name in expected_shapes(checkpoint.config) if difference is None else ():
         if name.endswith("_proj.weight"):
@@ -66,7 +64,7 @@ def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], N
         if difference is not None:
             break
         on_tensor(name)
-    return Report(n_ternary, n_codes, n_scales, n_other, difference)
+    return Report(n_ternary, n_codes, n_scales, n_other, difference or _compare_tokenizer(checkpoint, path))
 
 
 def _compare_config(checkpoint: Checkpoint, info: ModelInfo) -> Difference | None:
@@ -78,7 +76,7 @@ def _compare_config(checkpoint: Checkpoint, info: ModelInfo) -> Difference | Non
 
 
 def _compare_graph(
-    checkpoint: Checkpoint, model: onnx.ModelProto, info: ModelInfo, stored: dict[str, onnx.TensorProto]
+    checkpoint: Checkpoint, path: Path, model: onnx.ModelProto, info: ModelInfo, stored: dict[str, onnx.TensorProto]
 ) -> Difference | None:
     opset = next((o.version for o in model.opset_import if not o.domain), 0)
     try:
@@ -108,27 +106,76 @@ def _compare_graph(
         if dims != list(tensor.shape):  # numpy would read a dimension of -1 as "whatever is left"
             return Difference(tensor.name, None, None, f"the shape {list(tensor.shape)}", f"{dims}")
         if tensor.name.startswith("const_"):  # the table of codes, zero points, axes, epsilon
-            want, have = tensor.make(), _array(stored[tensor.name], "constant")
+            want, have = tensor.make(), stored_array(stored[tensor.name], path)
             if want.dtype != have.dtype or want.shape != have.shape or want.tobytes() != have.tobytes():
                 return Difference(tensor.name, None, None, f"{want.dtype} {list(want.shape)}", "another constant")
     extra = set(stored) - {tensor.name for tensor in graph.initializers}
     return Difference(min(extra), None, None, "no such weight", "one") if extra else None
 
 
+def _compare_tokenizer(checkpoint: Checkpoint, path: Path) -> Difference | None:
+    """The tokenizer.json of the checkpoint, if it has one, is the one beside the file."""
+    if checkpoint.tokenizer is None:
+        return None
+    beside, want = tokenizer_path(path), f"the text of {checkpoint.tokenizer}"
+    if not beside.is_file():
+        return Difference("tokenizer", None, None, f"{want} in {beside.name}", "no such file")
+    try:
+        if beside.read_bytes() == Path(checkpoint.tokenizer).read_bytes():
+            return None
+    except OSError as error:
+        raise OnnxError(f"{beside}: cannot be read: {error.strerror}") from None
+    return Difference("tokenizer", None, None, want, f"another in {beside.name}")
+
+
 def _short(proto: object) -> str:
     return " ".join(str(proto).split())[:120]
 
 
-def _array(tensor: onnx.TensorProto, path: object) -> np.ndarray:
+def stored_array(tensor: onnx.TensorProto, path: Path) -> np.ndarray:
+    """A weight of the file `path`, from the file itself or from the data file beside it; only this one is read.
+
+    Raises:
+        OnnxError: it is damaged, or in a file that is not there or not beside the model.
+    """
     try:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return _external(tensor, path)
         return numpy_helper.to_array(tensor)
+    except (OnnxError, CheckpointError):
+        raise
     except Exception as error:  # numpy_helper raises what numpy does when the bytes do not fit the shape
         raise OnnxError(f"{path}: {tensor.name} is damaged: {' '.join(str(error).split())}") from None
 
 
+def data_file(tensor: onnx.TensorProto, path: Path) -> Path:
+    """The second file that holds a weight; it must be in the model's folder, for the model may be a stranger's.
+
+    Raises:
+        OnnxError, CheckpointError: it is elsewhere, or not there.
+    """
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    if location in ("", ".", "..") or "/" in location or "\\" in location:
+        raise OnnxError(f"{path}: {tensor.name} lies in {location!r}; expected a file beside the model")
+    return file_in(path.parent, location)
+
+
+def _external(tensor: onnx.TensorProto, path: Path) -> np.ndarray:
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    file = data_file(tensor, path)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
+    offset, length = int(place.get("offset", 0)), int(place.get("length", -1))
+    size, needed = file.stat().st_size, math.prod(tensor.dims) * dtype.itemsize
+    if min(tensor.dims, default=0) < 0 or length != needed or not 0 <= offset <= size - needed:
+        raise OnnxError(
+            f"{path}: {tensor.name} is {length} bytes at {offset} of {file.name}; expected {needed} within its {size}"
+        )
+    return np.fromfile(file, dtype, math.prod(tensor.dims), offset=offset).reshape(tuple(tensor.dims))
+
+
 def _get(path: Path, stored: dict[str, onnx.TensorProto], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """A stored weight; `shape` may be any with the same number of values in the same order."""
-    array = _array(stored[name], path)
+    array = stored_array(stored[name], path)
     if array.dtype != np.dtype(dtype) or array.size != int(np.prod(shape, dtype=np.int64)):
         raise OnnxError(f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {dtype} {list(shape)}")
     return array.reshape(shape)
