@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 
+from runtime_ref.kernels.cpu import features
 from runtime_ref.kernels.vector import splatted
 from tmexport.errors import UsageError
 
@@ -47,21 +47,29 @@ class Portable(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Primitives:
-    """How one instruction set takes dot products.
+class Products:
+    """Sums of products in the int32 lanes of vectors: of 4 bytes a lane, codes in 0..2 and q int8, or of 2 int16.
 
-    lanes: int32 lanes of a vector. sums: type of the accumulator of byte products. in_flight: tokens times activation
-    planes that a tile kernel keeps in registers. bytes_dot(b, sums, codes, q): sums += 4 products of a lane, codes in
-    0..2 and q int8. bytes_total(b, sums, shift): the int32 totals << shift. pairs_dot(b, total, a, c): total += 2
-    products of the int16 halves of a lane.
+    sums: the accumulator's type. in_flight: for how many tokens times activation planes a tile kernel keeps accumulators
+    in registers. words(b, pointer, word): the word-th (literal, 0..3) 32-bit word of activations, as `dot` wants it.
+    dot(b, sums, a, q, word): sums += the products of each lane of a and that word. total(b, sums, shift): the int32
+    totals << shift; of bytes, there may have been 64 words.
     """
 
-    lanes: int
     sums: ir.VectorType
     in_flight: int
-    bytes_dot: Callable[[B, V, V, V], V]
-    bytes_total: Callable[[B, V, int], V]
-    pairs_dot: Callable[[B, V, V, V], V]
+    words: Callable[[B, V, int], V]
+    dot: Callable[[B, V, V, V, int], V]
+    total: Callable[[B, V, int], V]
+
+
+@dataclass(frozen=True)
+class Primitives:
+    """How one instruction set, with vectors of `lanes` int32 lanes, takes dot products of bytes and of pairs of int16."""
+
+    lanes: int
+    bytes: Products
+    pairs: Products
 
 
 def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -80,93 +88,127 @@ def constant(element: ir.Type, lanes: int, value: int) -> ir.Constant:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
 
 
+def broadcast(b: B, pointer: V, lanes: int) -> V:
+    """The 32-bit word at `pointer` in all lanes."""
+    return splatted(b, b.load(b.bitcast(pointer, I32.as_pointer()), align=1), lanes)
+
+
+def _broadcast_words(lanes: int) -> Callable[[B, V, int], V]:
+    return lambda b, pointer, word: broadcast(b, b.gep(pointer, [ir.Constant(I32, 4 * word)]), lanes)
+
+
 def _shifted(b: B, total: V, shift: int) -> V:
     return b.shl(total, constant(I32, total.type.count, shift)) if shift else total
 
 
-def _generic_bytes(b: B, total: V, codes: V, q: V) -> V:
-    """Byte by byte in 32-bit lanes: no instruction beyond shifts and multiplications."""
-    lanes = total.type.count
-    for byte in range(4):
-        code = b.and_(b.lshr(codes, constant(I32, lanes, 8 * byte)), constant(I32, lanes, 0xFF))
-        value = b.ashr(b.shl(q, constant(I32, lanes, 24 - 8 * byte)), constant(I32, lanes, 24))
-        total = b.add(total, b.mul(code, value))
-    return total
+def _pinned(b: B, value: V, register: str) -> V:
+    """The value, in a register: keeps LLVM from regrouping a long chain of sums, which spills accumulators.
+
+    register: the letter of vector registers in LLVM's inline assembly, x for x86 and w for Arm.
+    """
+    return b.asm(ir.FunctionType(value.type, [value.type]), "", f"={register},0", [value], side_effect=False)
 
 
-def _generic_pairs(b: B, total: V, a: V, c: V) -> V:
-    sixteen = constant(I32, total.type.count, 16)
-    low = b.mul(b.ashr(b.shl(a, sixteen), sixteen), b.ashr(b.shl(c, sixteen), sixteen))
-    return b.add(total, b.add(low, b.mul(b.ashr(a, sixteen), b.ashr(c, sixteen))))
+def _portable(lanes: int) -> Primitives:
+    """No instruction beyond shifts and multiplications of 32-bit lanes."""
+    ints, words = _vector(I32, lanes), _broadcast_words(lanes)
+
+    def bytes_dot(b: B, total: V, codes: V, q: V, word: int) -> V:
+        for byte in range(4):
+            code = b.and_(b.lshr(codes, constant(I32, lanes, 8 * byte)), constant(I32, lanes, 0xFF))
+            value = b.ashr(b.shl(q, constant(I32, lanes, 24 - 8 * byte)), constant(I32, lanes, 24))
+            total = b.add(total, b.mul(code, value))
+        return total
+
+    def pairs_dot(b: B, total: V, a: V, q: V, word: int) -> V:
+        sixteen = constant(I32, lanes, 16)
+        low = b.mul(b.ashr(b.shl(a, sixteen), sixteen), b.ashr(b.shl(q, sixteen), sixteen))
+        return b.add(total, b.add(low, b.mul(b.ashr(a, sixteen), b.ashr(q, sixteen))))
+
+    return Primitives(
+        lanes, Products(ints, 2, words, bytes_dot, _shifted), Products(ints, 2, words, pairs_dot, _shifted)
+    )
 
 
 def _vnni(lanes: int, width: int, in_flight: int) -> Primitives:
-    vector = _vector(I32, lanes)
+    ints, words = _vector(I32, lanes), _broadcast_words(lanes)
 
-    def bytes_dot(b: B, total: V, codes: V, q: V) -> V:
-        wide = _vector(I8, 4 * lanes)
-        return _call(b, f"llvm.x86.avx512.vpdpbusd.{width}", vector, total, b.bitcast(codes, wide), b.bitcast(q, wide))
+    def product(name: str, element: ir.Type, count: int) -> Products:
+        wide = _vector(element, count)
 
-    def pairs_dot(b: B, total: V, a: V, c: V) -> V:
-        wide = _vector(I16, 2 * lanes)
-        return _call(b, f"llvm.x86.avx512.vpdpwssd.{width}", vector, total, b.bitcast(a, wide), b.bitcast(c, wide))
+        def dot(b: B, total: V, a: V, q: V, word: int) -> V:
+            return _call(b, f"llvm.x86.avx512.{name}.{width}", ints, total, b.bitcast(a, wide), b.bitcast(q, wide))
 
-    return Primitives(lanes, vector, in_flight, bytes_dot, _shifted, pairs_dot)
+        return Products(ints, in_flight, words, dot, _shifted)
 
-
-def _pinned(b: B, value: V) -> V:
-    """The value, in a register: keeps LLVM from regrouping a long chain of sums, which spills accumulators."""
-    return b.asm(ir.FunctionType(value.type, [value.type]), "", "=x,0", [value], side_effect=False)
+    return Primitives(lanes, product("vpdpbusd", I8, 4 * lanes), product("vpdpwssd", I16, 2 * lanes))
 
 
 def _avx2() -> Primitives:
     """Sums of byte products stay in int16: a code is at most 2, so 64 pairs of 256 weights reach 32512 and -32768."""
-    words, ints = _vector(I16, 16), _vector(I32, 8)
+    halves, ints, words = _vector(I16, 16), _vector(I32, 8), _broadcast_words(8)
 
-    def bytes_dot(b: B, sums: V, codes: V, q: V) -> V:
+    def bytes_dot(b: B, sums: V, codes: V, q: V, word: int) -> V:
         wide = _vector(I8, 32)
-        pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", words, b.bitcast(codes, wide), b.bitcast(q, wide))
-        return _pinned(b, b.add(sums, pairs))
+        pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", halves, b.bitcast(codes, wide), b.bitcast(q, wide))
+        return _pinned(b, b.add(sums, pairs), "x")
 
     def bytes_total(b: B, sums: V, shift: int) -> V:
         return _call(b, "llvm.x86.avx2.pmadd.wd", ints, sums, constant(I16, 16, 1 << shift))
 
-    def pairs_dot(b: B, total: V, a: V, c: V) -> V:
-        return b.add(total, _call(b, "llvm.x86.avx2.pmadd.wd", ints, b.bitcast(a, words), b.bitcast(c, words)))
+    def pairs_dot(b: B, total: V, a: V, q: V, word: int) -> V:
+        return b.add(total, _call(b, "llvm.x86.avx2.pmadd.wd", ints, b.bitcast(a, halves), b.bitcast(q, halves)))
 
-    return Primitives(8, words, 4, bytes_dot, bytes_total, pairs_dot)
+    return Primitives(
+        8, Products(halves, 4, words, bytes_dot, bytes_total), Products(ints, 4, words, pairs_dot, _shifted)
+    )
 
 
 def _neon(dotprod: bool) -> Primitives:
-    ints, words, quads = _vector(I32, 4), _vector(I16, 8), _vector(I8, 16)
+    """Without sdot: the products of a vector's low half and of its high half (smlal, smlal2) go to two accumulators,
+    which meet in `total`. Sums of byte products stay in int16, as for AVX2: 64 products reach 16256 and -16384.
+    """
+    ints, halves, quads = _vector(I32, 4), _vector(I16, 8), _vector(I8, 16)
 
     def half(b: B, vector: V, which: int) -> V:
         count = vector.type.count // 2
         mask = ir.Constant(_vector(I32, count), list(range(which * count, (which + 1) * count)))
         return b.shuffle_vector(vector, vector, mask)
 
-    def widening_product(b: B, a: V, c: V) -> V:
-        element = I16 if a.type.element == I8 else I32
-        wide = _vector(element, a.type.count)
-        return b.mul(b.sext(a, wide), b.sext(c, wide))  # selected as smull
+    def words(b: B, pointer: V, word: int) -> V:
+        """Pinned: LLVM would see that both halves are equal, and move the codes' high half down for want of q's."""
+        return _pinned(b, _broadcast_words(4)(b, pointer, word), "w")
 
-    def pairwise(b: B, name: str, result: ir.VectorType, *args: V) -> V:
-        return _call(b, f"llvm.aarch64.neon.{name}", result, *args)
+    def halves_dot(kind: ir.VectorType, product: ir.VectorType, in_flight: int, total: Callable[..., V]) -> Products:
+        name = f"llvm.aarch64.neon.smull.v{product.count}i{product.element.width}"
+        whole = ir.Constant(_vector(I32, 2 * product.count), list(range(2 * product.count)))
 
-    def bytes_dot(b: B, total: V, codes: V, q: V) -> V:
-        codes, q = b.bitcast(codes, quads), b.bitcast(q, quads)
-        if dotprod:
-            return pairwise(b, "sdot.v4i32.v16i8", ints, total, codes, q)
-        halves = [widening_product(b, half(b, codes, h), half(b, q, h)) for h in (0, 1)]
-        # addp: pairs within each half; the four products of a lane are then two neighbouring int16
-        return b.add(total, pairwise(b, "saddlp.v4i32.v8i16", ints, pairwise(b, "addp.v8i16", words, *halves)))
+        def dot(b: B, sums: V, a: V, q: V, word: int) -> V:
+            a, q = b.bitcast(a, kind), b.bitcast(q, kind)
+            products = [_call(b, name, product, half(b, a, h), half(b, q, h)) for h in (0, 1)]
+            added = [_pinned(b, b.add(half(b, sums, h), p), "w") for h, p in enumerate(products)]
+            return b.shuffle_vector(*added, whole)
 
-    def pairs_dot(b: B, total: V, a: V, c: V) -> V:
-        a, c = b.bitcast(a, words), b.bitcast(c, words)
-        halves = [widening_product(b, half(b, a, h), half(b, c, h)) for h in (0, 1)]
-        return b.add(total, pairwise(b, "addp.v4i32", ints, *halves))
+        return Products(_vector(product.element, 2 * product.count), in_flight, words, dot, total)
 
-    return Primitives(4, ints, 4, bytes_dot, _shifted, pairs_dot)
+    def bytes_total(b: B, sums: V, shift: int) -> V:
+        added = _call(b, "llvm.aarch64.neon.addp.v8i16", halves, half(b, sums, 0), half(b, sums, 1))
+        return _shifted(b, _call(b, "llvm.aarch64.neon.saddlp.v4i32.v8i16", ints, added), shift)
+
+    def pairs_total(b: B, sums: V, shift: int) -> V:
+        return _shifted(b, _call(b, "llvm.aarch64.neon.addp.v4i32", ints, half(b, sums, 0), half(b, sums, 1)), shift)
+
+    def four_words(b: B, pointer: V, word: int) -> V:
+        return b.load(b.bitcast(pointer, ints.as_pointer()), align=1)
+
+    def sdot(b: B, sums: V, codes: V, q: V, word: int) -> V:
+        chosen = b.shuffle_vector(q, q, constant(I32, 4, word))  # not an instruction: sdot names a word of a register
+        return _call(
+            b, "llvm.aarch64.neon.sdot.v4i32.v16i8", ints, sums, b.bitcast(codes, quads), b.bitcast(chosen, quads)
+        )
+
+    by_sdot, by_smlal = Products(ints, 4, four_words, sdot, _shifted), halves_dot(quads, halves, 2, bytes_total)
+    return Primitives(4, by_sdot if dotprod else by_smlal, halves_dot(halves, ints, 2, pairs_total))
 
 
 PRIMITIVES: dict[type, Primitives] = {
@@ -175,7 +217,7 @@ PRIMITIVES: dict[type, Primitives] = {
     Avx2: _avx2(),
     NeonDotprod: _neon(True),
     Neon: _neon(False),
-    Portable: Primitives(16, _vector(I32, 16), 2, _generic_bytes, _shifted, _generic_pairs),
+    Portable: _portable(16),
 }
 
 Isa = Avx512Vnni | AvxVnni | Avx2 | NeonDotprod | Neon | Portable
@@ -193,8 +235,8 @@ SETS: dict[str, tuple[type, tuple[str, ...]]] = {
 
 def available() -> list[str]:
     """Names of the instruction sets this CPU has, best first."""
-    features = llvm.get_host_cpu_features()
-    return [name for name, (_, needs) in SETS.items() if all(features.get(need, False) for need in needs)]
+    has = features()
+    return [name for name, (_, needs) in SETS.items() if has.issuperset(needs)]
 
 
 def select() -> Isa:
@@ -211,8 +253,3 @@ def select() -> Isa:
         raise UsageError(f"RUNTIME_REF_ISA is {wanted}, which this CPU lacks; it has {', '.join(usable)}")
     kind = SETS[wanted or usable[0]][0]
     return kind(PRIMITIVES[kind].lanes)
-
-
-def broadcast(b: B, pointer: V, lanes: int) -> V:
-    """The 32-bit word at `pointer` in all lanes."""
-    return splatted(b, b.load(b.bitcast(pointer, I32.as_pointer()), align=1), lanes)

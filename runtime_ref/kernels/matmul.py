@@ -86,14 +86,14 @@ def multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, thre
 
 @overload(multiply)
 def _multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
-    in_flight = PRIMITIVES[isa.instance_class].in_flight
+    primitives = PRIMITIVES[isa.instance_class]
     kind = packed.instance_class
     if kind is PackedTernary:
-        return _ternary(in_flight // (2 if profile.instance_class is Exact else 1))
+        return _ternary(primitives.bytes.in_flight // (2 if profile.instance_class is Exact else 1))
     if kind is PackedQ8:
-        return _blocks(q8_tile, in_flight)
+        return _blocks(q8_tile, primitives.pairs.in_flight)
     if kind is PackedQ4:
-        return _blocks(q4_tile, in_flight)
+        return _blocks(q4_tile, primitives.pairs.in_flight)
     return _dense
 
 

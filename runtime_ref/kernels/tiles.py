@@ -138,24 +138,25 @@ def ternary_tile(
             if count == 1:
                 code.prefetch(base)
             raw = [code.load(code.at(base, 4 * lanes * part), vector, 4) for part in range(parts)]
+            offset = b.mul(first, code.i64(16))
+            quads = [[code.at(row, offset) for row in rows] for rows in plane_rows]
             for field in range(4):
                 fields = [
                     b.and_(b.lshr(r, constant(I32, lanes, 2 * field)), constant(I32, lanes, 0x03030303)) for r in raw
                 ]
-                offset = b.add(b.mul(first, code.i64(16)), code.i64(4 * field))
                 for plane in range(planes):
                     for t in range(count):
-                        q = broadcast(b, code.at(plane_rows[plane][t], offset), lanes)
+                        q = primitives.bytes.words(b, quads[plane][t], field)
                         for part in range(parts):
                             index = (plane * count + t) * parts + part
-                            sums[index] = primitives.bytes_dot(b, sums[index], fields[part], q)
+                            sums[index] = primitives.bytes.dot(b, sums[index], fields[part], q, field)
             return sums
 
         def block(index: V, scale_parts: list[V], y: list[V]) -> list[V]:
             first = b.mul(index, steps)
             sums = code.loop(
                 steps,
-                _zeros(primitives.sums, planes * count * parts),
+                _zeros(primitives.bytes.sums, planes * count * parts),
                 lambda i, values: step(b.add(first, i), values),
             )
             result: list[V] = []
@@ -165,9 +166,9 @@ def ternary_tile(
                 q_total = broadcast(b, code.at(q_sum_at, offset), lanes)
                 totals = []
                 for part in range(parts):
-                    total = primitives.bytes_total(b, sums[t * parts + part], 0)
+                    total = primitives.bytes.total(b, sums[t * parts + part], 0)
                     if planes == 2:
-                        upper = primitives.bytes_total(b, sums[(count + t) * parts + part], 8)
+                        upper = primitives.bytes.total(b, sums[(count + t) * parts + part], 8)
                         total = b.add(total, upper)
                     totals.append(b.sub(total, q_total))
                 scale = code.load(code.at(q_scale_at, offset), F32, 4)
@@ -223,12 +224,11 @@ def _block_tile(bits: int):
                 for pair in range(columns // 2):
                     offset = b.add(b.mul(first, code.i64(2 * columns)), code.i64(4 * pair))
                     for t in range(count):
-                        value = broadcast(b, code.at(rows[t], offset), lanes)
+                        value = primitives.pairs.words(b, code.at(rows[t], offset), 0)
                         for part in range(parts):
                             index = t * parts + part
-                            totals[index] = primitives.pairs_dot(
-                                b, totals[index], b.bitcast(split[part][pair], vector), value
-                            )
+                            half = b.bitcast(split[part][pair], vector)
+                            totals[index] = primitives.pairs.dot(b, totals[index], half, value, 0)
                 return totals
 
             def block(index: V, y: list[V]) -> list[V]:
@@ -236,12 +236,14 @@ def _block_tile(bits: int):
                 steps = 32 // columns
                 first = b.mul(index, code.i64(steps))
                 totals = code.loop(
-                    code.i64(steps), _zeros(vector, count * parts), lambda i, values: step(b.add(first, i), values)
+                    code.i64(steps),
+                    _zeros(primitives.pairs.sums, count * parts),
+                    lambda i, values: step(b.add(first, i), values),
                 )
                 result: list[V] = []
                 for t in range(count):
                     offset = b.mul(b.add(b.mul(args[8], code.i64(t)), index), code.i64(4))
-                    own = totals[t * parts : (t + 1) * parts]
+                    own = [primitives.pairs.total(b, sums, 0) for sums in totals[t * parts : (t + 1) * parts]]
                     if bits == 4:  # codes are stored with 8 added
                         eight = b.shl(broadcast(b, code.at(q_sum_at, offset), lanes), constant(I32, lanes, 3))
                         own = [b.sub(total, eight) for total in own]

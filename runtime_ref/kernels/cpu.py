@@ -1,0 +1,44 @@
+"""The features of the CPU, by LLVM's names: what compiled code may use."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+
+import llvmlite.binding as llvm
+from numba import config
+
+AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20  # Linux: sys/auxv.h, asm/hwcap.h
+
+
+def features() -> set[str]:
+    """What Numba may compile for: the features in NUMBA_CPU_FEATURES ("+avx2,+f16c") if that is set, else the CPU's own.
+
+    64-bit Arm always has NEON.
+    """
+    if config.CPU_FEATURES is None:
+        found = {name for name, has in llvm.get_host_cpu_features().items() if has}
+        if _hwcap() & HWCAP_ASIMDDP and _core_is_known():
+            found.add("dotprod")  # LLVM 22 does not look for it: a core's name implies it
+    else:
+        found = {word[1:] for word in config.CPU_FEATURES.replace(" ", "").split(",") if word.startswith("+")}
+    return found | {"neon"} if _is_arm64() else found
+
+
+def _is_arm64() -> bool:
+    return platform.machine() in ("aarch64", "arm64")
+
+
+def _hwcap() -> int:
+    """What Linux says of an Arm core, in bits; 0 elsewhere."""
+    if not (_is_arm64() and sys.platform == "linux"):
+        return 0
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return getauxval(AT_HWCAP)
+
+
+def _core_is_known() -> bool:
+    """Whether Numba compiles for this very core: for a generic one, LLVM stops the process at an sdot."""
+    return config.CPU_NAME is None and llvm.get_host_cpu_name() != "generic"
