@@ -1,0 +1,134 @@
+"""How fast a model should run on a machine, on paper: from its memory's and its arithmetic's speed (docs/edge.md).
+
+A token is decoded in parts that follow one another; each takes as long as its bytes or its arithmetic, whichever is slower:
+
+    seconds = max(projections' bytes / B, MACs / R) + max(head's bytes / B, MACs / R_head)
+            + max(2.5 state bytes / B, elements / E) + (convolution, norms, quantisation) + barriers + call
+
+B is the read bandwidth; R, R_head and E are rates of the kernels in cache, which follow from two numbers of a machine:
+`macs` (ternary products a second of a thread in profile fast) and `elements` (state elements a second of a thread in fp32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime_ref.memory import resident_bytes
+from tmexport.config import Mamba2Config
+from tmexport.gguf.export import tensor_layout
+from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata, gguf_name
+from tmexport.gguf.reader import GGUFFile
+from tmexport.gguf.types import GGMLType
+
+# Ratios of the kernels' rates in cache, measured one by one on an AMD Zen 3 (AVX2). Relative to `macs`:
+EXACT = 0.62  # a product in profile exact, which has two planes of activations
+BLOCKED = {"exact": 0.80, "fast": 1.50}  # a product in a prompt, where a weight is unpacked once for several tokens
+HEAD = {GGMLType.Q8_0: 0.45, GGMLType.Q4_0: 0.45, GGMLType.F16: 0.25, GGMLType.F32: 0.25, GGMLType.BF16: 0.25}
+# ... relative to `elements`:
+STATE_PER_PRODUCT = 0.054  # `elements` of a machine of which only `macs` is known
+HALF_STATE = 0.70  # a state in fp16
+CONVOLUTION, NORM, QUANTIZE = 11.6, 2.8, 2.2  # elements' time for one channel, one value, one value
+# A byte of state written costs more than one read; taken from a token of the 370m model (profile exact).
+STATE_PASSES = 2.5
+# Seconds, each measured alone: a barrier between two threads, and a call of a model with next to no weights.
+BARRIER = 3e-6
+CALL = 70e-6
+BARRIERS_A_LAYER = 6
+CHUNK = 32  # tokens that Model.prefill reads at a time
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """A machine with `threads` at work: bytes a second of all; ternary products and state elements a second of each."""
+
+    bandwidth: float
+    macs: float
+    elements: float
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model costs a token: bytes and products of its projections and head, elements of its state."""
+
+    config: Mamba2Config
+    body_bytes: int
+    head_bytes: int
+    head_type: GGMLType
+
+    @property
+    def body_macs(self) -> int:
+        c = self.config
+        return c.n_layer * (c.d_in_proj * c.d_model + c.d_model * c.d_inner)
+
+    @property
+    def state_elements(self) -> int:
+        return self.config.n_layer * self.config.d_inner * self.config.d_state
+
+    def small_elements(self) -> float:
+        """Convolution, norms and quantisation of a token, as state elements that take the same time."""
+        c = self.config
+        values = c.d_model + c.d_inner
+        return c.n_layer * (CONVOLUTION * c.conv_dim + (NORM + QUANTIZE) * values)
+
+
+def work_of(config: Mamba2Config, body: GGMLType, head: GGMLType, group: int = 256) -> Work:
+    """The work of a model of these dimensions and types."""
+    layout = tensor_layout(config, body, head)
+    packed = {gguf_name(name): resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
+    projections = sum(size for name, size in packed.items() if name.endswith(("ssm_in.weight", "ssm_out.weight")))
+    return Work(config, projections, packed.get("output.weight", packed["token_embd.weight"]), head)
+
+
+def work_of_file(gguf: GGUFFile) -> Work:
+    """The work of a model in a file, from its header.
+
+    Raises:
+        GGUFError: it is not a Mamba-2.
+    """
+    config = config_from_metadata(gguf)
+    body = gguf.tensors["blk.0.ssm_in.weight"].type
+    head = gguf.tensors["token_embd.weight" if config.tie_embeddings else "output.weight"].type
+    return work_of(config, body, head, gguf.metadata.get(GROUP_SIZE_KEY, 64 if body is GGMLType.Q2_0 else 256))
+
+
+def decode_seconds(work: Work, profile: str, speeds: Speeds) -> float:
+    """Seconds of a decoded token."""
+    rate, elements = _rate(profile, speeds), speeds.elements * speeds.threads
+    barriers = BARRIERS_A_LAYER * work.config.n_layer * BARRIER if speeds.threads > 1 else 0.0
+    return (
+        max(work.body_bytes / speeds.bandwidth, work.body_macs / rate)
+        + _head_seconds(work, speeds)
+        + _state_seconds(work, profile, speeds, 1)
+        + work.small_elements() / elements
+        + barriers
+        + CALL
+    )
+
+
+def prefill_seconds(work: Work, profile: str, speeds: Speeds) -> float:
+    """Seconds a token of a long prompt: weights, head and state come from memory once for a chunk of tokens."""
+    rate, elements = BLOCKED[profile] * speeds.macs * speeds.threads, speeds.elements * speeds.threads
+    barriers = BARRIERS_A_LAYER * work.config.n_layer * BARRIER if speeds.threads > 1 else 0.0
+    return (
+        max(work.body_bytes / CHUNK / speeds.bandwidth, work.body_macs / rate)
+        + _state_seconds(work, profile, speeds, CHUNK)
+        + work.small_elements() / elements
+        + (_head_seconds(work, speeds) + barriers + CALL) / CHUNK
+    )
+
+
+def _rate(profile: str, speeds: Speeds) -> float:
+    return speeds.macs * speeds.threads * (EXACT if profile == "exact" else 1.0)
+
+
+def _head_seconds(work: Work, speeds: Speeds) -> float:
+    macs = work.config.vocab_size * work.config.d_model
+    return max(work.head_bytes / speeds.bandwidth, macs / (speeds.macs * speeds.threads * HEAD[work.head_type]))
+
+
+def _state_seconds(work: Work, profile: str, speeds: Speeds, tokens: int) -> float:
+    """Read and written once for `tokens`."""
+    width, share = (4, 1.0) if profile == "exact" else (2, HALF_STATE)
+    moved = STATE_PASSES * width * work.state_elements / tokens
+    return max(moved / speeds.bandwidth, work.state_elements / (speeds.elements * speeds.threads * share))
