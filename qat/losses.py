@@ -145,7 +145,9 @@ class _ChunkedLoss(torch.autograd.Function):
             sum_ce -= log_p.gather(-1, target).sum()
             grad = None
             if need_hidden or need_head:
-                grad = log_p.exp().mul_(1 - w)
+                grad = log_p.exp() if known else log_p.exp_()
+                if w:
+                    grad.mul_(1 - w)
                 grad.scatter_add_(-1, target, torch.full_like(target, w - 1, dtype=grad.dtype))
             if known:
                 log_pt = log_p if t == 1.0 else torch.log_softmax(logits.div_(t), -1)
@@ -158,11 +160,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad is not None:
                     grad.add_(grad_kl, alpha=w * t)
             if grad is not None:
-                grad = grad.div_(rows).to(h.dtype)
+                grad = grad.to(h.dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = grad @ head
                 if grad_head is not None:
                     grad_head += grad.t() @ h
+        for gradient in (grad_hidden, grad_head):  # here and not in each chunk: there is less to divide
+            if gradient is not None:
+                gradient.div_(rows)
         sum_ce, sum_kl = sum_ce / rows, sum_kl / rows
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(sum_ce, sum_kl)

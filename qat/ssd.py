@@ -1,6 +1,6 @@
 """The Mamba-2 recurrence for a whole sequence, in chunks (the state-space dual form), in plain torch.
 
-    S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T        y_t = S_t^T C_t
+    S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T        y_t = S_t^T C_t + D x_t
 
 Inside a chunk the recurrence is a masked matrix product; between chunks only one state a head is carried. Source: Dao
 and Gu 2024, arXiv 2405.21060, section 6. B and C are shared by the heads of a group and are never repeated per head:
@@ -15,33 +15,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SMALLEST_DT = 1e-30  # the logarithm of dt is needed; padded positions have dt = 0
 
-class _DecayedProducts(torch.autograd.Function):
-    """products [..., l, s] and decay [..., heads, l] -> products * exp(decay_l - decay_s) for s <= l, else 0.
 
-    products has no head axis; the result [..., heads, l, s] does. Written out because this is the largest tensor of the
-    scan: the derived backward would pass over it eleven times, this one five.
+class _Weights(torch.autograd.Function):
+    """products [.., groups, l, s], decay, dt [.., groups, heads, l], d [groups, heads] -> weights [.., groups, heads, l, s].
+
+    weights = products * exp(decay_l - decay_s) * dt_s for s <= l, else 0; d is added on the diagonal, where it makes the
+    D x of the model. products has no head axis. Written out because this is the largest tensor of the scan: the derived
+    backward would pass over it eleven times, this one five.
     """
 
     @staticmethod
-    def forward(ctx: Any, products: Tensor, decay: Tensor) -> Tensor:
+    def forward(ctx: Any, products: Tensor, decay: Tensor, dt: Tensor, d: Tensor) -> Tensor:
         length = decay.shape[-1]
         above = torch.full((length, length), -torch.inf, dtype=decay.dtype, device=decay.device).triu_(1)
-        ratio = (decay[..., :, None] - decay[..., None, :]).add_(above).exp_().to(products.dtype)
-        ctx.save_for_backward(products, ratio)
-        return products[..., None, :, :] * ratio
+        source = decay - dt.clamp_min(_SMALLEST_DT).log()
+        ratio = (decay[..., :, None] - source[..., None, :]).add_(above).exp_().to(products.dtype)
+        weights = products[..., None, :, :] * ratio
+        weights.diagonal(dim1=-2, dim2=-1).add_(d[..., None])
+        ctx.save_for_backward(products, ratio, dt)
+        return weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        products, ratio = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        products, ratio, dt = ctx.saved_tensors
+        grad_d = grad.diagonal(dim1=-2, dim2=-1).float().sum(-1).flatten(0, -3).sum(0)
         grad = grad * ratio
         grad_products = grad.sum(-3)
         grad.mul_(products[..., None, :, :])
-        return grad_products, (grad.sum(-1) - grad.sum(-2)).to(torch.promote_types(grad.dtype, torch.float32))
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        by_source = grad.sum(-2).to(wide)
+        return grad_products, grad.sum(-1).to(wide) - by_source, by_source / dt.clamp_min(_SMALLEST_DT), grad_d
 
 
 def chunked_scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int, state: Tensor | None = None
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk: int, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """y [batch, time, heads, headdim] and the state after the last position [batch, heads, d_state, headdim] (fp32).
 
@@ -50,6 +59,7 @@ def chunked_scan(
         dt: fp32 [batch, time, heads], after softplus.
         a: fp32 [heads], negative.
         b, c: [batch, time, n_groups, d_state]; a group serves heads / n_groups consecutive heads.
+        d: fp32 [heads].
         chunk: positions a chunk; any value gives the same result up to rounding.
         state: the state before the first position, zeros if None.
     """
@@ -63,21 +73,20 @@ def chunked_scan(
         b, c = F.pad(b, (0, 0, 0, 0, 0, padding)), F.pad(c, (0, 0, 0, 0, 0, padding))
     count = (time + padding) // chunk
 
-    # [batch, chunks, heads, chunk]: logarithm of the decay from the start of the chunk up to and including a position
-    decay = (dt * a).view(batch, count, chunk, heads).permute(0, 1, 3, 2).cumsum(-1)
-    dtx = (x * dt[..., None].to(x.dtype)).view(batch, count, chunk, heads, headdim)
+    x = x.view(batch, count, chunk, heads, headdim)
+    dt = dt.view(batch, count, chunk, heads).transpose(2, 3)  # [batch, chunks, heads, chunk]
+    decay = (dt * a[:, None]).cumsum(-1)  # logarithm, from the start of the chunk up to and including a position
     b = b.view(batch, count, chunk, groups, d_state).transpose(2, 3)  # [batch, chunks, groups, chunk, d_state]
     c = c.view(batch, count, chunk, groups, d_state).transpose(2, 3)
 
-    # 1. Within a chunk: weights[l, s] = (C_l . B_s) exp(decay_l - decay_s) for s <= l
-    weights = _DecayedProducts.apply(c @ b.mT, decay.view(batch, count, groups, per_group, chunk))
-    inside = weights.view(batch, count, heads, chunk, chunk) @ dtx.transpose(
-        2, 3
-    )  # [batch, chunks, heads, chunk, headdim]
+    # 1. Within a chunk: weights[l, s] = (C_l . B_s) exp(decay_l - decay_s) dt_s for s <= l, and D where s = l
+    by_group = (batch, count, groups, per_group, chunk)
+    weights = _Weights.apply(c @ b.mT, decay.view(by_group), dt.reshape(by_group), d.view(groups, per_group))
+    inside = weights.flatten(2, 3) @ x.transpose(2, 3)  # [batch, chunks, heads, chunk, headdim]
 
     # 2. What each chunk adds to the state by its end: one product for all heads of a group
-    to_end = (decay[..., -1:] - decay).exp().to(x.dtype).transpose(2, 3)[..., None]  # [batch, chunks, chunk, heads, 1]
-    arriving = (dtx * to_end).view(batch, count, chunk, groups, per_group * headdim).transpose(2, 3)
+    to_end = ((decay[..., -1:] - decay).exp() * dt).to(x.dtype).transpose(2, 3)[..., None]  # [.., chunk, heads, 1]
+    arriving = (x * to_end).view(batch, count, chunk, groups, per_group * headdim).transpose(2, 3)
     added = b.mT @ arriving  # [batch, chunks, groups, d_state, per_group * headdim]
 
     # 3. The recurrence between chunks, in fp32
@@ -95,7 +104,7 @@ def chunked_scan(
     # 4. What the state before each chunk adds to its outputs
     outside = c @ torch.stack(before, 1).to(x.dtype)  # [batch, chunks, groups, chunk, per_group * headdim]
     outside = outside.view(batch, count, groups, chunk, per_group, headdim).transpose(2, 3).flatten(3, 4)
-    y = inside.transpose(2, 3) + outside * decay.exp().to(x.dtype).transpose(2, 3)[..., None]
+    y = torch.addcmul(inside.transpose(2, 3), outside, decay.exp().to(x.dtype).transpose(2, 3)[..., None])
     last = (
         carried.view(batch, groups, d_state, per_group, headdim).transpose(2, 3).reshape(batch, heads, d_state, headdim)
     )

@@ -15,7 +15,7 @@ from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoi
 def peer_of(config):
     """A transformers model of the same dimensions with random weights, norms and D included."""
     torch.manual_seed(1)
-    peer = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**{**config.to_hf(), "chunk_size": 32}))
+    peer = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**{**config.to_hf(), "chunk_size": 48}))
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -31,7 +31,7 @@ def test_logits_equal_transformers(n_groups, tied):
     state = {name: tensor for name, tensor in peer.state_dict().items() if not (tied and name == "lm_head.weight")}
     assert set(state) == set(expected_shapes(config))
     ours.load_state_dict(state)
-    for length in (1, 37, 64, 128, 150):  # chunks: ours 64, theirs 32
+    for length in (1, 37, 64, 128, 150):  # chunks: ours 32, theirs 48
         ids = torch.randint(0, config.vocab_size, (2, length))
         with torch.no_grad():
             wanted, got = peer(ids, use_cache=False).logits, ours(ids)
@@ -63,14 +63,15 @@ def test_scan_equals_the_recurrence(chunk):
     dt = torch.rand(batch, time, heads, dtype=torch.float64)
     a = -torch.rand(heads, dtype=torch.float64) - 0.1
     b, c = torch.randn(2, batch, time, groups, d_state, dtype=torch.float64)
+    d = torch.randn(heads, dtype=torch.float64)
     state = torch.randn(batch, heads, d_state, headdim, dtype=torch.float64)
     wanted, current = [], state
     for t in range(time):
         key, query = (v[:, t].repeat_interleave(heads // groups, 1) for v in (b, c))
         decay = torch.exp(dt[:, t] * a)[:, :, None, None]
         current = decay * current + dt[:, t, :, None, None] * key[..., None] * x[:, t, :, None, :]
-        wanted.append(torch.einsum("bhn,bhnp->bhp", query, current))
-    y, last = chunked_scan(x, dt, a, b, c, chunk, state)
+        wanted.append(torch.einsum("bhn,bhnp->bhp", query, current) + d[:, None] * x[:, t])
+    y, last = chunked_scan(x, dt, a, b, c, d, chunk, state)
     torch.testing.assert_close(y, torch.stack(wanted, 1), rtol=1e-5, atol=1e-5)  # the carried state is fp32
     torch.testing.assert_close(last.double(), current, rtol=1e-5, atol=1e-5)
 

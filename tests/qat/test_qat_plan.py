@@ -33,7 +33,7 @@ def test_parameters_and_memory_of_the_shipped_recipes(name, published):
 
 
 def test_flops_equal_the_counter(monkeypatch):
-    monkeypatch.setattr(qat.plan, "default_chunk", lambda device: 64)  # the counted model runs on the CPU
+    monkeypatch.setattr(qat.plan, "default_chunk", lambda device: 32)  # the counted model runs on the CPU
     config = tiny_config(d_model=128, vocab_size=512, n_layer=3)
     recipe = Recipe(steps=1, batch_size=2, seq_len=128, kd_weight=0.0, group_size=128)
     model = Mamba2LM(config)
