@@ -52,7 +52,7 @@ def measured_speeds(threads: int) -> Speeds:
     from runtime_ref.bench.run import measured_bandwidth
     from runtime_ref.kernels.rates import ternary_rate
 
-    bandwidth = measured_bandwidth([threads], hardware()["memory_bytes"])[threads]
+    bandwidth = measured_bandwidth([threads], hardware())[threads]
     macs = ternary_rate("fast", threads) / threads
     return Speeds(bandwidth, macs, STATE_PER_PRODUCT * macs, threads)
 

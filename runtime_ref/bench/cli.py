@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -37,6 +38,15 @@ def _names(allowed: tuple[str, ...]):  # noqa: ANN202 - a click callback
         return names
 
     return parse
+
+
+def _check_outputs(report: Path | None, plot: Path | None) -> None:
+    """What cannot be written is refused before the minutes of measuring, not after them."""
+    for path in (report, plot):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UsageError(f"{path}: cannot be written; expected the name of a file in a folder that exists")
+    if plot and find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib, which is not installed; --report needs nothing")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -101,6 +111,7 @@ def bench(
         raise UsageError("missing MODEL.gguf, the model to time (or --compare A.json B.json)")
     if not profiles:
         raise UsageError("--profile is empty; expected exact, fast or exact,fast")
+    _check_outputs(report, plot)
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -119,7 +130,7 @@ def bench(
         )
     if report:
         with atomic_write(report) as file:
-            file.write(page(result).encode("utf-8"))
+            file.write(page(result).encode("utf-8", "replace"))  # a path may be any bytes
     if plot:
         draw(result, plot)
     if as_json:

@@ -31,7 +31,7 @@ from runtime_ref.bench.sizes import file_sizes
 from runtime_ref.bench.workloads import WORKLOADS, tokens_of
 from runtime_ref.command import compile_kernels
 from runtime_ref.kernels.bandwidth import read_bandwidth
-from runtime_ref.memory import need
+from runtime_ref.memory import need, parse_size
 from runtime_ref.model import Model
 from tmexport.gguf.reader import open_gguf
 
@@ -74,7 +74,7 @@ def run_bench(path: Path, settings: Settings, on_progress: Callable[[str, int], 
     expected = {name: need(gguf, name, settings.states()).total for name in settings.profiles}
     machine, before = describe(), conditions()
     on_progress("memory bandwidth", 0)
-    bandwidth = measured_bandwidth(settings.threads, machine["memory_bytes"])
+    bandwidth = measured_bandwidth(settings.threads, machine)
     meters = find_meters()
     rows: list[Row] = []
     result: dict[str, Any] = {"load": {}, "memory": {}, "depth_ms": {}, "chunk_tokens_per_second": {}, "workloads": {}}
@@ -124,12 +124,13 @@ def run_bench(path: Path, settings: Settings, on_progress: Callable[[str, int], 
     }
 
 
-def measured_bandwidth(threads: Sequence[int], memory_bytes: int | None) -> dict[int, float]:
+def measured_bandwidth(threads: Sequence[int], machine: dict[str, Any]) -> dict[int, float]:
     """Bytes a second that so many threads read, measured in a process whose buffer does not count as our memory.
 
-    256 MB are far more than a processor's caches; a small board reads an eighth of its memory.
+    The buffer is 256 MB, or eight times the largest cache; but at most an eighth of the machine's memory.
     """
-    size = min(2**28, (memory_bytes or 2**31) // 8 // 4096 * 4096)
+    largest = max((parse_size(size) for size in machine["caches"].values()), default=0)
+    size = min(max(2**28, 8 * largest), (machine["memory_bytes"] or 2**31) // 8) // 4096 * 4096
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         return dict(zip(threads, other.map(read_bandwidth, threads, [size] * len(threads)), strict=True))
 

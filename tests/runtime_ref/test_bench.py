@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from runtime_ref.bench import svg
 from runtime_ref.bench.cli import bench
 from runtime_ref.bench.report import page
 from runtime_ref.bench.workloads import deadlines
@@ -248,6 +249,7 @@ def test_compare_refuses_what_cannot_be_compared(ran, tmp_path, content, message
         (["m.gguf", "--chunks", "1,x"], "is not a list of whole numbers"),
         (["m.gguf", "--workload-scale", "0"], "0"),
         (["m.gguf", "--max-memory", "much"], "'much' is not an amount of memory"),
+        (["m.gguf", "--report", "no/such/folder/out.html"], "no/such/folder/out.html: cannot be written"),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(args, message):
@@ -266,3 +268,35 @@ def test_too_little_memory_and_a_missing_model(gguf, tmp_path, monkeypatch):
     missing = run(tmp_path / "none.gguf", "--report", tmp_path / "out.html")
     assert "none.gguf: cannot be read" in str(missing.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_histogram_counts():
+    values = [1.0] * 5 + [2.0] * 10 + [4.0] * 20 + [3.0]
+    picture = ElementTree.fromstring(svg.histogram(values, {"p50": 2.0, "p99": 4.0}, "ms", "tokens"))
+    heights = sorted(float(r.get("height")) for r in picture.iter(f"{SVG}rect"))
+    assert [h / heights[0] for h in heights] == pytest.approx([1, 5, 10, 20], rel=0.02)
+    marks = [t.text for t in picture.iter(f"{SVG}text")]
+    assert "p50 2.00" in marks
+    assert "p99 4.00" in marks
+
+
+def test_a_long_tail_is_a_note_and_equal_values_a_picture():
+    tail = ElementTree.fromstring(svg.histogram([1.0] * 50 + [1.5] * 49 + [90.0], {"p99": 1.5}, "ms", "tokens"))
+    assert "1 more beyond, up to 90.0" in [t.text for t in tail.iter(f"{SVG}text")]
+    same = ElementTree.fromstring(svg.histogram([3.0], {"p50": 3.0}, "ms", "tokens"))
+    assert len(list(same.iter(f"{SVG}rect"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"), [(0, 10, [0, 2, 4, 6, 8, 10]), (0.12, 0.31, [0.15, 0.2, 0.25, 0.3]), (5, 5, [5])]
+)
+def test_ticks_are_round(low, high, want):
+    assert svg.ticks(low, high) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.01234, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234"), (1e-9, "0.000000")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert svg.number(value) == text
