@@ -32,7 +32,8 @@ def histogram(
         if value <= high:
             counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
     x, y = _linear(low, high, LEFT, WIDTH - RIGHT), _linear(0, max(counts) * 1.3, HEIGHT - BOTTOM, TOP)
-    parts = _axes(ticks(low, high), ticks(0, max(counts)), x, y, x_label, y_label)
+    whole = [tick for tick in ticks(0, max(counts)) if tick == int(tick)]
+    parts = _axes(ticks(low, high), whole, x, y, x_label, y_label)
     step = (high - low) / bins
     for i, count in enumerate(counts):
         if count:
