@@ -1,24 +1,39 @@
-"""The study behind docs/training.md: every variant of the recipe, several seeds, one table.
+"""The study behind docs/training.md: every variant of the recipe and every method without training, several seeds, one table.
 
     python scripts/study_qat.py --teacher out/teacher --data train.jsonl --held-out heldout.jsonl --out study --seeds 3
 
-Runs `qat.train` for every variant and seed with the same number of tokens, one after another; a second start goes on where
-the first stopped. Writes OUT/table.md, OUT/zero_ratio.png (zero ratio over time of every variant) and, last on stdout, one
-JSON object.
+Trains (`qat.train`) every variant and seed on the same number of tokens, and applies every method of `qat.baselines`, where the
+seed picks the calibration text; scores all on the held-out text, document by document. What is done is kept: runs in
+OUT/<variant>-<seed>, scores in OUT/scores/, and a second start goes on where the first stopped. Writes OUT/table.md (every
+score there is), OUT/zero_ratio.png (over time, of every trained variant) and, last on stdout, one JSON object.
+recovery = (rounding - variant) / (rounding - teacher), in bits per byte, rounding with groups of 256.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import click
+import numpy as np
+import torch
 
-from qat.evaluate import evaluate
-from qat.ptq import round_to_nearest
+from qat.baselines import METHODS
+from qat.data import Batches, TokenStream, find_files, tokenize_files
+from qat.evaluate import documents_of, end_of_text_id, find_tokenizer, score_document
+from qat.model import Mamba2LM, load_model
+from qat.progress import run_command
 from qat.recipe import load_recipe
 from qat.train import train
+from tmexport.errors import UsageError
+from tmexport.files import atomic_write
 
 VARIANTS: dict[str, dict[str, float | int | bool]] = {
     "QAT 0.5/0.5": {},
@@ -30,18 +45,102 @@ VARIANTS: dict[str, dict[str, float | int | bool]] = {
     "learned scale, 10 x learning rate": {"learned_scale": True, "allow_collapse": True, "lr": 1e-2},
     "20 steps of alignment first": {"align_steps": 20},
 }
+ROUNDING = {f"round to nearest, group {size}": size for size in (256, 128, 64)}
+CORRECTIONS = [name for name in METHODS if name != "round to nearest"]  # groups of 256
+WITHOUT_SEED = {"teacher", *ROUNDING, "sigma-delta"}  # these read no text
+NAMES = ["teacher", *ROUNDING, *CORRECTIONS, *VARIANTS]
 _PATH = click.Path(path_type=Path)
 
 
-@click.command()
+@dataclass(frozen=True)
+class Study:
+    """What all runs have in common. `steps` None: the recipe's."""
+
+    teacher: Path
+    data: list[Path]
+    held_out: list[Path]
+    out: Path
+    steps: int | None
+    sequences: int
+    threads: int
+
+    @cached_property
+    def model(self) -> Mamba2LM:
+        return load_model(self.teacher).requires_grad_(False)
+
+    def tokens(self, text: list[Path]) -> tuple[TokenStream, int]:
+        """The stream of a text and the end-of-text token."""
+        tokenizer = find_tokenizer(self.teacher, None)
+        eos = end_of_text_id(self.model.config, tokenizer)
+        return tokenize_files(text, tokenizer, self.model.config.vocab_size, eos, self.out / "cache"), eos
+
+    def score(self, model: Mamba2LM) -> dict[str, float]:
+        """Bits per byte of all documents of the held-out text, and the share of zeros in the projections."""
+        stream, eos = self.tokens(self.held_out)
+        with torch.no_grad():
+            nats = sum(score_document(model, ids) for ids in documents_of(stream.tokens, eos))
+            zeros = [1 - m.weight.count_nonzero().item() / m.weight.numel() for m in model.ternary_modules().values()]
+        return {"bits_per_byte": nats / math.log(2) / stream.text_bytes, "zero_ratio": mean(zeros)}
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.out / f"{_slug(name)}-{seed}"
+
+    def run(self, name: str, seed: int) -> dict[str, float]:
+        """Make the model of one row and score it."""
+        if name in VARIANTS:
+            flags = {"steps": self.steps, "seed": seed, "threads": self.threads, "log_every": 5, **VARIANTS[name]}
+            recipe = load_recipe("demo-cpu", "student", flags)
+            train(recipe, self.data, self.folder(name, seed), self.teacher, resume=True, cache=self.out / "cache")
+            return self.score(load_model(self.folder(name, seed)))
+        torch.set_num_threads(self.threads)
+        if name == "teacher":
+            return self.score(self.model)
+        text, _ = self.tokens(self.data)
+        ids = torch.from_numpy(Batches(np.array(text.tokens), 256, self.sequences, seed)(0)[:, :-1])
+        method = METHODS["round to nearest" if name in ROUNDING else name]
+        return self.score(method(self.model, ids, ROUNDING.get(name, 256)))
+
+    def fingerprint(self, name: str) -> dict[str, Any]:
+        """What a score depends on; another teacher, text or budget makes it worthless."""
+        weights = hashlib.sha256((self.teacher / "model.safetensors").read_bytes()).hexdigest()[:16]
+        texts = [[str(path.resolve()), path.stat().st_size] for path in find_files([*self.data, *self.held_out])]
+        budget = self.steps if name in VARIANTS else self.sequences if name in CORRECTIONS else None
+        return {"teacher": weights, "texts": texts, "budget": budget}
+
+    def kept(
+        self, name: str, seed: int, make: Callable[[str, int], dict[str, float]] | None
+    ) -> dict[str, float] | None:
+        """The score in OUT/scores, or else made now by `make` and kept there; None without it."""
+        path = self.out / "scores" / f"{_slug(name)}-{seed}.json"
+        made_with = self.fingerprint(name)
+        if path.is_file():
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            if entry["made_with"] == made_with:
+                return entry
+        if make is None:
+            return None
+        click.echo(f"{name}, seed {seed}", err=True)
+        entry = {"name": name, "seed": seed, **make(name, seed), "made_with": made_with}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps(entry).encode())
+        return entry
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "-").replace(",", "")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("--teacher", required=True, type=_PATH, help="checkpoint folder")
-@click.option("--data", multiple=True, required=True, type=_PATH, help="training text; repeatable")
+@click.option("--data", multiple=True, required=True, type=_PATH, help="text to train and calibrate on; repeatable")
 @click.option("--held-out", multiple=True, required=True, type=_PATH, help="text to score; repeatable")
 @click.option("--out", required=True, type=_PATH, help="folder for all runs")
-@click.option("--steps", type=int, help="instead of the recipe's")
-@click.option("--seeds", default=3, show_default=True, help="runs of every variant")
-@click.option("--only", multiple=True, help="name of a variant; repeatable [all]")
-@click.option("--threads", default=2, show_default=True, help="CPU threads")
+@click.option("--steps", type=click.IntRange(1), help="of every training, instead of the recipe's")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="runs of every row")
+@click.option("--sequences", default=32, show_default=True, help="calibration sequences of 256 tokens")
+@click.option("--only", multiple=True, help=f"make only this row; repeatable: {'; '.join(NAMES)}")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="CPU threads")
 def main(
     teacher: Path,
     data: tuple[Path, ...],
@@ -49,49 +148,47 @@ def main(
     out: Path,
     steps: int | None,
     seeds: int,
+    sequences: int,
     only: tuple[str, ...],
     threads: int,
 ) -> None:
-    """Run everything that is not there yet, then make the table."""
-    scores: dict[str, list[float]] = {"teacher": [evaluate(teacher, list(held_out)).bits_per_byte]}
-    for group_size in (256, 128, 64):
-        folder = out / f"rtn-{group_size}"
-        round_to_nearest(teacher, folder, group_size)
-        scores[f"round to nearest, group {group_size}"] = [evaluate(folder, list(held_out)).bits_per_byte]
-    zeros: dict[str, list[tuple[int, float]]] = {}
-    for name, changes in VARIANTS.items():
-        if only and name not in only:
-            continue
-        for seed in range(seeds):
-            flags = {"steps": steps, "seed": seed, "threads": threads, "log_every": 5, **changes}
-            recipe = load_recipe("demo-cpu", "student", flags)
-            folder = out / f"{name.replace(' ', '-').replace('/', '-').replace(',', '')}-{seed}"
-            train(recipe, list(data), folder, teacher, resume=True, cache=out / "cache")
-            scores.setdefault(name, []).append(evaluate(folder, list(held_out)).bits_per_byte)
-            if seed == 0:
-                rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                zeros[name] = [(row["tokens"], row["zero_ratio"]) for row in rows if "zero_ratio" in row]
-    table = make_table(scores, zeros)
-    (out / "table.md").write_text(table)
+    """Make and score everything that is not there yet, then write the table of all that is."""
+    if unknown := set(only) - set(NAMES):
+        raise UsageError(f"--only {unknown.pop()!r} is not known; expected one of: {'; '.join(NAMES)}")
+    study = Study(teacher, list(data), list(held_out), out, steps, sequences, threads)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for name in NAMES:
+        make = study.run if not only or name in only or name in ("teacher", *ROUNDING) else None
+        found = [study.kept(name, seed, make) for seed in range(1 if name in WITHOUT_SEED else seeds)]
+        if entries := [entry for entry in found if entry is not None]:
+            rows[name] = entries
+    zeros = {name: _zero_ratios(study.folder(name, 0)) for name in rows if name in VARIANTS}
+    table = make_table(rows)
+    with atomic_write(out / "table.md") as file:
+        file.write(table.encode())
     draw(zeros, out / "zero_ratio.png")
     click.echo(table)
-    click.echo(
-        json.dumps({"bits_per_byte": scores, "last_zero_ratio": {name: rows[-1][1] for name, rows in zeros.items()}})
-    )
+    click.echo(json.dumps({name: [entry["bits_per_byte"] for entry in entries] for name, entries in rows.items()}))
 
 
-def make_table(scores: dict[str, list[float]], zeros: dict[str, list[tuple[int, float]]]) -> str:
-    """A Markdown table: mean and spread over the seeds, recovery of the distance from rounding to the teacher."""
-    top, bottom = scores["round to nearest, group 256"][0], scores["teacher"][0]
-    lines = [
-        "| variant | bits per byte (mean, standard deviation) | recovery | zero ratio at the end |",
-        "|---|---|---|---|",
-    ]
-    for name, values in scores.items():
-        spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-        last = f"{zeros[name][-1][1]:.1%}" if name in zeros else ""
-        lines.append(f"| {name} | {mean(values):.4f}{spread} | {(top - mean(values)) / (top - bottom):.0%} | {last} |")
+def make_table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """A Markdown table: mean and standard deviation over the seeds, recovery, zero ratio."""
+    top = rows["round to nearest, group 256"][0]["bits_per_byte"]
+    bottom = rows["teacher"][0]["bits_per_byte"]
+    lines = ["| variant | seeds | bits per byte | recovery | zero ratio |", "|---|---|---|---|---|"]
+    for name, entries in rows.items():
+        scores = [entry["bits_per_byte"] for entry in entries]
+        spread = f" ± {stdev(scores):.4f}" if len(scores) > 1 else ""
+        zero = "" if name == "teacher" else f"{mean(entry['zero_ratio'] for entry in entries):.3f}"
+        recovery = (top - mean(scores)) / (top - bottom)
+        lines.append(f"| {name} | {len(scores)} | {mean(scores):.4f}{spread} | {recovery:.0%} | {zero} |")
     return "\n".join(lines) + "\n"
+
+
+def _zero_ratios(folder: Path) -> list[tuple[int, float]]:
+    """(tokens, zero ratio) over a training."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(entry["tokens"], entry["zero_ratio"]) for entry in entries if "zero_ratio" in entry]
 
 
 def draw(zeros: dict[str, list[tuple[int, float]]], out: Path) -> None:
@@ -102,12 +199,13 @@ def draw(zeros: dict[str, list[tuple[int, float]]], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, rows in zeros.items():
-        axis.plot(*zip(*rows, strict=True), label=name)
+    for name, points in zeros.items():
+        axis.plot(*zip(*points, strict=True), label=name)
     axis.set(title="zero ratio, mean over the projections (first seed)", xlabel="tokens", ylim=(0, 1))
-    axis.legend(fontsize="small")
+    if zeros:
+        axis.legend(fontsize="small")
     figure.savefig(out, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
