@@ -1,10 +1,10 @@
-"""How fast onnxruntime multiplies with a ternary matrix, by operator and layout: one node, one thread, the best CPU time.
+"""How fast onnxruntime multiplies with a ternary matrix, by operator and layout: one thread, the best CPU time.
 
     python scripts/bench_onnx_products.py -n 8512 -k 2048 -m 1,16,128
 
 The matrix is random ternary with a scale for every 256 weights, the same for all; activations are normal. Each way of
-holding it is a model of a single node. `error` is the root mean square of the difference to fp64 over that of the result.
-MatMulInteger is given integers and gives them back: the scales of groups would cost extra. The last line on stdout is JSON.
+holding it is a model of that product alone. `error` is the root mean square of the difference to fp64 over that of the result.
+MatMulInteger is given integers; what gives them and takes them back would cost extra. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ GROUP = 256
 FLOAT = TensorProto.FLOAT
 
 
-def session(node: object, weights: dict[str, np.ndarray], n: int, k: int, kinds: tuple[int, int], options: dict[str, str]) -> ort.InferenceSession:  # fmt: skip
-    """A model of one node: x [M, k] -> y [M, n]."""
+def session(nodes: list[object], weights: dict[str, np.ndarray], n: int, k: int, kinds: tuple[int, int], options: dict[str, str]) -> ort.InferenceSession:  # fmt: skip
+    """A model of these nodes: x [M, k] -> y [M, n]."""
     graph = helper.make_graph(
-        [node], "product", [helper.make_tensor_value_info("x", kinds[0], ["m", k])],
+        nodes, "product", [helper.make_tensor_value_info("x", kinds[0], ["m", k])],
         [helper.make_tensor_value_info("y", kinds[1], ["m", n])],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )  # fmt: skip
@@ -54,7 +54,27 @@ def nbits(codes: np.ndarray, scales: np.ndarray, bits: int, block: int, accuracy
         weights["z"] = np.full((n, -(-(k // block) // per_byte)), byte, np.uint8)
     node = helper.make_node("MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft", N=n, K=k, bits=bits,
                             block_size=block, accuracy_level=accuracy)  # fmt: skip
-    return session(node, weights, n, k, (FLOAT, FLOAT), options)
+    return session([node], weights, n, k, (FLOAT, FLOAT), options)
+
+
+def grouped(codes: np.ndarray, scales: np.ndarray) -> ort.InferenceSession:
+    """MatMulInteger for each group of 256 columns, its scale, and the sum; the scales of activations would cost extra."""
+    n, k = codes.shape
+    weights = {
+        "b": np.ascontiguousarray(codes.T).reshape(k // GROUP, GROUP, n),
+        "s": np.ascontiguousarray(scales.T).reshape(k // GROUP, 1, n),
+        "shape": np.array([0, -1, GROUP]),
+        "xz": np.array(128, np.uint8),
+        "axis": np.array([0]),
+    }
+    steps = [("Reshape", ["x", "shape"], {}), ("Transpose", [], {"perm": [1, 0, 2]}), ("MatMulInteger", ["b", "xz"], {}),
+             ("Cast", [], {"to": FLOAT}), ("Mul", ["s"], {}), ("ReduceSum", ["axis"], {"keepdims": 0})]  # fmt: skip
+    nodes, last = [], ""
+    for kind, inputs, attributes in steps:
+        output = "y" if kind == "ReduceSum" else kind
+        nodes.append(helper.make_node(kind, [*([last] if last else []), *inputs], [output], **attributes))
+        last = output
+    return session(nodes, weights, n, k, (TensorProto.UINT8, FLOAT), {})
 
 
 def ways(codes: np.ndarray, scales: np.ndarray) -> Iterator[tuple[str, ort.InferenceSession, np.dtype]]:
@@ -70,9 +90,10 @@ def ways(codes: np.ndarray, scales: np.ndarray) -> Iterator[tuple[str, ort.Infer
     for kind, offset in (("int8", 0), ("uint8", 1)):
         weights = {"b": np.ascontiguousarray((codes + offset).T).astype(kind), "xz": np.array(128, np.uint8), "bz": np.array(offset, kind)}  # fmt: skip
         node = helper.make_node("MatMulInteger", ["x", *weights], ["y"])
-        yield f"MatMulInteger uint8 x {kind}, no scales", session(node, weights, n, k, (TensorProto.UINT8, TensorProto.INT32), {}), np.dtype(np.uint8)  # fmt: skip
+        yield f"MatMulInteger uint8 x {kind}, no scales", session([node], weights, n, k, (TensorProto.UINT8, TensorProto.INT32), {}), np.dtype(np.uint8)  # fmt: skip
+    yield "MatMulInteger uint8 x int8 by groups, with the weights' scales", grouped(codes, scales), np.dtype(np.uint8)
     dense = codes * np.repeat(scales, GROUP, axis=1)
-    yield "MatMul fp32", session(helper.make_node("MatMul", ["x", "b"], ["y"]), {"b": np.ascontiguousarray(dense.T)}, n, k, (FLOAT, FLOAT), {}), fp32  # fmt: skip
+    yield "MatMul fp32", session([helper.make_node("MatMul", ["x", "b"], ["y"])], {"b": np.ascontiguousarray(dense.T)}, n, k, (FLOAT, FLOAT), {}), fp32  # fmt: skip
 
 
 @click.command()
@@ -87,6 +108,7 @@ def main(rows: int, columns: int, tokens: str, seconds: float) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(-1, 2, (rows, columns)).astype(np.int8)
     scales = rng.uniform(0.5, 1.5, (rows, columns // GROUP)).astype(np.float16).astype(np.float32)
+    yield "MatMulInteger uint8 x int8 by groups, with the weights' scales", grouped(codes, scales), np.dtype(np.uint8)
     dense = codes * np.repeat(scales, GROUP, axis=1).astype(np.float64)
     table = []
     for name, model, kind in ways(codes, scales):
