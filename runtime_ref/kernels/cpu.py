@@ -26,6 +26,10 @@ def features() -> set[str]:
     return found | {"neon"} if _is_arm64() else found
 
 
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def _is_arm64() -> bool:
     return platform.machine() in ("aarch64", "arm64")
 

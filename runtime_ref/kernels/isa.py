@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from runtime_ref.kernels.cpu import features
+from runtime_ref.kernels.cpu import features, is_x86
 from runtime_ref.kernels.vector import splatted
 from tmexport.errors import UsageError
 
@@ -234,8 +234,10 @@ SETS: dict[str, tuple[type, tuple[str, ...]]] = {
 
 
 def available() -> list[str]:
-    """Names of the instruction sets this CPU has, best first."""
+    """Names of the instruction sets this CPU has, best first; none on x86 without F16C."""
     has = features()
+    if is_x86() and "f16c" not in has:  # LLVM would call functions that convert fp16, which are not there: a crash
+        return []
     return [name for name, (_, needs) in SETS.items() if has.issuperset(needs)]
 
 
@@ -243,12 +245,16 @@ def select() -> Isa:
     """The instruction set to use: the one RUNTIME_REF_ISA names, else the best.
 
     Raises:
-        UsageError: RUNTIME_REF_ISA names an unknown set, or one this CPU lacks.
+        UsageError: RUNTIME_REF_ISA names an unknown set, or one this CPU lacks; or it cannot convert fp16.
     """
     wanted = os.environ.get("RUNTIME_REF_ISA", "").strip().lower()
     usable = available()
     if wanted and wanted not in SETS:
         raise UsageError(f"RUNTIME_REF_ISA is {wanted!r}; expected one of {', '.join(SETS)}, or nothing for the best")
+    if not usable:
+        raise UsageError(
+            "no F16C, which converts fp16; on x86 expected it in the CPU (since 2012) and in NUMBA_CPU_FEATURES"
+        )
     if wanted and wanted not in usable:
         raise UsageError(f"RUNTIME_REF_ISA is {wanted}, which this CPU lacks; it has {', '.join(usable)}")
     kind = SETS[wanted or usable[0]][0]

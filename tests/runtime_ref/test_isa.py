@@ -1,6 +1,5 @@
 """Instruction sets: each this CPU has gives the specification's bits."""
 
-
 import numpy as np
 import pytest
 from numba import config
@@ -35,15 +34,26 @@ def test_a_set_this_cpu_lacks_or_nobody_knows_is_refused(monkeypatch):
     ("given", "expected"),
     [
         ("+avx2,+f16c,-avxvnni", ["avx2", "portable"]),
-        ("+avx2", ["portable"]),
-        ("", ["portable"]),
-        ("+neon, +dotprod", ["neon_dotprod", "neon", "portable"]),
-        ("+neon", ["neon", "portable"]),
+        ("+f16c", ["portable"]),
+        ("+avx2", []),
+        ("", []),
     ],
 )
 def test_the_features_numba_is_told_are_the_ones_that_count(given, expected, monkeypatch):
     monkeypatch.setattr(config, "CPU_FEATURES", given)
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    assert isa.available() == expected
+    if not expected:
+        with pytest.raises(UsageError, match="no F16C"):
+            isa.select()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("+neon, +dotprod", ["neon_dotprod", "neon", "portable"]), ("", ["neon", "portable"])]
+)
+def test_on_arm_too_and_neon_needs_no_mention(given, expected, monkeypatch):
+    monkeypatch.setattr(config, "CPU_FEATURES", given)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
     assert isa.available() == expected
 
 
