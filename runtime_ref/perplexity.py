@@ -22,6 +22,7 @@ import numpy as np
 
 from runtime_ref.command import compile_kernels, run_command
 from runtime_ref.model import Model
+from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
 from tmexport.errors import UsageError
 
@@ -67,12 +68,9 @@ def score_tokens(model: Model, ids: list[int], on_progress: Callable[[int], None
     nats, at = 0.0, 1
     targets = np.asarray(ids, np.int64)
     for logits in model.score(model.new_state(), ids[:-1]):
-        wide = logits.astype(np.float64)
-        largest = wide.max(axis=1)
-        log_total = largest + np.log(np.exp(wide - largest[:, None]).sum(axis=1))
-        nats += float((log_total - wide[np.arange(len(wide)), targets[at : at + len(wide)]]).sum())
-        at += len(wide)
-        on_progress(len(wide))
+        nats -= float(log_probabilities(logits, targets[at : at + len(logits)]).sum())
+        at += len(logits)
+        on_progress(len(logits))
     return nats
 
 

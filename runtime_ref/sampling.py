@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,14 @@ class Sampling:
             raise UsageError(f"top-k is {self.top_k}; expected 0 (all tokens) or more")
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top-p is {self.top_p}; expected above 0 and at most 1")
+
+
+def log_probabilities(logits: np.ndarray, targets: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The log-probability of targets [n] under logits fp32 [n, vocab], in nats; fp64 [n]."""
+    wide = logits.astype(np.float64)
+    largest = wide.max(axis=1)
+    log_total = largest + np.log(np.exp(wide - largest[:, None]).sum(axis=1))
+    return wide[np.arange(len(wide)), np.asarray(targets, np.int64)] - log_total
 
 
 def choose(logits: np.ndarray, how: Sampling, rng: np.random.Generator) -> int:
