@@ -76,17 +76,17 @@ class Need:
         return max(self.weights + self.states, self.loading) + self.other
 
 
-def need(gguf: GGUFFile, profile: str, states: int = 1) -> Need:
-    """What the model in a file needs; `states` held at a time.
+def need(gguf: GGUFFile, profile: str, states: int = 1, compiles: int = 1) -> Need:
+    """What the model in a file needs; `states` held at a time, kernels compiled for `compiles` profiles by then.
 
     Raises:
         GGUFError: it is not a Mamba-2.
     """
     layout = {name: (info.shape, info.type) for name, info in gguf.tensors.items()}
-    return _need(gguf, config_from_metadata(gguf), layout, profile, states)
+    return _need(gguf, config_from_metadata(gguf), layout, profile, states, compiles)
 
 
-def check_memory(path: Path | str, limit: int, profile: str, states: int = 1) -> Need:
+def check_memory(path: Path | str, limit: int, profile: str, states: int = 1, compiles: int = 1) -> Need:
     """Refuse a model that needs more than `limit` bytes, and say what would fit; nothing is loaded.
 
     Raises:
@@ -94,20 +94,20 @@ def check_memory(path: Path | str, limit: int, profile: str, states: int = 1) ->
         GGUFError: the file is damaged, or not a Mamba-2.
     """
     gguf = open_gguf(path)
-    own = need(gguf, profile, states)
+    own = need(gguf, profile, states, compiles)
     if own.total <= limit:
         return own
     parts = (
-        f"weights {_mb(own.weights)}, state {_mb(own.states)}, Python {_mb(own.other - COMPILER)}, "
-        f"and {_mb(COMPILER)} for compiling in the first run"
+        f"weights {_mb(own.weights)}, state {_mb(own.states)}, Python {_mb(own.other - compiles * COMPILER)}, "
+        f"and {_mb(compiles * COMPILER)} for compiling in the first run"
     )
     raise TmexportError(
         f"{gguf.path}: needs {_mb(own.total)} MB of memory in profile {profile} ({parts}), more than the {_mb(limit)} MB allowed; "
-        + _advice(gguf, limit, profile, states, own)
+        + _advice(gguf, limit, profile, states, compiles, own)
     )
 
 
-def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, own: Need) -> str:
+def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int, own: Need) -> str:
     """The smallest change that fits: the other profile, else a smaller type."""
     config = config_from_metadata(gguf)
     body, embedding = (gguf.tensors[name].type for name in ("blk.0.ssm_in.weight", "token_embd.weight"))
@@ -119,7 +119,7 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, own: Need) ->
             continue
         layout = {gguf_name(name): part for name, part in tensor_layout(config, kind, of_embedding).items()}
         for how in dict.fromkeys((profile, "fast")):
-            option = _need(gguf, config, layout, how, states)
+            option = _need(gguf, config, layout, how, states, compiles)
             name = (
                 "" if (kind, of_embedding) == (body, embedding) else f"{kind.name} with a {of_embedding.name} embedding"
             )
@@ -140,7 +140,7 @@ def _ternary_type(config: Mamba2Config) -> GGMLType:
     return GGMLType.TQ2_0 if wide else GGMLType.Q2_0
 
 
-def _need(gguf: GGUFFile, config: Mamba2Config, layout: Layout, profile: str, states: int) -> Need:
+def _need(gguf: GGUFFile, config: Mamba2Config, layout: Layout, profile: str, states: int, compiles: int) -> Need:
     c = config
     default = 64 if layout["blk.0.ssm_in.weight"][1] is GGMLType.Q2_0 else 256
     recorded = gguf.metadata.get(GROUP_SIZE_KEY)
@@ -154,7 +154,7 @@ def _need(gguf: GGUFFile, config: Mamba2Config, layout: Layout, profile: str, st
     tokenizer = gguf.metadata.get(TOKENIZER_JSON_KEY)
     scratch = CHUNK_ROWS * (4 * c.d_model + 9 * max(c.d_model, c.d_inner) + 4 * c.d_in_proj + 4 * c.conv_dim)
     scratch += 8 * c.vocab_size  # two vectors of logits
-    other = FIXED + COMPILER + scratch + TOKENIZER * (len(tokenizer) if isinstance(tokenizer, str) else 0)
+    other = FIXED + compiles * COMPILER + scratch + TOKENIZER * (len(tokenizer) if isinstance(tokenizer, str) else 0)
     return Need(weights, states * state, other, max(sum(ends), weights + PACKERS * layers))
 
 

@@ -120,7 +120,7 @@ def bench(
     settings = Settings(prompt, count, threads, repeats, profiles, depths, chunks, workloads, workload_scale)
     if max_memory is not None:
         for profile in profiles:
-            check_memory(model_path, max_memory, profile, settings.states())
+            check_memory(model_path, max_memory, profile, settings.states(), len(profiles))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:

@@ -71,7 +71,7 @@ def run_bench(path: Path, settings: Settings, on_progress: Callable[[str, int], 
     """
     gguf = open_gguf(path)
     sizes = file_sizes(gguf)
-    expected = {name: need(gguf, name, settings.states()).total for name in settings.profiles}
+    expected = {p: need(gguf, p, settings.states(), i).total for i, p in enumerate(settings.profiles, 1)}
     machine, before = describe(), conditions()
     on_progress("memory bandwidth", 0)
     bandwidth = measured_bandwidth(settings.threads, machine)
