@@ -87,6 +87,7 @@ mkdir -p "$out"
 generate=(-m runtime_ref.generate "$model" --prompt "Fellow citizens" -n 16 --json)
 tests=(-m pytest -q -p no:cacheprovider "$repo/tests/runtime_ref/test_equal.py" "$repo/tests/runtime_ref/test_isa.py"
     -k "ternary256 or split or threads or longer or batch or saved or features or dotprod or lacks")
+products=(-m pytest -q -p no:cacheprovider "$repo/tests/runtime_ref/test_tiles.py") # takes seconds
 
 logits() { # CORE SET
     RUNTIME_REF_ISA=$2 emulated "$1" "$2" "$repo/scripts/logit_hashes.py" "$model" > "$out/hashes-$1-$2.json"
@@ -98,11 +99,17 @@ board_checks() {
     chosen=$(emulated "$1" "$2" -c "from runtime_ref.kernels.isa import available; print(available()[0])")
     [ "$chosen" = "$2" ] || fail "the runtime chose $chosen; expected $2"
     echo "the runtime chooses $chosen by itself"
+    tested products "$1" "$2" "${products[@]}"
     logits "$1" "$2"
     emulated "$1" "$2" "${generate[@]}" > "$out/generate-$1.json"
     echo "generated"
-    (cd "$repo" && emulated "$1" "$2" "${tests[@]}") > "$out/tests-$1.log" 2>&1 || { tail -20 "$out/tests-$1.log"; return 1; }
-    tail -1 "$out/tests-$1.log"
+    tested exactness "$1" "$2" "${tests[@]}"
+}
+
+tested() { # WHAT CORE SET, then the arguments of Python
+    local log=$out/tests-$2-$1.log
+    (cd "$repo" && emulated "${@:2}") > "$log" 2>&1 || { tail -20 "$log"; return 1; }
+    echo "$1: $(tail -1 "$log")"
 }
 
 labelled() { # LABEL COMMAND...: its output, each line with the label and the time

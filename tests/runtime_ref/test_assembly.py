@@ -5,37 +5,11 @@ from collections import Counter
 
 import llvmlite.binding as llvm
 import pytest
-from llvmlite import ir
-from numba import typeof, types
 
-from runtime_ref.kernels import isa
-from runtime_ref.kernels.profiles import PROFILES
 from runtime_ref.kernels.tiles import q8_tile, ternary_tile
+from tests.runtime_ref.tile_code import kernel_ir, optimised
 
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
-
-
-class _Context:
-    def get_dummy_value(self):
-        return None
-
-
-def _compiled(intrinsic, leading, numbers, triple, core):
-    """The intrinsic's own code as a function of `numbers` int64, compiled with Numba's optimisation level -> assembly."""
-    signature, codegen = intrinsic._defn(None, *leading, *[types.int64] * numbers)
-    module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * numbers), "kernel")
-    builder = ir.IRBuilder(function.append_basic_block())
-    codegen(_Context(), builder, signature, [None] * len(leading) + list(function.args))
-    builder.ret_void()
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=core, opt=3)
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(parsed, passes)
-    return machine.emit_assembly(parsed)
 
 
 def _innermost_loops(assembly):
@@ -52,11 +26,11 @@ def _innermost_loops(assembly):
 
 
 def _hot_loop(intrinsic, name, profile, tokens, triple, core):
-    kind = isa.SETS[name][0]
-    leading = [typeof(kind(isa.PRIMITIVES[kind].lanes)), types.literal(tokens)]
-    if intrinsic is ternary_tile:
-        leading.insert(1, typeof(PROFILES[profile]))
-    (loop,) = _innermost_loops(_compiled(intrinsic, leading, 12 if intrinsic is ternary_tile else 9, triple, core))
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=core, opt=3)
+    code, _ = kernel_ir(intrinsic, name, profile, tokens)
+    (loop,) = _innermost_loops(machine.emit_assembly(optimised(code, machine)))
     return loop
 
 

@@ -1,0 +1,103 @@
+"""The tile kernels alone, compiled by LLVM without Numba, against integer sums in numpy: limits and layouts of every set."""
+
+import ctypes
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+
+from runtime_ref.kernels import isa
+from runtime_ref.kernels.pack import pack
+from runtime_ref.kernels.tiles import q4_tile, q8_tile, ternary_tile
+from runtime_ref.weights import BlockMatrix, TernaryMatrix
+from tests.runtime_ref.tile_code import kernel_ir, optimised
+
+TOKENS, K = 4, 512
+LARGEST = {
+    "exact": 32639,
+    "fast": 127,
+}  # both planes of 256 * high + low at their ends: more than activations ever reach
+SMALLEST = {"exact": -32640, "fast": -128}
+
+
+def native(intrinsic, name, profile, tokens):
+    """The kernel as a C function, and the engine that owns it."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target, features = llvm.Target.from_default_triple(), llvm.get_host_cpu_features().flatten()
+    options = {"cpu": llvm.get_host_cpu_name(), "features": features, "opt": 3}
+    code, numbers = kernel_ir(intrinsic, name, profile, tokens)
+    engine = llvm.create_mcjit_compiler(
+        optimised(code, target.create_target_machine(**options)), target.create_target_machine(**options, jit=True)
+    )
+    engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * numbers)
+    return kind(engine.get_function_address("kernel")), engine
+
+
+def specified(codes, scales, q, q_scale):
+    """y fp32 [tokens, 16]: integer sums of each activation block, added in ascending order."""
+    blocks, block, group = q_scale.shape[1], K // q_scale.shape[1], K // scales.shape[1]
+    sums = np.einsum(
+        "nbk,tbk->tnb", codes.astype(np.int64).reshape(16, blocks, block), q.astype(np.int64).reshape(TOKENS, -1, block)
+    )
+    y = np.zeros((TOKENS, 16), np.float32)
+    for b in range(blocks):
+        scale = scales[:, b * block // group].astype(np.float32)
+        y += sums[:, :, b].astype(np.float32) * (scale * q_scale[:, b : b + 1])
+    return y
+
+
+def activations(rng, block, low, high):
+    q = rng.integers(low, high + 1, (TOKENS, K)).astype(np.int32)
+    scale = rng.uniform(0.001, 0.01, (TOKENS, K // block)).astype(np.float32)
+    return q, scale, q.reshape(TOKENS, -1, block).sum(2, dtype=np.int32)
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("name", isa.available())
+def test_ternary_products(name, profile):
+    in_flight = isa.PRIMITIVES[isa.SETS[name][0]].bytes.in_flight // (2 if profile == "exact" else 1)
+    for tokens in {1, in_flight}:
+        function, engine = native(ternary_tile, name, profile, tokens)
+        for group, block in ((256, 256), (64, 32), (256, 32)):
+            for kind in ("random", "largest", "smallest"):
+                rng = np.random.default_rng(group + block)
+                codes = rng.integers(-1, 2, (16, K)).astype(np.int8)
+                low, high = SMALLEST[profile], LARGEST[profile]
+                if kind != "random":
+                    codes[:] = 1
+                    low, high = (high, high) if kind == "largest" else (low, low)
+                scales = rng.uniform(0.01, 0.1, (16, K // group)).astype(np.float16)
+                packed = pack(TernaryMatrix(codes, scales))
+                q, q_scale, q_sum = activations(rng, block, low, high)
+                upper = (q + 128) >> 8 if profile == "exact" else np.zeros_like(q)
+                planes = [upper.astype(np.int8), (q - 256 * upper).astype(np.int8)]
+                y = np.zeros((tokens, 16), np.float32)
+                at = [a.ctypes.data for a in (*packed, *planes)]
+                function(
+                    *at, K, q_scale.ctypes.data, q_sum.ctypes.data, K // block, K // group, group // block,
+                    block // 16, y.ctypes.data,
+                )  # fmt: skip
+                assert y.tobytes() == specified(codes, scales, q, q_scale)[:tokens].tobytes(), (tokens, group, kind)
+        del engine
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", isa.available())
+def test_block_products(name, bits):
+    rng = np.random.default_rng(bits)
+    for tokens in {1, isa.PRIMITIVES[isa.SETS[name][0]].pairs.in_flight}:
+        function, engine = native(q8_tile if bits == 8 else q4_tile, name, "exact", tokens)
+        codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (16, K)).astype(np.int8)
+        codes[0] = -(2 ** (bits - 1))
+        scales = rng.uniform(0.01, 0.1, (16, K // 32)).astype(np.float16)
+        packed = pack(BlockMatrix(codes, scales, bits))
+        q, q_scale, q_sum = activations(rng, 32, -32512, 32512)
+        q[0] = -32512
+        q_sum[0] = -32512 * 32
+        narrow, y = q.astype(np.int16), np.zeros((tokens, 16), np.float32)
+        at = [a.ctypes.data for a in (*packed, narrow)]
+        function(*at, K, q_scale.ctypes.data, q_sum.ctypes.data, K // 32, K // 32, y.ctypes.data)
+        assert y.tobytes() == specified(codes, scales, q, q_scale)[:tokens].tobytes()
+        del engine
