@@ -30,15 +30,15 @@ from runtime_ref.weights import Source
 PROMPT, DECODED = 256, 64
 
 
-def logits_digest(model: Model) -> str:
-    """SHA-256 (hex) of fp32 [PROMPT + DECODED, vocab], little-endian, row after row."""
+def logits_digest(model: Model, prompt_tokens: int = PROMPT, decoded: int = DECODED) -> str:
+    """SHA-256 (hex) of fp32 [prompt_tokens + decoded, vocab], little-endian, row after row."""
     digest, state = hashlib.sha256(), model.new_state()
-    prompt = [(7919 * i + 11) % model.config.vocab_size for i in range(PROMPT)]
+    prompt = [(7919 * i + 11) % model.config.vocab_size for i in range(prompt_tokens)]
     logits = np.zeros((1, 1), np.float32)
     for logits in model.score(state, prompt):
         digest.update(logits.tobytes())
     row = logits[-1]
-    for _ in range(DECODED):
+    for _ in range(decoded):
         row = model.decode(state, int(row.argmax()))
         digest.update(row.tobytes())
     return digest.hexdigest()
