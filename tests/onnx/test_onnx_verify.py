@@ -180,3 +180,16 @@ def test_files_of_others_are_refused(tied, tmp_path):
     onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
     assert "no tmexport metadata" in run("verify", tied.path, tmp_path / "m.onnx").stderr
     assert "no such file" in run("verify", tied.path, tmp_path / "none.onnx").stderr
+
+
+def test_the_tokenizer_beside_the_file_is_compared(tied, files, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(files["ort", "q8"].read_bytes())
+    beside = tmp_path / "m.tokenizer.json"
+    beside.write_bytes(tied.tokenizer.read_bytes())
+    assert run("verify", tied.path, tmp_path / "m.onnx").exit_code == 0
+    beside.write_text(beside.read_text().replace("import", "export", 1) + "\n")
+    result = run("verify", tied.path, tmp_path / "m.onnx")
+    assert (result.exit_code, "found another in m.tokenizer.json" in result.stderr) == (1, True)
+    beside.unlink()
+    result = run("verify", tied.path, tmp_path / "m.onnx")
+    assert (result.exit_code, "tokenizer.json in m.tokenizer.json, found no such file" in result.stderr) == (1, True)
