@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.ssd import chunked_scan
+from qat.ssd import choose_scan
 from tmexport.checkpoint import open_checkpoint
 from tmexport.config import Mamba2Config
 
@@ -163,7 +163,7 @@ class Mixer(nn.Module):
         xbc, recent = self.conv1d(xbc, state.conv if state else None)
         x, b, c = xbc.split([config.d_inner, bc, bc], -1)
         x = x.unflatten(-1, (config.n_heads, config.headdim))
-        y, last = chunked_scan(
+        y, last = choose_scan(hidden.device)(
             x,
             F.softplus(dt.float() + self.dt_bias),
             -torch.exp(self.A_log.float()),

@@ -9,6 +9,8 @@ that, and products that span all heads of a group at once, is what makes it quic
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -109,3 +111,29 @@ def chunked_scan(
         carried.view(batch, groups, d_state, per_group, headdim).transpose(2, 3).reshape(batch, heads, d_state, headdim)
     )
     return y.reshape(batch, time + padding, heads, headdim)[:, :time], last
+
+
+@cache
+def _fused_kernel() -> Callable[..., Any] | None:
+    """mamba_ssm's `mamba_chunk_scan_combined`, or None where it cannot be imported (it needs CUDA to install)."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except (ImportError, OSError, RuntimeError):  # missing, or built for another torch or CUDA
+        return None
+    return mamba_chunk_scan_combined
+
+
+def fused_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk: int, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`chunked_scan` by mamba_ssm's kernel, whose states are [batch, heads, headdim, d_state]."""
+    kernel = _fused_kernel()
+    assert kernel is not None
+    before = None if state is None else state.mT.contiguous()
+    y, last = kernel(x, dt, a, b, c, chunk, D=d, initial_states=before, return_final_states=True)
+    return y, last.mT.float()
+
+
+def choose_scan(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan for tensors on `device`: mamba_ssm's on CUDA where it imports, else `chunked_scan`."""
+    return fused_scan if device.type == "cuda" and _fused_kernel() is not None else chunked_scan
