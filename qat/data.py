@@ -1,4 +1,4 @@
-"""Text files -> one memory-mapped file of token ids -> batches, reproducibly.
+"""Text files and data sets -> one memory-mapped file of token ids -> batches, reproducibly.
 
 Documents are joined into one stream, each preceded by the end-of-text token. A batch is a pure function of (seed, step),
 so a resumed run is at the exact position by construction, and processes that share a batch only slice it.
@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from qat.errors import DataError
 from qat.progress import progress_bar
@@ -21,32 +22,44 @@ from tmexport.errors import TokenizerError
 from tmexport.files import atomic_write
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+DATASET = "hf:"  # before the name of a data set that the `datasets` library reads: hf:NAME[:CONFIG[:SPLIT]]
 _DOCUMENTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """tokens: uint16 or uint32 [n], memory-mapped; text_bytes: UTF-8 bytes of the documents; key: names files and tokenizer."""
+    """tokens: uint16 or uint32 [n], memory-mapped; text_bytes: UTF-8 bytes of the documents.
+
+    key names the files and the tokenizer, digest the tokens themselves.
+    """
 
     tokens: np.ndarray
     text_bytes: int
     documents: int
     key: str
+    digest: str
 
     @property
     def bytes_per_token(self) -> float:
         return self.text_bytes / max(1, len(self.tokens))
 
 
+def is_dataset(path: Path) -> bool:
+    """Whether this names a data set of the `datasets` library and no file."""
+    return str(path).startswith(DATASET)
+
+
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """The text files named, and those anywhere in the folders named, in order.
+    """The text files named, and those anywhere in the folders named, in order; names of data sets as they are.
 
     Raises:
         DataError: a path does not exist, has another suffix, or a folder holds no text.
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if is_dataset(path):
+            found.append(path)
+        elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
             if not inside:
                 raise DataError(f"{path}: holds no text; expected files ending in {', '.join(SUFFIXES)}")
@@ -61,13 +74,15 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: a .txt is one, a .jsonl or .parquet has one in each row's "text".
+    """The documents of one file: a .txt is one, a .jsonl, .parquet or data set has one in each row's "text".
 
     Raises:
-        DataError: the file is not what its suffix says (line named), or pyarrow is needed and missing.
+        DataError: the file is not what its suffix says (line named), or pyarrow or datasets is needed and missing.
     """
     try:
-        if path.suffix == ".txt":
+        if is_dataset(path):
+            yield from _read_dataset(path)
+        elif path.suffix == ".txt":
             yield path.read_text(encoding="utf-8")
         elif path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
@@ -97,7 +112,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow; install it with: pip install pyarrow") from None
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow; install it with: pip install 'tmexport[data]'"
+        ) from None
     try:
         file = parquet.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
@@ -106,6 +123,30 @@ def _read_parquet(path: Path) -> Iterator[str]:
             yield from (text for text in batch.column(0).to_pylist() if text)
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: is not a Parquet file: {error}") from None
+
+
+def _read_dataset(path: Path) -> Iterator[str]:
+    """Rows as they arrive: nothing is stored before it is needed."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"{path}: needs the datasets library; install it with: pip install 'tmexport[data]'") from None
+    name, config, split, *more = *str(path).removeprefix(DATASET).split(":"), "", ""
+    if not name or len(more) > 2 or any(more):
+        raise DataError(
+            f"{path}: is not the name of a data set; expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"
+        )
+    try:
+        for row in load_dataset(name, config or None, split=split or "train", streaming=True):
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise DataError(f'{path}: has the columns {list(row)}; expected a string in one named "text"')
+            yield text
+    except DataError:
+        raise
+    except Exception as error:  # of the network, of a file format, of the name: the library raises many kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise DataError(f"{path}: cannot be read as a data set: {reason}") from None
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -127,57 +168,59 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def tokenize_files(paths: Sequence[Path], tokenizer_path: Path, vocab_size: int, eos: int, cache: Path) -> TokenStream:
+def tokenize_files(
+    paths: Sequence[Path], tokenizer_path: Path, vocab_size: int, eos: int, cache: Path, limit: int = 0
+) -> TokenStream:
     """All documents of `paths` as one stream of ids, each document preceded by the end-of-text token.
 
-    The stream is written once to `cache` under a name that depends on the files (path, size, time of change) and on the
-    tokenizer, and memory-mapped from there.
+    The stream is written once to `cache` under a name that depends on the files (path, size, time of change; of a data
+    set the name alone), on the tokenizer and the limit, and memory-mapped from there. With a `limit`, the document that
+    reaches so many tokens is the last. The tokenizers library spreads each batch of documents over all cores.
 
     Raises:
         DataError, TokenizerError: the text or the tokenizer cannot be used.
     """
     files = find_files(paths)
     tokenizer = load_tokenizer(tokenizer_path, vocab_size)
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(tokenizer_path.read_bytes() + json.dumps([stats, eos]).encode()).hexdigest()[:16]
+    named = [str(p) for p in files if is_dataset(p)]
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files if not is_dataset(p)]
+    inputs = json.dumps([stats, eos, named, limit])
+    key = hashlib.sha256(tokenizer_path.read_bytes() + inputs.encode()).hexdigest()[:16]
     data_path, meta_path = cache / f"tokens-{key}.bin", cache / f"tokens-{key}.json"
     dtype = np.uint16 if vocab_size <= 65536 else np.uint32
     if not meta_path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         text_bytes = documents = count = 0
-        total = sum(size for _, size, _ in stats)
-        with atomic_write(data_path) as out, progress_bar("tokenising", total, unit="bytes") as bar:
-            for batch in _batches(files):
-                for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                    ids = np.array([eos, *encoding.ids], dtype)
-                    out.write(ids.tobytes())
-                    count += len(ids)
-                size = sum(len(text.encode()) for text in batch)
-                text_bytes, documents = text_bytes + size, documents + len(batch)
-                bar.advance(size)
+        digest = hashlib.sha256()
+        total = limit or (None if named else sum(size for _, size, _ in stats))
+        unit = "tokens" if limit else "bytes"
+        with atomic_write(data_path) as out, progress_bar("tokenising", total, unit=unit) as bar:
+            for text, encoding in _encoded(files, tokenizer):
+                ids = np.array([eos, *encoding.ids], dtype).tobytes()
+                out.write(ids)
+                digest.update(ids)
+                size = len(text.encode())
+                count, text_bytes, documents = count + len(encoding.ids) + 1, text_bytes + size, documents + 1
+                bar.advance(len(encoding.ids) + 1 if limit else size)
+                if 0 < limit <= count:
+                    break
             if count <= documents:
                 raise DataError(
                     f"{', '.join(map(str, paths))}: holds no text; expected at least one document that is not empty"
                 )
-        meta = {"tokens": count, "text_bytes": text_bytes, "documents": documents}
+        meta = {"tokens": count, "text_bytes": text_bytes, "documents": documents, "digest": digest.hexdigest()[:16]}
         with atomic_write(meta_path) as out:
             out.write(json.dumps(meta).encode())
     meta = json.loads(meta_path.read_text())
     tokens = np.memmap(data_path, dtype, "r", shape=(meta["tokens"],))
-    return TokenStream(tokens, meta["text_bytes"], meta["documents"], key)
+    return TokenStream(tokens, meta["text_bytes"], meta["documents"], key, meta["digest"])
 
 
-def _batches(files: Sequence[Path]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for path in files:
-        for text in read_documents(path):
-            if text:
-                batch.append(text)
-            if len(batch) == _DOCUMENTS_AT_ONCE:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+def _encoded(files: Sequence[Path], tokenizer: Tokenizer) -> Iterator[tuple[str, Encoding]]:
+    """Every document that is not empty, with its encoding."""
+    texts = (text for path in files for text in read_documents(path) if text)
+    while batch := list(islice(texts, _DOCUMENTS_AT_ONCE)):
+        yield from zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True)
 
 
 @dataclass(frozen=True)

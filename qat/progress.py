@@ -30,8 +30,8 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: float, unit: str = "", shown: bool = True) -> Iterator[Bar]:
-    """A bar on stderr; on something that is not a terminal only its final state appears."""
+def progress_bar(title: str, total: float | None, unit: str = "", shown: bool = True) -> Iterator[Bar]:
+    """A bar on stderr, moving to and fro if the total is None; on what is no terminal only its final state appears."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -1,8 +1,12 @@
 """Reading, tokenising and batching text."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
@@ -52,6 +56,55 @@ def test_formats_agree(tmp_path):
     assert [text for f in files for text in read_documents(f)] == ["one", "two", "three"]
 
 
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+    return path
+
+
+def test_parquet_and_data_sets_give_the_tokens_of_the_lines(corpus, tokenizer_path, tmp_path):
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    rows = write_parquet(tmp_path / "rows.parquet", year=list(range(40)), text=texts)
+    for name in ("lines", "columns"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lines" / "train.jsonl").write_bytes(corpus.read_bytes())
+    write_parquet(tmp_path / "columns" / "test.parquet", text=texts)
+    wanted = tokenize_files([corpus], tokenizer_path, 300, 0, tmp_path / "cache")
+    sources = [rows, f"hf:{tmp_path / 'lines'}", f"hf:{tmp_path / 'columns'}::test"]
+    for source in sources:
+        stream = tokenize_files([Path(source)], tokenizer_path, 300, 0, tmp_path / "cache")
+        assert np.array_equal(stream.tokens, wanted.tokens), source
+        assert (stream.documents, stream.text_bytes, stream.digest) == (40, wanted.text_bytes, wanted.digest)
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 4
+
+
+def test_limit_ends_with_the_document_that_reaches_it(corpus, tokenizer_path, tmp_path):
+    whole = tokenize_files([corpus], tokenizer_path, 300, 0, tmp_path)
+    starts = np.flatnonzero(whole.tokens == 0)
+    for limit, documents in ((1, 1), (int(starts[3]), 3), (int(starts[3]) + 1, 4), (10**9, 40)):
+        stream = tokenize_files([corpus], tokenizer_path, 300, 0, tmp_path, limit)
+        assert stream.documents == documents, limit
+        assert np.array_equal(stream.tokens, whole.tokens[: len(stream.tokens)])
+    assert len(stream.tokens) == len(whole.tokens)
+
+
+def test_data_sets_that_cannot_be_read(corpus, tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", title=["no text here"])
+    with pytest.raises(DataError, match=r"has the columns \['title'\]; expected one named \"text\""):
+        list(read_documents(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=r"has the columns \['title'\]; expected a string in one named \"text\""):
+        list(read_documents(Path(f"hf:{tmp_path}")))
+    for name in ("hf:", "hf:a:b:c:d"):
+        with pytest.raises(DataError, match="is not the name of a data set; expected hf:NAME"):
+            list(read_documents(Path(name)))
+    with pytest.raises(DataError, match="cannot be read as a data set: ") as caught:
+        list(read_documents(Path(f"hf:{tmp_path}::nosuchsplit")))
+    assert "\n" not in str(caught.value)
+    for module, path in (("datasets", Path("hf:some/name")), ("pyarrow.parquet", tmp_path / "a.parquet")):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+        with pytest.raises(DataError, match=r"install it with: pip install 'tmexport\[data\]'"):
+            list(read_documents(path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -63,7 +116,7 @@ def test_formats_agree(tmp_path):
         ("a.txt", b"", "holds no text"),
         ("a.jsonl", b'{"text": ""}\n', "holds no text"),
         ("a.csv", b"x", "ends in '.csv'"),
-        ("a.parquet", b"PAR1 not really", "pyarrow|not a Parquet file"),
+        ("a.parquet", b"PAR1 not really", "not a Parquet file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, tokenizer_path, name, content, message):
