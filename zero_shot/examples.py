@@ -49,10 +49,10 @@ def load_examples(task: Task, folder: Path, limit: int | None = None) -> dict[st
         if not subjects:
             raise UsageError(f"{source}: no such data; expected the folders of {task.name}'s subjects ({INSTALL})")
         return {
-            f"{task.name}_{subject}": _examples(task, _arrow_docs(source / subject / "test", limit), limit)
+            f"{task.name}_{subject}": _examples(task, arrow_docs(source / subject / "test", limit), limit)
             for subject in subjects
         }
-    return {task.name: _examples(task, _request_docs(source), limit)}
+    return {task.name: _examples(task, request_docs(source), limit)}
 
 
 def _examples(task: Task, docs: Iterator[tuple[str, Any]], limit: int | None) -> list[Example]:
@@ -75,7 +75,7 @@ def _examples(task: Task, docs: Iterator[tuple[str, Any]], limit: int | None) ->
     return examples
 
 
-def _request_docs(path: Path) -> Iterator[tuple[str, Any]]:
+def request_docs(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, document) of a requests.jsonl.gz: one line a request, so several lines share a document."""
     last = None
     try:
@@ -96,7 +96,7 @@ def _request_docs(path: Path) -> Iterator[tuple[str, Any]]:
         raise UsageError(f"{path}: cannot be read ({error}); install it again with: {INSTALL}") from None
 
 
-def _arrow_docs(folder: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
+def arrow_docs(folder: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
     """(place, document) of a data set that `datasets` saved: Arrow streams."""
     try:
         import pyarrow
