@@ -20,7 +20,13 @@ import click
 from tmexport.errors import UsageError
 
 _RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-_FREE_ON_RESUME = {"minutes", "threads", "save_every", "allow_collapse"}  # these do not change what is computed
+_FREE_ON_RESUME = {
+    "minutes",
+    "threads",
+    "save_every",
+    "allow_collapse",
+    "tensorboard",
+}  # these do not change what is computed
 _KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -47,10 +53,12 @@ class Recipe:
     allow_collapse: bool = _setting(False, "go on when the zero ratio collapses")
     steps: int = _setting(1000, "optimiser steps", 1)
     tokens: int = _setting(0, "tokens to train on; if given, replaces --steps", 0)
+    data_tokens: int = _setting(0, "read no more than about this many tokens of --data; 0 = all", 0)
     seq_len: int = _setting(256, "tokens a sequence", 1)
     batch_size: int = _setting(8, "sequences an optimiser step, over all processes", 1)
     accumulate: int = _setting(1, "parts into which a process cuts its share of the batch, to save memory", 1)
     checkpoint_activations: bool = _setting(False, "recompute each layer in the backward pass, to save memory")
+    shard: bool = _setting(False, "several processes share weights, gradients and optimiser (FSDP) to save memory")
     compile: bool = _setting(False, "torch.compile the layers (needs a C++ compiler on a CPU)")
     lr: float = _setting(2.5e-4, "peak learning rate", 0)
     final_lr: float = _setting(0.0, "learning rate at the end, as a share of the peak", 0, 1)
@@ -75,6 +83,7 @@ class Recipe:
     save_every: int = _setting(200, "steps between checkpoints", 1)
     minutes: float = _setting(0.0, "stop after this time, whatever the steps; 0 = no limit", 0)
     threads: int = _setting(0, "CPU threads; 0 = one a core", 0)
+    tensorboard: bool = _setting(False, "write the metrics to OUT/tensorboard too (needs tensorboard)")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -9,6 +9,7 @@ curves.png, and in checkpoints/ what --resume needs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -36,7 +37,6 @@ from qat.trainer import Run, fit
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
-from tmexport.files import atomic_write
 from tmexport.ternary import TernaryTensor
 
 
@@ -57,7 +57,8 @@ def train(
         KeyboardInterrupt: after saving; `resume` goes on from there.
     """
     keep_freed_memory()
-    accelerator = Accelerator()
+    # Several processes without a GPU must ask for the CPU: accelerate takes each for a run of its own otherwise.
+    accelerator = Accelerator(cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // local))
     torch.manual_seed(recipe.seed)
@@ -71,9 +72,6 @@ def train(
         raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
         run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache")
-    if accelerator.is_main_process:
-        with atomic_write(out / "recipe.toml") as file:
-            file.write(recipe.to_toml("student" if teacher else "teacher").encode())
     try:
         summary = fit(run, resume)
     finally:
@@ -111,7 +109,7 @@ def _prepare(
         if recipe.dtype == "bfloat16":
             _halve_matrices(teacher_model)
     eos = end_of_text_id(config, tokenizer)
-    stream = tokenize_files(data, tokenizer, config.vocab_size, eos, cache)
+    stream = tokenize_files(data, tokenizer, config.vocab_size, eos, cache, recipe.data_tokens)
     batches = Batches(stream.tokens, recipe.seq_len, recipe.batch_size, recipe.seed)
     student = Mamba2LM(config)
     if teacher_model is not None:
@@ -120,6 +118,9 @@ def _prepare(
     run = Run(
         recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
     )
+    run.inputs = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16], "data": stream.digest}
+    if teacher_model is not None:
+        run.inputs["teacher"] = _digest_of_vectors(teacher_model)
     if teacher_model is not None and recipe.teacher_top_k and recipe.kd_weight > 0:
         teacher_model.to(accelerator.device)
         run.teacher_cache = open_teacher_cache(recipe, teacher_model, batches, stream.key, cache)
@@ -127,6 +128,15 @@ def _prepare(
         scored = tokenize_files(held_out, tokenizer, config.vocab_size, eos, cache)
         run.held_out, run.held_out_bytes = _first_tokens(scored, recipe.eval_tokens, eos, tokenizer)
     return run
+
+
+def _digest_of_vectors(model: Mamba2LM) -> str:
+    """Tells one teacher from another by its norms, biases, A and D, which are quickly read."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _halve_matrices(model: Mamba2LM) -> None:
@@ -150,10 +160,14 @@ def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | No
     path = out / "tokenizer.json"
     if given is not None:
         find_tokenizer(out, given)
+        if (out / "checkpoints" / "latest.pt").is_file() and given.read_bytes() != path.read_bytes():
+            raise UsageError(
+                f"{given}: is not the tokenizer of the run in {out}; leave it out, or choose another --out"
+            )
         shutil.copyfile(given, path)
     elif not (out / "checkpoints" / "latest.pt").is_file():
         click.echo(f"training a tokenizer of {recipe.vocab_size} tokens", err=True)
-        train_tokenizer(data, recipe.vocab_size, path)
+        train_tokenizer(data, recipe.vocab_size, path, 4 * recipe.data_tokens)  # about 4 characters a token
     return path
 
 
@@ -186,7 +200,7 @@ def _first_tokens(stream: TokenStream, count: int, eos: int, tokenizer: Path) ->
     "--data",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="text, JSON Lines, Parquet or a folder; repeatable",
+    help="text, JSON Lines, Parquet, a folder, or hf:NAME[:CONFIG[:SPLIT]], read through datasets; repeatable",
 )
 @click.option(
     "--held-out", multiple=True, type=click.Path(path_type=Path), help="text to score during training; repeatable"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from qat.data import Batches
@@ -28,8 +29,11 @@ from qat.progress import Bar, progress_bar
 from qat.quantizer import zero_ratios
 from qat.recipe import Recipe
 from qat.saving import load_state, save_state, trim_metrics
+from qat.scalars import tensorboard
+from qat.sharding import shard, whole
 from qat.teacher_cache import TeacherCache
 from tmexport.errors import UsageError
+from tmexport.files import atomic_write
 
 
 @dataclass
@@ -47,6 +51,7 @@ class Run:
     teacher_cache: TeacherCache | None = None
     held_out: np.ndarray | None = None
     held_out_bytes: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)  # digests of what is read, by flag; see load_state
     accelerator: Accelerator = field(default_factory=Accelerator)
 
     @property
@@ -124,27 +129,37 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
     recipe, accelerator = run.recipe, run.accelerator
     main, device = accelerator.is_main_process, accelerator.device
     share = _share_of_batch(recipe, accelerator.num_processes)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError("accelerate is configured for FSDP; configure it for several devices alone, and give --shard")
     if run.teacher is not None:
         run.teacher.to(device)
     run.student.to(device)
     run.student.backbone.checkpoint_activations = recipe.checkpoint_activations
+    trained = copy.deepcopy(run.student) if recipe.shard else run.student
     if recipe.compile:
-        for layer in run.student.backbone.layers:
+        for layer in trained.backbone.layers:
             layer.compile()
-    optimizer = make_optimizer(run.student, recipe)
-    step, best = load_state(run.latest, run.student, optimizer, recipe, resume)
-    work = Step(run.student, run.teacher, recipe)
-    module, optimizer = accelerator.prepare(work, optimizer)
+    work = Step(trained, run.teacher, recipe)
+    if recipe.shard:
+        shard(work, trained.backbone.layers, device, accelerator.num_processes)
+    optimizer = make_optimizer(trained, recipe)
+    step, best = load_state(run.latest, trained, optimizer, recipe, run.inputs, resume)
+    module, optimizer = (work if recipe.shard else accelerator.prepare(work)), accelerator.prepare(optimizer)
+    if recipe.shard:
+        run.student.load_state_dict(whole(trained.state_dict()))
     started, stopped_by = time.monotonic(), "steps"
     zeros: dict[str, float] = {}
     if main:
         run.latest.parent.mkdir(parents=True, exist_ok=True)
         trim_metrics(run.metrics, step)
+        with atomic_write(run.folder / "recipe.toml") as file:  # not before: a run of other settings was refused
+            file.write(recipe.to_toml("teacher" if run.teacher is None else "student").encode())
     accelerator.wait_for_everyone()
     with (
         open(run.metrics if main else os.devnull, "a", encoding="utf-8") as log,
         progress_bar("training", recipe.steps, shown=main) as bar,
         _catch_interrupt() as interrupted,
+        _scalars(run, main) as add_scalars,
     ):
         while step < recipe.steps:
             began = time.monotonic()
@@ -159,7 +174,7 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
                 top = run.teacher_cache(step, first, share)
                 inputs += [top.ids.to(device), top.log_q.to(device), top.log_tail.to(device)]
             losses = _backward(accelerator, module, inputs, recipe.accumulate)
-            norm = accelerator.clip_grad_norm_(module.parameters(), recipe.clip or math.inf).item()
+            norm = whole(accelerator.clip_grad_norm_(module.parameters(), recipe.clip or math.inf)).item()
             # Sums of every process's numbers: all must agree on when to stop.
             late = recipe.minutes > 0 and time.monotonic() - started > 60 * recipe.minutes
             flags = losses.new_tensor([float(bool(interrupted)), float(late)])
@@ -174,21 +189,28 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
             step += 1
             last = step == recipe.steps
             collapsed = None
-            if step % recipe.log_every == 0 or last:
+            look, ask = step % recipe.log_every == 0 or last, step % recipe.eval_every == 0 or last
+            save = step % recipe.save_every == 0 or last or stop or late_share
+            if recipe.shard and (look or ask or save):
+                run.student.load_state_dict(whole(trained.state_dict()))
+            if look:
                 before, zeros = zeros, zero_ratios(run.student)
                 entry |= {"zero_ratio": mean(zeros.values()), "zero_ratios": zeros} if zeros else {}
                 collapsed = find_collapse(before, zeros, recipe.collapse_ratio)
-            if main and run.held_out is not None and (step % recipe.eval_every == 0 or last):
+            if main and run.held_out is not None and ask:
                 entry["held_out_bits_per_byte"] = score = held_out_score(run)
                 if score < best:
                     best = score
-                    save_state(run.best, run.student, None, step, best, recipe)
+                    save_state(run.best, run.student, None, step, best, recipe, run.inputs)
             log.write(json.dumps(entry) + "\n")
             log.flush()
+            add_scalars(entry)
             _show(bar, step, entry, zeros)
             collapsed = None if recipe.allow_collapse else collapsed
-            if main and (step % recipe.save_every == 0 or last or stop or late_share or collapsed):
-                save_state(run.latest, run.student, optimizer, step, best, recipe)
+            if save or collapsed:
+                state = whole(optimizer.state_dict())
+                if main:
+                    save_state(run.latest, run.student, state, step, best, recipe, run.inputs)
             if collapsed:
                 raise TrainingError(
                     f"step {step}: the zero ratio of {collapsed}; saved in {run.latest}; "
@@ -202,11 +224,19 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
     return {
         "steps": step,
         "stopped_by": stopped_by,
+        "processes": accelerator.num_processes,
         "tokens": step * recipe.tokens_per_step,
         "seconds": round(time.monotonic() - started, 1),
         "held_out_bits_per_byte": None if best == math.inf else best,
         "zero_ratio": mean(zeros.values()) if zeros else None,
     }
+
+
+def _scalars(run: Run, main: bool) -> contextlib.AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """TensorBoard's writer where it is wanted, or a function that does nothing."""
+    if run.recipe.tensorboard and main:
+        return tensorboard(run.folder / "tensorboard", run.metrics)
+    return contextlib.nullcontext(lambda entry: None)
 
 
 def _share_of_batch(recipe: Recipe, processes: int) -> int:
@@ -219,6 +249,10 @@ def _share_of_batch(recipe: Recipe, processes: int) -> int:
     if recipe.align_steps and processes > 1:
         raise UsageError(
             "align_steps trains only the layers, which needs one process; use --align-steps 0 with several"
+        )
+    if recipe.shard and processes == 1:
+        raise UsageError(
+            "--shard needs several processes; start them with: torchrun --nproc-per-node N -m qat.train ..."
         )
     return recipe.batch_size // processes
 

@@ -103,7 +103,10 @@ class Study:
     def fingerprint(self, name: str) -> dict[str, Any]:
         """What a score depends on; another teacher, text or budget makes it worthless."""
         weights = hashlib.sha256((self.teacher / "model.safetensors").read_bytes()).hexdigest()[:16]
-        texts = [[str(path.resolve()), path.stat().st_size] for path in find_files([*self.data, *self.held_out])]
+        texts = [
+            [str(path), path.stat().st_size if path.is_file() else 0]
+            for path in find_files([*self.data, *self.held_out])
+        ]
         budget = self.steps if name in VARIANTS else self.sequences if name in CORRECTIONS else None
         return {"teacher": weights, "texts": texts, "budget": budget}
 

@@ -79,4 +79,4 @@ def test_a_trainers_checkpoint_that_is_none(tmp_path, content):
     torch.save(content, tmp_path / "latest.pt")
     model, recipe = Mamba2LM(SMALL), Recipe()
     with pytest.raises(UsageError, match="latest.pt: (is damaged or not a checkpoint|was made with)"):
-        load_state(tmp_path / "latest.pt", model, make_optimizer(model, recipe), recipe, resume=True)
+        load_state(tmp_path / "latest.pt", model, make_optimizer(model, recipe), recipe, {}, resume=True)

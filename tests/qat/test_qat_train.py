@@ -211,6 +211,69 @@ def test_resume_is_exact(teacher, corpus, tmp_path, monkeypatch, stop_after):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
+def test_resume_with_other_inputs_is_refused(teacher, corpus, tmp_path):
+    """Other text, tokenizer or teacher: one line that names it, and nothing in the folder changes."""
+    run, other = tmp_path / "run", tmp_path / "other.jsonl"
+    short = Recipe(**{**TINY, "group_size": 64, "steps": 4})
+    train(short, [corpus], run, teacher)
+    lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
+    other.write_text("".join(lines[:-1]), encoding="utf-8")
+    raw = json.loads((teacher / "tokenizer.json").read_text())
+    raw["model"]["merges"].pop()
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(json.dumps(raw))
+    second = tmp_path / "second"
+    train(Recipe(**{**TINY, "seed": 1, "steps": 2}), [corpus], second)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "cache" not in path.parts}
+    for message, data, source, given in (
+        ("was made with another --data", other, teacher, None),
+        ("was made with another --tokenizer", corpus, teacher, tokenizer),
+        ("was made with another --teacher", corpus, second, teacher / "tokenizer.json"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            train(short, [data], run, source, tokenizer=given, resume=True)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="is not the tokenizer of the run in"):
+        train(Recipe(**{**TINY, "seed": 1, "steps": 2}), [corpus], second, tokenizer=tokenizer, resume=True)
+    with pytest.raises(UsageError, match="was made with lr = 0.01, now it is 0.5"):
+        train(Recipe(**{**TINY, "group_size": 64, "steps": 4, "lr": 0.5}), [corpus], run, teacher, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(corpus.read_bytes())  # the same text elsewhere is the same text
+    assert train(short, [moved], run, teacher, resume=True)["steps"] == 4
+
+
+def test_tensorboard_holds_the_metrics_once(teacher, corpus, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = Recipe(**{**TINY, "group_size": 64, "steps": 8, "tensorboard": True, "save_every": 3})
+    real = qat.trainer._show
+
+    def crash(bar, step, entry, zeros):
+        real(bar, step, entry, zeros)
+        if step == 5:  # after the checkpoint of step 3: steps 4 and 5 are done twice
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(qat.trainer, "_show", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(recipe, [corpus], tmp_path, teacher)
+    monkeypatch.setattr(qat.trainer, "_show", real)
+    train(recipe, [corpus], tmp_path, teacher, resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = curve(tmp_path)
+    for key in ("loss", "kl", "lr", "grad_norm", "zero_ratio"):
+        wanted = [(row["step"], pytest.approx(row[key])) for row in rows if key in row]
+        assert [(event.step, event.value) for event in events.Scalars(key)] == wanted, key
+    last = rows[-1]["zero_ratios"]
+    assert len(last) == 2
+    for module, ratio in last.items():
+        assert events.Scalars(f"zero_ratio/{module}")[-1].value == pytest.approx(ratio)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match="--tensorboard needs tensorboard; install it with: pip install tensorboard"):
+        train(recipe, [corpus], tmp_path / "without", teacher)
+
+
 def test_resume_drops_steps_after_the_checkpoint(teacher, corpus, tmp_path):
     """A crash between checkpoints: entries of steps that are done again appear once."""
     train(STUDENT, [corpus], tmp_path, teacher)
