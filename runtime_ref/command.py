@@ -6,12 +6,17 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import click
 
 from runtime_ref.model import Model
 from tmexport.errors import TmexportError
 from tmexport.files import silence_stdout
+
+DEMO_MODEL = (
+    Path(__file__).parent / "demo" / "sotu.gguf"
+)  # what the commands run when no model is named; see docs/demo-model.md
 
 
 def run_command(command: click.Command, name: str) -> None:

@@ -1,6 +1,7 @@
 """Continue a text with a GGUF model.
 
     python -m runtime_ref.generate MODEL.gguf --prompt "Fellow citizens" -n 64 --temperature 0
+    python -m runtime_ref.generate --prompt "My fellow citizens"
 
 The text goes to stdout as it is made, speeds go to stderr; --json prints one object instead.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from runtime_ref.command import compile_kernels, for_terminal, run_command
+from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal, run_command
 from runtime_ref.memory import MemorySize, check_memory
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
@@ -25,7 +26,7 @@ from tmexport.errors import UsageError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model_path", metavar="MODEL.gguf", type=click.Path(path_type=Path))
+@click.argument("model_path", metavar="[MODEL.gguf]", default=DEMO_MODEL, type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option(
     "-n", "--tokens", "count", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate."
@@ -58,10 +59,13 @@ def generate(
     max_memory: int | None,
     as_json: bool,
 ) -> None:
-    """Continue a text with MODEL.gguf; it ends after -n tokens, or with the model's end-of-text token.
+    """Continue a text; it ends after -n tokens, or with the model's end-of-text token.
+
+    Without MODEL.gguf: with the demo model that comes with the package, trained on State of the Union speeches.
 
     \b
-    Example:
+    Examples:
+      python -m runtime_ref.generate --prompt "My fellow citizens" --temperature 0.8 --top-p 0.95
       python -m runtime_ref.generate model.gguf --prompt "Fellow citizens" -n 64 --temperature 0.8 --top-p 0.95
     """
     if max_memory is not None:
