@@ -25,7 +25,9 @@ def commands_in(document: Path) -> list[list[str]]:
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     blocks += re.findall(
-        r"^ {4,}((?:tmexport|python -m (?:qat|runtime_ref|tmexport)\.\S+|python scripts/\S+|make) .*)", rest, re.MULTILINE
+        r"^ {4,}((?:tmexport|python -m (?:qat|runtime_ref|tmexport)\.\S+|python scripts/\S+|make) .*)",
+        rest,
+        re.MULTILINE,
     )
     for block in blocks:
         for line in block.replace("\\\n", " ").split("\n"):
