@@ -15,6 +15,7 @@ from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from tqdm import tqdm
 
 from tmexport.errors import UsageError
 from zero_shot.cli import open_scorer
@@ -39,9 +40,11 @@ class TmexportLM(TemplateLM):
         return self._scorer.encode(string)
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Likelihood]:
-        return score(self._scorer, [(context, continuation) for _, context, continuation in requests])
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        with tqdm(total=len(pairs), desc="scoring", disable=disable_tqdm) as bar:
+            return score(self._scorer, pairs, bar.update)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         return [self._scorer.rolling(self._scorer.encode(request.args[0])) for request in requests]
