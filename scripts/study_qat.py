@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, float | int | bool]] = {
     "group 128": {"group_size": 128},
     "group 64": {"group_size": 64},
     "learned scale": {"learned_scale": True, "allow_collapse": True},
-    "learned scale, 10 x learning rate": {"learned_scale": True, "allow_collapse": True, "lr": 1e-2},
+    "learned scale, learning rate 1e-2": {"learned_scale": True, "allow_collapse": True, "lr": 1e-2},
     "20 steps of alignment first": {"align_steps": 20},
 }
 ROUNDING = {f"round to nearest, group {size}": size for size in (256, 128, 64)}
