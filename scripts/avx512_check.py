@@ -64,7 +64,7 @@ def on_core(path: Path, profile: str, core: str) -> dict[str, Any]:
         EmulationError: it failed; its last line says why.
     """
     name, start = CORES[core], time.perf_counter()
-    features = ",".join(f"+{feature}" for feature in SETS[name][1])
+    features = ",".join(f"+{feature}" for feature in ("f16c", *SETS[name][1]))
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {
             "NUMBA_CPU_NAME": core,
