@@ -6,7 +6,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("package", ["tmexport", "tmexport.cli", "runtime_ref", "zero_shot.cli", "zero_shot.runtime_scorer"])
+@pytest.mark.parametrize(
+    "package", ["tmexport", "tmexport.cli", "runtime_ref", "zero_shot.cli", "zero_shot.runtime_scorer"]
+)
 def test_import_is_light(package):
     code = (
         f"import sys, {package}; print(*sorted({{'torch', 'onnx', 'transformers', 'onnxruntime'}} & set(sys.modules)))"
