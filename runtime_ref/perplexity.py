@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from runtime_ref.command import compile_kernels, run_command
 from runtime_ref.model import Model
+from runtime_ref.progress import progress_bar
 from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
 from tmexport.errors import UsageError
@@ -74,6 +74,12 @@ def score_tokens(model: Model, ids: list[int], on_progress: Callable[[int], None
     return nats
 
 
+def end_of_text(model: Model, tokenizer: Tokenizer) -> int | None:
+    """The token that precedes a document: the one the file names, else <|endoftext|>; None without either."""
+    named = model.config.eos_token_id
+    return tokenizer.token_id("<|endoftext|>") if named is None else named
+
+
 def score_documents(
     model: Model, tokenizer: Tokenizer, documents: list[str], on_progress: Callable[[int], None] = lambda n: None
 ) -> Score:
@@ -82,9 +88,7 @@ def score_documents(
     Raises:
         UsageError: there is no token to score.
     """
-    start = model.config.eos_token_id
-    if start is None:
-        start = tokenizer.token_id("<|endoftext|>")
+    start = end_of_text(model, tokenizer)
     nats, tokens, text_bytes = 0.0, 0, 0
     for document in documents:
         ids = ([] if start is None else [start]) + tokenizer.encode(document)
@@ -114,18 +118,12 @@ def perplexity(model_path: Path, text_path: Path, threads: int | None, profile: 
     Example:
       python -m runtime_ref.perplexity model.gguf heldout.txt --json
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     documents = read_documents(text_path)
     tokenizer = Tokenizer.from_gguf(model_path)
     model = Model.load(model_path, profile, threads)
     compile_kernels(model)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("scoring", total=sum(len(tokenizer.encode(d)) for d in documents))
-        score = score_documents(model, tokenizer, documents, lambda n: progress.advance(task, n))
+    with progress_bar("scoring", sum(len(tokenizer.encode(d)) for d in documents)) as advance:
+        score = score_documents(model, tokenizer, documents, advance)
     if as_json:
         click.echo(json.dumps(asdict(score) | {"profile": profile}))
     else:

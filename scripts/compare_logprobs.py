@@ -18,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runtime_ref.model import Model
+from runtime_ref.sampling import log_probabilities
 from tests.llama import Llama
 
 
@@ -28,9 +29,7 @@ def differences(path: Path, tokens: list[int], found: list[tuple[int, float]], p
     logits = model.prefill(state, tokens)
     out = []
     for token, log_probability in found:
-        wide = logits.astype(np.float64)
-        ours = wide[token] - wide.max() - np.log(np.exp(wide - wide.max()).sum())
-        out.append(ours - log_probability)
+        out.append(float(log_probabilities(logits[None], [token])[0]) - log_probability)
         logits = model.decode(state, token)
     model.close()
     return np.array(out)

@@ -21,7 +21,7 @@ import torch
 from qat.evaluate import score_document
 from qat.model import load_model
 from runtime_ref.model import Model
-from runtime_ref.perplexity import read_documents, score_tokens
+from runtime_ref.perplexity import end_of_text, read_documents, score_tokens
 from runtime_ref.tokenizer import Tokenizer
 
 # Reads a JSON list of documents (lists of token ids), prints the nats of all tokens but each document's first.
@@ -55,7 +55,7 @@ def main(checkpoint: Path, gguf: Path, text: Path, llama_python: str, tokens: in
     torch.set_num_threads(threads)
     tokenizer = Tokenizer.from_gguf(gguf)
     runtime = {profile: Model.load(gguf, profile, threads) for profile in ("exact", "fast")}
-    start = runtime["exact"].config.eos_token_id
+    start = end_of_text(runtime["exact"], tokenizer)
     begin = [] if start is None else [start]
     documents = [(begin + tokenizer.encode(document))[: tokens + 1] for document in read_documents(text)]
     documents = [ids for ids in documents if len(ids) > 1]

@@ -6,14 +6,12 @@ python -m zero_shot MODEL --tasks arc_easy,piqa --limit 200 --json
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from runtime_ref.progress import progress_bar
 from tmexport.errors import UsageError
 from zero_shot.examples import load_examples, package_folder
 from zero_shot.metrics import Metric, Result, measure, pool
@@ -94,16 +92,13 @@ def zero_shot(
     model = open_scorer(model_path, profile, threads, tokenizer)
     results: dict[str, Result] = {}
     parts: dict[str, Result] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        total = sum(len(e.contexts) for lists in examples.values() for part in lists.values() for e in part)
-        bar = progress.add_task("scoring", total=total)
+    total = sum(len(e.contexts) for lists in examples.values() for part in lists.values() for e in part)
+    with progress_bar("scoring", total) as advance:
         for task in tasks:
-            progress.update(bar, description=task.name)
+            advance(0, task.name)
             measured = {}
             for name, part in examples[task.name].items():
-                likelihoods = score_examples(model, part, lambda n: progress.advance(bar, n))
+                likelihoods = score_examples(model, part, advance)
                 measured[name] = measure(part, likelihoods, task.metrics)
             if list(measured) == [task.name]:
                 results |= measured

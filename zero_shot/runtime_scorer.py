@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime_ref.command import compile_kernels
 from runtime_ref.model import Model
-from runtime_ref.perplexity import score_tokens
+from runtime_ref.perplexity import end_of_text, score_tokens
 from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
 from tmexport.errors import UsageError
@@ -19,8 +19,7 @@ class RuntimeScorer:
     def __init__(self, path: Path, profile: str = "exact", threads: int | None = None) -> None:
         self._tokenizer = Tokenizer.from_gguf(path)
         self.model = Model.load(path, profile, threads)
-        eos = self.model.config.eos_token_id
-        eos = self._tokenizer.token_id("<|endoftext|>") if eos is None else eos
+        eos = end_of_text(self.model, self._tokenizer)
         if eos is None:
             raise UsageError(f"{path}: names no end-of-text token; export it again with a tokenizer that has one")
         self.end_of_text = eos

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from runtime_ref.bench.report import page
 from runtime_ref.bench.show import draw, show, show_ratios
 from runtime_ref.bench.workloads import WORKLOADS
 from runtime_ref.memory import MemorySize, check_memory
+from runtime_ref.progress import progress_bar
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
 
@@ -112,22 +112,14 @@ def bench(
     if not profiles:
         raise UsageError("--profile is empty; expected exact, fast or exact,fast")
     _check_outputs(report, plot)
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     from runtime_ref.bench.run import Settings, run_bench
 
     settings = Settings(prompt, count, threads, repeats, profiles, depths, chunks, workloads, workload_scale)
     if max_memory is not None:
         for profile in profiles:
             check_memory(model_path, max_memory, profile, settings.states(), len(profiles))
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("starting", total=settings.tokens())
-        result = run_bench(
-            model_path, settings, lambda what, done: progress.update(task, description=what, advance=done)
-        )
+    with progress_bar("starting", settings.tokens()) as advance:
+        result = run_bench(model_path, settings, lambda what, done: advance(done, what))
     if report:
         with atomic_write(report) as file:
             file.write(page(result).encode("utf-8", "replace"))  # a path may be any bytes
