@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from runtime_ref.kernels.scratch import CHUNK
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
 from tmexport.gguf.export import EMBEDDING_TYPES, tensor_layout
@@ -29,7 +30,6 @@ FIXED = 165_000_000
 COMPILER = 75_000_000
 TOKENIZER = 16  # bytes for each byte of a tokenizer.json, once it is parsed
 PACKERS = 4  # layers that are read at a time while loading (kernels.build)
-CHUNK_ROWS = 32  # tokens of a forward pass (Model.prefill)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 Layout = Mapping[str, tuple[tuple[int, ...], GGMLType]]
@@ -152,7 +152,7 @@ def _need(gguf: GGUFFile, config: Mamba2Config, layout: Layout, profile: str, st
     layers = max(packed[name] + stored[name] for name in packed if name.startswith("blk."))
     state = c.n_layer * (4 * (c.d_conv - 1) * c.conv_dim + (4 if profile == "exact" else 2) * c.d_inner * c.d_state)
     tokenizer = gguf.metadata.get(TOKENIZER_JSON_KEY)
-    scratch = CHUNK_ROWS * (4 * c.d_model + 9 * max(c.d_model, c.d_inner) + 4 * c.d_in_proj + 4 * c.conv_dim)
+    scratch = CHUNK * (4 * c.d_model + 9 * max(c.d_model, c.d_inner) + 4 * c.d_in_proj + 4 * c.conv_dim)
     scratch += 8 * c.vocab_size  # two vectors of logits
     other = FIXED + compiles * COMPILER + scratch + TOKENIZER * (len(tokenizer) if isinstance(tokenizer, str) else 0)
     return Need(weights, states * state, other, max(sum(ends), weights + PACKERS * layers))

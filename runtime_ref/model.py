@@ -21,15 +21,13 @@ from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.build import Built, build
 from runtime_ref.kernels.engine import run
 from runtime_ref.kernels.profiles import PROFILES, STATE_DTYPES
-from runtime_ref.kernels.scratch import Scratch, allocate
+from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
 from runtime_ref.sampling import Sampling, choose
 from runtime_ref.state import State
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
 from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
-
-CHUNK = 32  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
 
 
 def default_threads() -> int:

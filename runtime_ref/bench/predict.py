@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.memory import resident_bytes
 from tmexport.config import Mamba2Config
 from tmexport.gguf.export import tensor_layout
@@ -34,7 +35,6 @@ STATE_PASSES = 2.5
 BARRIER = 3e-6
 CALL = 70e-6
 BARRIERS_A_LAYER = 6
-CHUNK = 32  # tokens that Model.prefill reads at a time
 
 
 @dataclass(frozen=True)
@@ -94,32 +94,34 @@ def work_of_file(gguf: GGUFFile) -> Work:
 
 def decode_seconds(work: Work, profile: str, speeds: Speeds) -> float:
     """Seconds of a decoded token."""
-    rate, elements = _rate(profile, speeds), speeds.elements * speeds.threads
-    barriers = BARRIERS_A_LAYER * work.config.n_layer * BARRIER if speeds.threads > 1 else 0.0
+    rate = (EXACT if profile == "exact" else 1.0) * speeds.macs * speeds.threads
     return (
         max(work.body_bytes / speeds.bandwidth, work.body_macs / rate)
         + _head_seconds(work, speeds)
         + _state_seconds(work, profile, speeds, 1)
-        + work.small_elements() / elements
-        + barriers
-        + CALL
+        + _small_seconds(work, speeds)
+        + _overhead(work, speeds)
     )
 
 
 def prefill_seconds(work: Work, profile: str, speeds: Speeds) -> float:
     """Seconds a token of a long prompt: weights, head and state come from memory once for a chunk of tokens."""
-    rate, elements = BLOCKED[profile] * speeds.macs * speeds.threads, speeds.elements * speeds.threads
-    barriers = BARRIERS_A_LAYER * work.config.n_layer * BARRIER if speeds.threads > 1 else 0.0
+    rate = BLOCKED[profile] * speeds.macs * speeds.threads
     return (
         max(work.body_bytes / CHUNK / speeds.bandwidth, work.body_macs / rate)
         + _state_seconds(work, profile, speeds, CHUNK)
-        + work.small_elements() / elements
-        + (_head_seconds(work, speeds) + barriers + CALL) / CHUNK
+        + _small_seconds(work, speeds)
+        + (_head_seconds(work, speeds) + _overhead(work, speeds)) / CHUNK
     )
 
 
-def _rate(profile: str, speeds: Speeds) -> float:
-    return speeds.macs * speeds.threads * (EXACT if profile == "exact" else 1.0)
+def _small_seconds(work: Work, speeds: Speeds) -> float:
+    return work.small_elements() / (speeds.elements * speeds.threads)
+
+
+def _overhead(work: Work, speeds: Speeds) -> float:
+    """Seconds of a call whatever it computes."""
+    return CALL + (BARRIERS_A_LAYER * work.config.n_layer * BARRIER if speeds.threads > 1 else 0.0)
 
 
 def _head_seconds(work: Work, speeds: Speeds) -> float:

@@ -21,13 +21,12 @@ from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.kernels.pack import Packed, PackedFloat
 from runtime_ref.kernels.profiles import PROFILES
 from runtime_ref.kernels.repack import pack_blocks
-from runtime_ref.kernels.scratch import Dims, Scratch
+from runtime_ref.kernels.scratch import CHUNK, Dims, Scratch, activations
 from tmexport.errors import UsageError
 from tmexport.gguf.types import GGMLType
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
-ROWS = 32  # of x at a time: enough to use each unpacked weight often, few enough to stay in cache
 _WORDS = 4096  # compared before looking whether they were equal
 
 
@@ -92,20 +91,11 @@ def matmul(x: np.ndarray, packed: Packed, n: int, block: int) -> np.ndarray:
     """x fp32 [R, k] times a packed matrix [n, k] -> fp32 [R, n]; `block` activations share a scale."""
     rows, k = x.shape
     out = np.empty((rows, n), np.float32)
-    width = -(-k // 64) * 64 + 64  # as in scratch.allocate
-    room = min(rows, ROWS)
-    s = _scratch(
-        wide=np.empty((room, width), np.float32),
-        q=np.empty((room, width), np.int16),
-        high=np.empty((room, width), np.int8),
-        low=np.empty((room, width), np.int8),
-        q_scale=np.empty((room, -(-width // 32)), np.float32),
-        q_sum=np.empty((room, -(-width // 32)), np.int32),
-    )
-    for start in range(0, rows, ROWS):
-        part = x[start : start + ROWS]
+    s = _scratch(**activations(min(rows, CHUNK), k))
+    for start in range(0, rows, CHUNK):
+        part = x[start : start + CHUNK]
         s.wide[: len(part), :k] = part
-        _matmul(_isa(), PROFILES["exact"], packed, s, len(part), k, block, out[start : start + ROWS])
+        _matmul(_isa(), PROFILES["exact"], packed, s, len(part), k, block, out[start : start + CHUNK])
     return out
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from tmexport.config import Mamba2Config
 
+CHUNK = 32  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
+
 
 class Dims(NamedTuple):
     """The dimensions the kernels need; see Mamba2Config."""
@@ -53,17 +55,25 @@ def dims_of(c: Mamba2Config, in_block: int, out_block: int) -> Dims:
     )  # fmt: skip
 
 
+def activations(rows: int, k: int) -> dict[str, np.ndarray]:
+    """The arrays of a Scratch that a product reads: rows of up to k values, and what quantising them gives."""
+    width = (
+        -(-k // 64) * 64 + 64
+    )  # 64 more than needed: rows a power of two apart would compete for the same cache sets
+    return {
+        "wide": np.zeros((rows, width), np.float32),
+        "q": np.zeros((rows, width), np.int16),
+        "high": np.zeros((rows, width), np.int8),
+        "low": np.zeros((rows, width), np.int8),
+        "q_scale": np.zeros((rows, -(-width // 32)), np.float32),
+        "q_sum": np.zeros((rows, -(-width // 32)), np.int32),
+    }
+
+
 def allocate(rows: int, c: Mamba2Config) -> Scratch:
-    # 64 more than needed: rows a power of two apart would compete for the same cache sets
-    width = -(-max(c.d_model, c.d_inner) // 64) * 64 + 64
     return Scratch(
         x=np.zeros((rows, c.d_model), np.float32),
-        wide=np.zeros((rows, width), np.float32),
-        q=np.zeros((rows, width), np.int16),
-        high=np.zeros((rows, width), np.int8),
-        low=np.zeros((rows, width), np.int8),
-        q_scale=np.zeros((rows, -(-width // 32)), np.float32),
-        q_sum=np.zeros((rows, -(-width // 32)), np.int32),
+        **activations(rows, max(c.d_model, c.d_inner)),
         proj=np.zeros((rows, -(-c.d_in_proj // 16) * 16), np.float32),
         xbc=np.zeros((rows, c.conv_dim), np.float32),
         bad=np.full(rows, -1, np.int64),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner, Result
 
 from tests.models import ternary_tensors, train_tokenizer
 from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint, write_checkpoint
+from tmexport.cli import cli
 from tmexport.config import Mamba2Config
 from tmexport.onnx.export import export_onnx
 from tmexport.onnx.graph import build_graph
@@ -17,6 +19,13 @@ UNTIED = Mamba2Config(d_model=256, n_layer=2, vocab_size=320, d_state=64, tie_em
 GROUPS = Mamba2Config(d_model=256, n_layer=2, vocab_size=320, d_state=32, headdim=64, n_groups=2)
 FORMS = ("ort", "portable", "custom")
 EMBEDDINGS = ("q8", "f16", "f32")
+
+
+def run(*args: object) -> Result:
+    """`tmexport` with these arguments; only an exit is an error it may raise."""
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
 
 
 def write_ternary(folder: Path, config: Mamba2Config, group_size: int = 64, seed: int = 0) -> Checkpoint:

@@ -10,18 +10,11 @@ import torch
 from click.testing import CliRunner
 
 from tests.models import random_tensors, ternary_tensors
-from tests.onnx.exporting import FORMS, TIED, peer_model
+from tests.onnx.exporting import FORMS, TIED, peer_model, run
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.cli import cli
 from tmexport.config import Mamba2Config
 from tmexport.onnx import OrtModel
 from tmexport.onnx.generate import generate as generate_command
-
-
-def run(*args):
-    result = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,16 +5,8 @@ import json
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from tests.onnx.exporting import FORMS
-from tmexport.cli import cli
-
-
-def run(*args):
-    result = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
+from tests.onnx.exporting import FORMS, run
 
 
 @pytest.mark.parametrize("form", FORMS)
