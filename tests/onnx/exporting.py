@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import numpy as np
 from click.testing import CliRunner, Result
 
@@ -21,9 +22,9 @@ FORMS = ("ort", "portable", "custom")
 EMBEDDINGS = ("q8", "f16", "f32")
 
 
-def run(*args: object) -> Result:
-    """`tmexport` with these arguments; only an exit is an error it may raise."""
-    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+def run(*args: object, command: click.Command = cli) -> Result:
+    """The command with these arguments; only an exit is an error it may raise."""
+    result = CliRunner().invoke(command, [str(arg) for arg in args])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

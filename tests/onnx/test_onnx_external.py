@@ -7,24 +7,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 
-from tests.onnx.exporting import FORMS, TIED, export, feed, token_ids
+from tests.onnx.exporting import FORMS, TIED, export, feed, run, token_ids
 from tests.onnx.test_onnx_graph import check_whole
-from tmexport.cli import cli
 from tmexport.errors import TmexportError
 from tmexport.onnx import OrtModel, writer
 from tmexport.onnx.generate import generate
 from tmexport.onnx.names import OnnxError
 
 LIMIT = 100_000
-
-
-def run(*args, command=cli):
-    result = CliRunner().invoke(command, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 @pytest.fixture

@@ -5,19 +5,11 @@ import re
 
 import onnxruntime as ort
 import pytest
-from click.testing import CliRunner
 
 from tests.models import ternary_tensors
-from tests.onnx.exporting import TIED, feed, token_ids
+from tests.onnx.exporting import TIED, feed, run, token_ids
 from tmexport.checkpoint import write_checkpoint
-from tmexport.cli import cli
 from tmexport.onnx.site import PACKAGES
-
-
-def run(*args):
-    result = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 @pytest.fixture

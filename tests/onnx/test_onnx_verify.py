@@ -5,21 +5,13 @@ import json
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 from onnx import numpy_helper
 
-from tests.onnx.exporting import EMBEDDINGS, FORMS, export, write_ternary
-from tmexport.cli import cli
+from tests.onnx.exporting import EMBEDDINGS, FORMS, export, run, write_ternary
 from tmexport.config import Mamba2Config
 from tmexport.ternary import TernaryTensor
 
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
-
-
-def run(*args):
-    result = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def initializer(model, name):
