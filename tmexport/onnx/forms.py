@@ -63,6 +63,10 @@ class Portable:
         dense = m.unpack_ternary(self.b, *self._codes_scales(weight), self.b.ints(0, -1, self.group_size))
         return m.matmul(self.b, x, dense)
 
+    def in_proj(self, x: str, layer: Layer, n: int, k: int) -> str:
+        """[B, T, d_model] -> [B, T, d_in_proj], as the form's mixer takes it."""
+        return self.ternary(x, layer.in_proj, n, k)
+
     def mixer(self, projected: str, layer: Layer, state: StateNames) -> str:
         """[B, T, d_in_proj] -> [B, T, d_inner]; writes present_conv and present_ssm."""
         y = self.b.name("y")
@@ -140,9 +144,15 @@ class Ort(Portable):
             self.b.annotate(name, ("batch", "time", self.config.d_model))
         return outputs[3], outputs[0]
 
-    def ternary(self, x: str, weight: str, n: int, k: int) -> str:
+    def ternary(self, x: str, weight: str, n: int, k: int, bias: str = "") -> str:
         block = min(self.group_size, ORT_BLOCK)
-        return self._nbits(x, weight, n, k, bits=2, block=block, zero_points=[_zero_points(self.b, n, k // block)])
+        optional = [_zero_points(self.b, n, k // block)] + (["", bias] if bias else [])
+        return self._nbits(x, weight, n, k, bits=2, block=block, optional=optional)
+
+    def in_proj(self, x: str, layer: Layer, n: int, k: int) -> str:
+        """With dt_bias added: the product has a bias, and a token costs by the node. onnxruntime pads it once, at load."""
+        before_dt = n - self.config.n_heads
+        return self.ternary(x, layer.in_proj, n, k, self.b.op("Pad", layer.dt_bias, self.b.ints(before_dt, 0)))
 
     def mixer(self, projected: str, layer: Layer, state: StateNames) -> str:
         b, c = self.b, self.config
@@ -157,17 +167,16 @@ class Ort(Portable):
         b.annotate(outputs[0], ("batch", c.conv_dim, "time"))
         xbc = b.op("Transpose", outputs[0], perm=[0, 2, 1])
         x, bb, cc = b.ops("Split", xbc, b.ints(c.d_inner, bc, bc), outputs=3, axis=-1)
-        dt = b.op("Softplus", b.op("Add", dt, layer.dt_bias))
-        by_head = b.ints(0, 0, heads, c.headdim)
-        x = b.op("Reshape", x, by_head)
-        dx = b.op("Reshape", b.op("Mul", x, b.op("Unsqueeze", dt, b.ints(3))), b.ints(0, 0, c.d_inner))
+        dt = b.op("Softplus", dt)
+        by_head = b.op("Reshape", x, b.ints(0, 0, heads, c.headdim))
+        dx = b.op("Reshape", b.op("Mul", by_head, b.op("Unsqueeze", dt, b.ints(3))), b.ints(0, 0, c.d_inner))
         # query C, key B (one a group), value dt * x, decay dt * A: the recurrence of Mamba-2
         inputs, outputs = (cc, bb, dx, state.past_ssm, b.op("Mul", dt, layer.a)), (b.name("scan"), state.present_ssm)
         attributes = {"q_num_heads": c.n_groups, "kv_num_heads": heads, "scale": 1.0, "update_rule": "gated"}
         b.ops("LinearAttention", *inputs, outputs=outputs, domain=MICROSOFT, **attributes)
         b.annotate(outputs[0], ("batch", "time", c.d_inner))
-        skip = b.op("Mul", x, b.op("Unsqueeze", layer.d, b.ints(1)))
-        y = b.op("Add", outputs[0], b.op("Reshape", skip, b.ints(0, 0, c.d_inner)))
+        d = b.op("Expand", b.op("Unsqueeze", layer.d, b.ints(1)), b.ints(heads, c.headdim))
+        y = b.op("Add", outputs[0], b.op("Mul", x, b.op("Reshape", d, b.ints(c.d_inner))))  # D is spread out at load
         gated = b.op("Mul", y, m.silu(b, z))
         if c.n_groups == 1:
             return self.norm(gated, layer.gate_norm)
@@ -186,15 +195,15 @@ class Ort(Portable):
     def head(self, x: str, weight: str, kind: str) -> None:
         n, k = self.config.vocab_size, self.config.d_model
         if kind == "q8":
-            self._nbits(x, weight, n, k, bits=8, block=ORT_HEAD_BLOCK, zero_points=[], out="logits")
+            self._nbits(x, weight, n, k, bits=8, block=ORT_HEAD_BLOCK, optional=[], out="logits")
         else:
             super().head(x, weight, kind)
 
     def _nbits(
-        self, x: str, weight: str, n: int, k: int, bits: int, block: int, zero_points: list[str], out: str = ""
+        self, x: str, weight: str, n: int, k: int, bits: int, block: int, optional: list[str], out: str = ""
     ) -> str:
         # accuracy_level 4 (int8 activations) is said aloud: without it the 2-bit product is some 300 times slower
-        inputs = (x, f"{weight}.codes", f"{weight}.scales", *zero_points)
+        inputs = (x, f"{weight}.codes", f"{weight}.scales", *optional)
         sizes = {"N": n, "K": k, "bits": bits, "block_size": block, "accuracy_level": 4}
         dims = ("batch", "time", n)
         return self.b.op("MatMulNBits", *inputs, domain=MICROSOFT, out=out, dims=None if out else dims, **sizes)

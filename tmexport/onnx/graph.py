@@ -79,7 +79,7 @@ def build_graph(
         conv, ssm = (["batch", *shape] for shape in (conv_state_shape(config), ssm_state_shape(config)))
         inputs += [_float(state.past_conv, conv), _float(state.past_ssm, ssm)]
         outputs += [_float(state.present_conv, conv), _float(state.present_ssm, ssm)]
-        projected = writer.ternary(normed, layer.in_proj, *shapes[layer.in_proj])
+        projected = writer.in_proj(normed, layer, *shapes[layer.in_proj])
         mixed = writer.mixer(projected, layer, state)
         out = writer.ternary(mixed, layer.out_proj, *shapes[layer.out_proj])
         if i + 1 < config.n_layer:
