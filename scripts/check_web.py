@@ -12,6 +12,7 @@ import base64
 import functools
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -88,6 +89,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @click.option("--seconds", default=300, show_default=True, help="How long the page may take.")
 def check(site: Path, prompt: str, count: int, screenshot: Path | None, seconds: int) -> None:
     """Run SITE in Chromium and compare its greedy continuation with OrtModel's."""
+    for program in ("chromedriver", "chromium"):
+        if shutil.which(program) is None:
+            raise click.ClickException(f"no {program} on the PATH; on Debian: apt-get install chromium chromium-driver")
     handler = functools.partial(Quiet, directory=str(site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
