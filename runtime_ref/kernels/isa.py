@@ -65,11 +65,15 @@ class Products:
 
 @dataclass(frozen=True)
 class Primitives:
-    """How one instruction set, with vectors of `lanes` int32 lanes, takes dot products of bytes and of pairs of int16."""
+    """How one instruction set, with vectors of `lanes` int32 lanes, takes dot products of bytes and of pairs of int16.
+
+    tables: whether many tokens are better multiplied by tables of sums (tables.py). Set where it was measured.
+    """
 
     lanes: int
     bytes: Products
     pairs: Products
+    tables: bool = False
 
 
 def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -160,7 +164,10 @@ def _avx2() -> Primitives:
         return b.add(total, _call(b, "llvm.x86.avx2.pmadd.wd", ints, b.bitcast(a, halves), b.bitcast(q, halves)))
 
     return Primitives(
-        8, Products(halves, 4, words, bytes_dot, bytes_total), Products(ints, 4, words, pairs_dot, _shifted)
+        8,
+        Products(halves, 4, words, bytes_dot, bytes_total),
+        Products(ints, 4, words, pairs_dot, _shifted),
+        tables=True,
     )
 
 

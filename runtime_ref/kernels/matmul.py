@@ -14,6 +14,7 @@ from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
 from runtime_ref.kernels.pack import PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
 from runtime_ref.kernels.profiles import Exact
+from runtime_ref.kernels.tables import by_tables
 from runtime_ref.kernels.tiles import dense_tile, q4_tile, q8_tile, ternary_tile
 from runtime_ref.kernels.vector import (
     address,
@@ -114,9 +115,11 @@ def _ternary(together):
         high, low, q_scale, q_sum = address(s.high), address(s.low), address(s.q_scale), address(s.q_sum)
         y = np.empty((together, 16), np.float32)
         y_at = address(y)
-        for tile in range(tid * tiles // threads, (tid + 1) * tiles // threads):
+        first, end = tid * tiles // threads, (tid + 1) * tiles // threads
+        done = by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, end)
+        for tile in range(first, end):
             codes_at, scales_at = address(codes[tile]), address(scales[tile])
-            r = 0
+            r = done
             while r + together <= rows:
                 ternary_tile(
                     isa, profile, together, codes_at, scales_at, high + r * q_stride, low + r * q_stride, q_stride,

@@ -32,7 +32,7 @@ AHEAD = 3072  # bytes; the processor's own prefetching does not overlap enough o
 V = ir.Value
 
 
-class _Code:
+class Code:
     """A builder with pointers as byte addresses and loops that carry values in registers."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
@@ -50,8 +50,8 @@ class _Code:
     def load(self, pointer: V, kind: ir.Type, align: int) -> V:
         return self.b.load(self.b.bitcast(pointer, kind.as_pointer()), align=align)
 
-    def store(self, value: V, pointer: V) -> None:
-        self.b.store(value, self.b.bitcast(pointer, value.type.as_pointer()), align=4)
+    def store(self, value: V, pointer: V, align: int = 4) -> None:
+        self.b.store(value, self.b.bitcast(pointer, value.type.as_pointer()), align=align)
 
     def loop(self, count: V, values: list[V], body: Callable[[V, list[V]], list[V]]) -> list[V]:
         """for i in range(count): values = body(i, values); count is at least 1."""
@@ -80,7 +80,7 @@ def _zeros(kind: ir.VectorType, count: int) -> list[V]:
     return [ir.Constant(kind, None)] * count
 
 
-def _scales(code: _Code, pointer: V, lanes: int) -> list[V]:
+def _scales(code: Code, pointer: V, lanes: int) -> list[V]:
     """16 fp16 scales as fp32 vectors."""
     parts = []
     for part in range(ROWS // lanes):
@@ -89,7 +89,7 @@ def _scales(code: _Code, pointer: V, lanes: int) -> list[V]:
     return parts
 
 
-def _accumulate(code: _Code, y: list[V], totals: list[V], scales: list[V], q_scale: V) -> list[V]:
+def _accumulate(code: Code, y: list[V], totals: list[V], scales: list[V], q_scale: V) -> list[V]:
     """y + float(total) * (scale * q_scale), for the vectors of one token."""
     b, lanes = code.b, scales[0].type.count
     wide = splatted(b, q_scale, lanes)
@@ -99,7 +99,7 @@ def _accumulate(code: _Code, y: list[V], totals: list[V], scales: list[V], q_sca
     ]
 
 
-def _store_rows(code: _Code, y: list[V], out: V, tokens: int, lanes: int) -> None:
+def _store_rows(code: Code, y: list[V], out: V, tokens: int, lanes: int) -> None:
     parts = ROWS // lanes
     for index, part in enumerate(y):
         code.store(part, code.at(out, 4 * (index // parts * ROWS + index % parts * lanes)))
@@ -121,7 +121,7 @@ def ternary_tile(
     sig = types.void(isa, profile, tokens, *args_type)
 
     def codegen(context, builder, sig, args):
-        code, lanes = _Code(builder), primitives.lanes
+        code, lanes = Code(builder), primitives.lanes
         parts = ROWS // lanes
         codes_at, scales_at, high_at, low_at, q_scale_at, q_sum_at, out_at = (
             code.pointer(args[i]) for i in (3, 4, 5, 6, 8, 9, 15 - 1)
@@ -198,7 +198,7 @@ def _block_tile(bits: int):
         sig = types.void(isa, tokens, *[types.int64] * 9)
 
         def codegen(context, builder, sig, args):
-            code, b, lanes = _Code(builder), builder, primitives.lanes
+            code, b, lanes = Code(builder), builder, primitives.lanes
             parts = ROWS // lanes
             codes_at, scales_at, q_at, q_scale_at, q_sum_at, out_at = (
                 code.pointer(args[i]) for i in (2, 3, 4, 6, 7, 10)
@@ -275,7 +275,7 @@ def dense_tile(typingctx, kind, rows, tokens, values, row_bytes, x, x_stride, st
     sig = types.void(kind, rows, tokens, *[types.int64] * 6)
 
     def codegen(context, builder, sig, args):
-        code, b = _Code(builder), builder
+        code, b = Code(builder), builder
         values_at, x_at, out_at = (code.pointer(args[i]) for i in (3, 5, 8))
         w_rows = [code.at(values_at, b.mul(args[4], code.i64(r))) for r in range(n_rows)]
         x_rows = [code.at(x_at, b.mul(args[6], code.i64(t))) for t in range(count)]
