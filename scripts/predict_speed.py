@@ -50,11 +50,12 @@ def measured_speeds(threads: int) -> Speeds:
     """This machine's speeds with so many threads."""
     from runtime_ref.bench.machine import hardware
     from runtime_ref.bench.run import measured_bandwidth
+    from runtime_ref.kernels.isa import PRIMITIVES, select
     from runtime_ref.kernels.rates import ternary_rate
 
     bandwidth = measured_bandwidth([threads], hardware())[threads]
     macs = ternary_rate("fast", threads) / threads
-    return Speeds(bandwidth, macs, STATE_PER_PRODUCT * macs, threads)
+    return Speeds(bandwidth, macs, STATE_PER_PRODUCT * macs, threads, PRIMITIVES[type(select())].tables)
 
 
 def predicted(work: Work, profile: str, speeds: Speeds) -> dict[str, float]:

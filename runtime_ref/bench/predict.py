@@ -24,6 +24,7 @@ from tmexport.gguf.types import GGMLType
 # Ratios of the kernels' rates in cache, measured one by one on an AMD Zen 3 (AVX2). Relative to `macs`:
 EXACT = 0.62  # a product in profile exact, which has two planes of activations
 BLOCKED = {"exact": 0.80, "fast": 1.50}  # a product in a prompt, where a weight is unpacked once for several tokens
+TABLES = {"exact": 1.25, "fast": 2.30}  # the same by tables of sums, where the kernels take those
 HEAD = {GGMLType.Q8_0: 0.45, GGMLType.Q4_0: 0.45, GGMLType.F16: 0.25, GGMLType.F32: 0.25, GGMLType.BF16: 0.25}
 # ... relative to `elements`:
 STATE_PER_PRODUCT = 0.054  # `elements` of a machine of which only `macs` is known
@@ -39,12 +40,16 @@ BARRIERS_A_LAYER = 6
 
 @dataclass(frozen=True)
 class Speeds:
-    """A machine with `threads` at work: bytes a second of all; ternary products and state elements a second of each."""
+    """A machine with `threads` at work: bytes a second of all; ternary products and state elements a second of each.
+
+    tables: whether its kernels multiply a prompt by tables of sums (kernels/tables.py), which AVX2's do.
+    """
 
     bandwidth: float
     macs: float
     elements: float
     threads: int = 1
+    tables: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def decode_seconds(work: Work, profile: str, speeds: Speeds) -> float:
 
 def prefill_seconds(work: Work, profile: str, speeds: Speeds) -> float:
     """Seconds a token of a long prompt: weights, head and state come from memory once for a chunk of tokens."""
-    rate = BLOCKED[profile] * speeds.macs * speeds.threads
+    rate = (TABLES if speeds.tables else BLOCKED)[profile] * speeds.macs * speeds.threads
     return (
         max(work.body_bytes / CHUNK / speeds.bandwidth, work.body_macs / rate)
         + _state_seconds(work, profile, speeds, CHUNK)

@@ -19,6 +19,7 @@ from tmexport.config import Mamba2Config
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
 ROWS, K, BLOCK = 256, 2048, 256  # 128 KB of codes a thread: stays in a second-level cache
+MANY_ROWS = 2048  # as in a projection: what is done once for all rows counts little
 
 
 @njit(nogil=True, cache=True)
@@ -34,9 +35,9 @@ def ternary_rate(profile: str, threads: int, tokens: int = 1) -> float:
     Args:
         profile: exact or fast.
         threads: that work at the same time, each on weights of its own.
-        tokens: multiplied with a weight once it is loaded: 1 as in decoding, 32 as in reading a prompt.
+        tokens: multiplied with a weight once it is loaded: 1 as in decoding, CHUNK as in reading a prompt.
     """
-    rows = ROWS * threads
+    rows = (ROWS if tokens == 1 else MANY_ROWS) * threads
     codes = aligned((1, rows // 16, K // 16, 16, 4), np.dtype(np.uint8))
     codes[...] = 0x55  # every weight 0; the time does not depend on it
     scales = np.full((1, rows // 16, K // BLOCK, 16), 0x3C00, np.uint16)

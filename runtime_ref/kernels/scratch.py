@@ -8,7 +8,7 @@ import numpy as np
 
 from tmexport.config import Mamba2Config
 
-CHUNK = 32  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
+CHUNK = 64  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
 
 
 class Dims(NamedTuple):

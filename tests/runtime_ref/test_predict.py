@@ -46,8 +46,10 @@ def test_slow_arithmetic_costs_its_products():
     head = 50288 * 2048 / 0.45e9
     assert decode_seconds(WORK, "fast", speeds) == pytest.approx(WORK.body_macs / 1e9 + head + predict.CALL)
     assert decode_seconds(WORK, "exact", speeds) == pytest.approx(WORK.body_macs / 0.62e9 + head + predict.CALL)
-    shared = (head + predict.CALL) / 32
+    shared = (head + predict.CALL) / 64
     assert prefill_seconds(WORK, "fast", speeds) == pytest.approx(WORK.body_macs / 1.5e9 + shared)
+    by_tables = replace(speeds, tables=True)
+    assert prefill_seconds(WORK, "exact", by_tables) == pytest.approx(WORK.body_macs / 1.25e9 + shared)
 
 
 def test_a_slow_scan_costs_its_elements():

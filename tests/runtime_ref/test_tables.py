@@ -1,0 +1,113 @@
+"""Products of many tokens by tables of sums, against integer sums in numpy: limits, remainders, scales, shares of threads."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from numba import njit
+
+from runtime_ref.kernels import isa, tables
+from runtime_ref.kernels.matmul import multiply
+from runtime_ref.kernels.pack import PackedTernary, pack
+from runtime_ref.kernels.profiles import PROFILES
+from runtime_ref.kernels.scratch import activations
+from runtime_ref.weights import TernaryMatrix
+
+LARGEST = {"exact": 32512, "fast": 127}  # activations as the quantiser makes them
+
+
+class Rows(NamedTuple):
+    wide: np.ndarray
+    q: np.ndarray
+    high: np.ndarray
+    low: np.ndarray
+    q_scale: np.ndarray
+    q_sum: np.ndarray
+
+
+@njit
+def product(kind, profile, packed, s, rows, k, block, out, add, tid, threads):
+    multiply(kind, profile, packed, 0, s, rows, k, block, out, add, tid, threads)
+
+
+@njit
+def done_by_tables(kind, profile, packed, s, rows, k, block, out, first, end):
+    return tables.by_tables(kind, profile, packed.codes[0], packed.scales[0], s, rows, k, block, out, False, first, end)
+
+
+def quantised(q, q_scale, block):
+    """A Scratch's rows that hold these activations."""
+    tokens, k = q.shape
+    s = Rows(**activations(tokens, k))
+    upper = (q + 128) >> 8
+    s.q[:, :k], s.high[:, :k], s.low[:, :k] = q, upper, q - 256 * upper
+    s.q_scale[:, : k // block] = q_scale
+    s.q_sum[:, : k // block] = q.reshape(tokens, -1, block).sum(2)
+    return s
+
+
+def specified(codes, scales, q, q_scale):
+    """fp32 [tokens, n]: the exact integer sum of each activation block, scaled, added in ascending order."""
+    (n, k), (tokens, blocks) = codes.shape, q_scale.shape
+    block = k // blocks
+    sums = np.einsum(
+        "nbk,tbk->tnb",
+        codes.astype(np.int64).reshape(n, blocks, block),
+        q.astype(np.int64).reshape(tokens, blocks, block),
+    )
+    y = np.zeros((tokens, n), np.float32)
+    for b in range(blocks):
+        scale = scales[:, b * block * scales.shape[1] // k].astype(np.float32)
+        y += sums[:, :, b].astype(np.float32) * (scale * q_scale[:, b : b + 1])
+    return y
+
+
+SETS = [name for name in isa.available() if isa.PRIMITIVES[isa.SETS[name][0]].tables]
+
+
+def chosen(name):
+    kind = isa.SETS[name][0]
+    return kind(isa.PRIMITIVES[kind].lanes)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("n", "k", "group", "block"), [(520, 512, 256, 256), (1050, 256, 256, 64), (2203, 512, 64, 64)]
+)
+def test_products_by_tables(name, profile, n, k, group, block):
+    rng = np.random.default_rng(n)
+    top, how = LARGEST[profile], PROFILES[profile]
+    codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
+    codes[1], codes[2] = 1, -1
+    scales = rng.uniform(0.01, 0.1, (n, k // group)).astype(np.float16)
+    packed = PackedTernary(*(a[None] for a in pack(TernaryMatrix(codes, scales))))
+    for tokens in (16, 23, 41):
+        q = rng.integers(-top, top + 1, (tokens, k)).astype(np.int32)
+        q[0], q[3], q[5] = top, -top, 0
+        q_scale = rng.uniform(0.001, 0.01, (tokens, k // block)).astype(np.float32)
+        q_scale[7] = 0.0
+        s, wanted = quantised(q, q_scale, block), specified(codes, scales, q, q_scale)
+        for add in (False, True):
+            out = np.full((tokens, n), 0.5, np.float32)
+            for tid in range(2):
+                product(chosen(name), how, packed, s, tokens, k, block, out, add, tid, 2)
+            assert out.tobytes() == (np.float32(0.5) + wanted if add else wanted).tobytes(), (tokens, add)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(("profile", "lanes"), [("exact", 8), ("fast", 16)])
+def test_whole_vectors_of_tokens_only_and_never_too_few(name, profile, lanes):
+    packed = PackedTernary(
+        *(a[None] for a in pack(TernaryMatrix(np.ones((512, 64), np.int8), np.ones((512, 1), np.float16))))
+    )
+
+    def done(tokens, end=32, block=64):
+        q = np.ones((tokens, 64), np.int32)
+        s = quantised(q, np.ones((tokens, 64 // block), np.float32), block)
+        return done_by_tables(
+            chosen(name), PROFILES[profile], packed, s, tokens, 64, block, np.zeros((tokens, 512), np.float32), 0, end
+        )
+
+    assert [done(tokens) for tokens in (15, 16, 31, 33)] == [0, 16, 31 // lanes * lanes, 32]
+    assert done(16, end=31) == done(16, block=16) == 0
