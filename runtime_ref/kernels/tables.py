@@ -213,6 +213,39 @@ def _line(array):
     return (address(array) + 63) // 64 * 64
 
 
+@njit
+def _gather(s, x, q_scale):
+    """The rows' activations as x [batch][column][token] and their scales as q_scale [batch][block][token]."""
+    batches, k, tokens = x.shape
+    for batch in range(batches):
+        for t in range(tokens):
+            r = batch * tokens + t
+            for i in range(q_scale.shape[1]):
+                q_scale[batch, i, t] = s.q_scale[r, i]
+        for start in range(0, k, 16):
+            for t in range(tokens):
+                r = batch * tokens + t
+                for i in range(start, start + 16):
+                    x[batch, i, t] = s.q[r, i]
+
+
+@njit
+def _put(y, n, out, first, add):
+    """out[token, first + row] (+)= y[row, token] for n rows, as far as `out` has columns."""
+    tokens = y.shape[1]
+    for row in range(0, n, 8):
+        column = first + row
+        for t in range(0, tokens, 8):
+            if column + 8 <= out.shape[1]:
+                target = address(out) + t * out.strides[0] + column * 4
+                _turn(address(y[row]) + t * 4, tokens * 4, target, out.strides[0], add)
+            else:
+                for c in range(column, out.shape[1]):
+                    for u in range(t, t + 8):
+                        value = y[row + c - column, u]
+                        out[u, c] = out[u, c] + value if add else value
+
+
 def by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, end):
     """The product of the tiles first..end and as many of the `rows` as this way is good for; returns how many.
 
@@ -234,18 +267,10 @@ def _by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, 
         per_group = blocks // scales.shape[1]
         parts = (end - first + MOST_TILES - 1) // MOST_TILES
         most = (end - first + parts - 1) // parts * 16
-        # columns [batch][column][token], their scales [batch][block][token], results [batch][row][token]
         x = np.empty((batches, k, tokens), integer)
         q_scale = np.empty((batches, blocks, tokens), np.float32)
-        for batch in range(batches):
-            for t in range(tokens):
-                for i in range(blocks):
-                    q_scale[batch, i, t] = s.q_scale[batch * tokens + t, i]
-            for start in range(0, k, 16):
-                for t in range(tokens):
-                    for i in range(start, start + 16):
-                        x[batch, i, t] = integer(s.q[batch * tokens + t, i])
-        y = np.empty((batches, most, tokens), np.float32)
+        _gather(s, x, q_scale)
+        y = np.empty((batches, most, tokens), np.float32)  # [batch][row][token]
         sums = np.empty(64 + most * VECTOR, np.uint8)
         offsets = np.empty(64 + slabs * most * TABLES * 2, np.uint8)
         tables = np.empty(64 + TABLES * ENTRIES * VECTOR + SPARE, np.uint8)
@@ -271,18 +296,7 @@ def _by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, 
                     q_at, y_at = address(q_scale[batch, i]), address(y[batch])
                     _scale(profile, sums_at, scales_at, scales.strides[0], q_at, tiles, y_at)
             for batch in range(batches):
-                for row in range(0, n, 8):
-                    column = low * 16 + row
-                    for t in range(0, tokens, 8):
-                        r = batch * tokens + t
-                        if column + 8 <= out.shape[1]:
-                            target = address(out) + r * out.strides[0] + column * 4
-                            _turn(address(y[batch, row]) + t * 4, tokens * 4, target, out.strides[0], add)
-                        else:
-                            for c in range(column, out.shape[1]):
-                                for u in range(8):
-                                    value = y[batch, row + c - column, t + u]
-                                    out[r + u, c] = out[r + u, c] + value if add else value
+                _put(y[batch], n, out[batch * tokens : (batch + 1) * tokens], low * 16, add)
         return batches * tokens
 
     return body
