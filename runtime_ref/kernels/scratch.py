@@ -57,9 +57,8 @@ def dims_of(c: Mamba2Config, in_block: int, out_block: int) -> Dims:
 
 def activations(rows: int, k: int) -> dict[str, np.ndarray]:
     """The arrays of a Scratch that a product reads: rows of up to k values, and what quantising them gives."""
-    width = (
-        -(-k // 64) * 64 + 64
-    )  # 64 more than needed: rows a power of two apart would compete for the same cache sets
+    # 64 more than needed: rows a power of two apart would compete for the same cache sets
+    width = -(-k // 64) * 64 + 64
     return {
         "wide": np.zeros((rows, width), np.float32),
         "q": np.zeros((rows, width), np.int16),

@@ -1,7 +1,5 @@
 """Products of many tokens by tables of sums, against integer sums in numpy: limits, remainders, scales, shares of threads."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 from numba import njit
@@ -10,19 +8,12 @@ from runtime_ref.kernels import isa, tables
 from runtime_ref.kernels.matmul import multiply
 from runtime_ref.kernels.pack import PackedTernary, pack
 from runtime_ref.kernels.profiles import PROFILES
-from runtime_ref.kernels.scratch import activations
+from runtime_ref.kernels.scratch import allocate
 from runtime_ref.weights import TernaryMatrix
+from tests.runtime_ref.integer_sums import specified
+from tmexport.config import Mamba2Config
 
 LARGEST = {"exact": 32512, "fast": 127}  # activations as the quantiser makes them
-
-
-class Rows(NamedTuple):
-    wide: np.ndarray
-    q: np.ndarray
-    high: np.ndarray
-    low: np.ndarray
-    q_scale: np.ndarray
-    q_sum: np.ndarray
 
 
 @njit
@@ -35,31 +26,20 @@ def done_by_tables(kind, profile, packed, s, rows, k, block, out, first, end):
     return tables.by_tables(kind, profile, packed.codes[0], packed.scales[0], s, rows, k, block, out, False, first, end)
 
 
+def stack(codes, scales):
+    """A packed matrix as the only layer of a model."""
+    return PackedTernary(*(array[None] for array in pack(TernaryMatrix(codes, scales))))
+
+
 def quantised(q, q_scale, block):
     """A Scratch's rows that hold these activations."""
     tokens, k = q.shape
-    s = Rows(**activations(tokens, k))
+    s = allocate(tokens, Mamba2Config(d_model=k, n_layer=1, vocab_size=1))
     upper = (q + 128) >> 8
     s.q[:, :k], s.high[:, :k], s.low[:, :k] = q, upper, q - 256 * upper
     s.q_scale[:, : k // block] = q_scale
     s.q_sum[:, : k // block] = q.reshape(tokens, -1, block).sum(2)
     return s
-
-
-def specified(codes, scales, q, q_scale):
-    """fp32 [tokens, n]: the exact integer sum of each activation block, scaled, added in ascending order."""
-    (n, k), (tokens, blocks) = codes.shape, q_scale.shape
-    block = k // blocks
-    sums = np.einsum(
-        "nbk,tbk->tnb",
-        codes.astype(np.int64).reshape(n, blocks, block),
-        q.astype(np.int64).reshape(tokens, blocks, block),
-    )
-    y = np.zeros((tokens, n), np.float32)
-    for b in range(blocks):
-        scale = scales[:, b * block * scales.shape[1] // k].astype(np.float32)
-        y += sums[:, :, b].astype(np.float32) * (scale * q_scale[:, b : b + 1])
-    return y
 
 
 SETS = [name for name in isa.available() if isa.PRIMITIVES[isa.SETS[name][0]].tables]
@@ -81,7 +61,7 @@ def test_products_by_tables(name, profile, n, k, group, block):
     codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
     codes[1], codes[2] = 1, -1
     scales = rng.uniform(0.01, 0.1, (n, k // group)).astype(np.float16)
-    packed = PackedTernary(*(a[None] for a in pack(TernaryMatrix(codes, scales))))
+    packed = stack(codes, scales)
     for tokens in (16, 23, 41):
         q = rng.integers(-top, top + 1, (tokens, k)).astype(np.int32)
         q[0], q[3], q[5] = top, -top, 0
@@ -98,9 +78,7 @@ def test_products_by_tables(name, profile, n, k, group, block):
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize(("profile", "lanes"), [("exact", 8), ("fast", 16)])
 def test_whole_vectors_of_tokens_only_and_never_too_few(name, profile, lanes):
-    packed = PackedTernary(
-        *(a[None] for a in pack(TernaryMatrix(np.ones((512, 64), np.int8), np.ones((512, 1), np.float16))))
-    )
+    packed = stack(np.ones((512, 64), np.int8), np.ones((512, 1), np.float16))
 
     def done(tokens, end=32, block=64):
         q = np.ones((tokens, 64), np.int32)

@@ -10,6 +10,7 @@ from runtime_ref.kernels import isa
 from runtime_ref.kernels.pack import pack
 from runtime_ref.kernels.tiles import q4_tile, q8_tile, ternary_tile
 from runtime_ref.weights import BlockMatrix, TernaryMatrix
+from tests.runtime_ref.integer_sums import specified
 from tests.runtime_ref.tile_code import kernel_ir, optimised
 
 TOKENS, K = 4, 512
@@ -33,19 +34,6 @@ def native(intrinsic, name, profile, tokens):
     engine.finalize_object()
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * numbers)
     return kind(engine.get_function_address("kernel")), engine
-
-
-def specified(codes, scales, q, q_scale):
-    """y fp32 [tokens, 16]: integer sums of each activation block, added in ascending order."""
-    blocks, block, group = q_scale.shape[1], K // q_scale.shape[1], K // scales.shape[1]
-    sums = np.einsum(
-        "nbk,tbk->tnb", codes.astype(np.int64).reshape(16, blocks, block), q.astype(np.int64).reshape(TOKENS, -1, block)
-    )
-    y = np.zeros((TOKENS, 16), np.float32)
-    for b in range(blocks):
-        scale = scales[:, b * block // group].astype(np.float32)
-        y += sums[:, :, b].astype(np.float32) * (scale * q_scale[:, b : b + 1])
-    return y
 
 
 def activations(rng, block, low, high):
