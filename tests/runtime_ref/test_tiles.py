@@ -13,7 +13,9 @@ from runtime_ref.weights import BlockMatrix, TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
 from tests.runtime_ref.tile_code import kernel_ir, optimised
 
-TOKENS, K = 4, 512
+K = 512
+# As many as the instruction set with the most accumulators takes at a time, whatever this CPU has.
+TOKENS = max(of.in_flight for p in isa.PRIMITIVES.values() for of in (p.bytes, p.pairs))
 LARGEST = {
     "exact": 32639,
     "fast": 127,
