@@ -22,7 +22,7 @@ from runtime_ref.kernels.scratch import CHUNK
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
 from tmexport.gguf.export import EMBEDDING_TYPES, tensor_layout
-from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_metadata, gguf_name
+from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.gguf.types import GGMLType
 
@@ -117,7 +117,7 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int
     for kind, of_embedding in kinds:
         if config.d_model % of_embedding.block_size:
             continue
-        layout = {gguf_name(name): part for name, part in tensor_layout(config, kind, of_embedding).items()}
+        layout = tensor_layout(config, kind, of_embedding)
         for how in dict.fromkeys((profile, "fast")):
             option = _need(gguf, config, layout, how, states, compiles)
             name = (

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tmexport.config import Mamba2Config, load_config
 from tmexport.errors import CheckpointError
 from tmexport.files import atomic_write, file_in, read_text
+from tmexport.model import Model, load_config
 from tmexport.safetensors_io import StoredTensor, index_safetensors
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, pack_codes, unpack_codes, widest_exact
 from tmexport.torch_bin import index_torch_bin
@@ -27,31 +27,14 @@ EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.
 _STATE_SPACES_EMBEDDING = "backbone.embedding.weight"
 
 
-def projection_names(config: Mamba2Config) -> list[str]:
+def projection_names(model: Model) -> list[str]:
     """The weights that are ternary in a ternary checkpoint, in the order of the layers."""
-    return [f"backbone.layers.{i}.mixer.{p}_proj.weight" for i in range(config.n_layer) for p in ("in", "out")]
+    return list(model.projections)
 
 
-def expected_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of these dimensions, by Hugging Face name, in the order of the layers."""
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.d_model)}
-    for i in range(config.n_layer):
-        layer = f"backbone.layers.{i}."
-        shapes |= {
-            layer + "norm.weight": (config.d_model,),
-            layer + "mixer.in_proj.weight": (config.d_in_proj, config.d_model),
-            layer + "mixer.conv1d.weight": (config.conv_dim, 1, config.d_conv),
-            layer + "mixer.conv1d.bias": (config.conv_dim,),
-            layer + "mixer.dt_bias": (config.n_heads,),
-            layer + "mixer.A_log": (config.n_heads,),
-            layer + "mixer.D": (config.n_heads,),
-            layer + "mixer.norm.weight": (config.d_inner,),
-            layer + "mixer.out_proj.weight": (config.d_model, config.d_inner),
-        }
-    shapes[FINAL_NORM] = (config.d_model,)
-    if not config.tie_embeddings:
-        shapes[LM_HEAD] = (config.vocab_size, config.d_model)
-    return shapes
+    return {name: tensor.shape for name, tensor in model.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,7 @@ class Checkpoint:
     """
 
     path: Path
-    config: Mamba2Config
+    config: Model
     group_size: int | None
     tokenizer: Path | None
     stored: Mapping[str, StoredTensor]
@@ -122,7 +105,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 
 def write_checkpoint(
     folder: Path | str,
-    config: Mamba2Config,
+    config: Model,
     tensors: Mapping[str, np.ndarray | TernaryTensor],
     tokenizer: Path | None = None,
 ) -> None:
@@ -240,7 +223,7 @@ def _index_shards(folder: Path, index_path: Path, reader: object) -> dict[str, S
     return merged
 
 
-def _drop_tied_head(folder: Path, config: Mamba2Config, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _drop_tied_head(folder: Path, config: Model, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """A tied head that was saved a second time must be the embedding; then it is left out."""
     if not config.tie_embeddings or LM_HEAD not in stored or EMBEDDING not in stored:
         return stored
@@ -254,9 +237,7 @@ def _drop_tied_head(folder: Path, config: Mamba2Config, stored: dict[str, Stored
     return {name: tensor for name, tensor in stored.items() if name != LM_HEAD}
 
 
-def _check_tensors(
-    folder: Path, config: Mamba2Config, group_size: int | None, stored: Mapping[str, StoredTensor]
-) -> None:
+def _check_tensors(folder: Path, config: Model, group_size: int | None, stored: Mapping[str, StoredTensor]) -> None:
     wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     projections = set(projection_names(config)) if group_size else set()
     for name, shape in expected_shapes(config).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,11 @@ class Summary:
         ternary = [t for t in self.tensors if t.zero_ratio is not None]
         weights = [int(np.prod(t.shape)) for t in ternary]
         mean = float(np.average(zeros, weights=weights)) if zeros else None
-        return asdict(self) | {"bytes_by_type": types, "zero_ratio": mean}
+        return asdict(replace(self, config=None)) | {
+            "config": self.config.dimensions(),
+            "bytes_by_type": types,
+            "zero_ratio": mean,
+        }
 
 
 def inspect_path(path: Path, on_tensor: Callable[[str, int], None] = lambda name, total: None) -> Summary:

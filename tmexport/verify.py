@@ -6,18 +6,19 @@ Codes and scales come back through `gguf.decode`, which shares nothing with the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tmexport.checkpoint import Checkpoint, expected_shapes
-from tmexport.config import Mamba2Config
+from tmexport.checkpoint import Checkpoint
 from tmexport.errors import NotTernaryError
 from tmexport.gguf.decode import decode_ternary, dequantize
-from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata, gguf_name
+from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
 from tmexport.gguf.types import GGMLType
+from tmexport.model import ModelTensor
+from tmexport.model.spec import NEG_EXP
 from tmexport.ternary import first_true
 
 # A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
@@ -63,25 +64,25 @@ def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str
     """
     difference = _compare_model(checkpoint, gguf)
     n_ternary = n_codes = n_scales = n_other = 0
-    for name in expected_shapes(checkpoint.config) if difference is None else ():
-        kind = gguf.tensors[gguf_name(name)].type
+    for tensor in checkpoint.config.tensors.values() if difference is None else ():
+        kind = gguf.tensors[tensor.gguf].type
         if kind.is_ternary:
-            difference, codes, scales = _compare_ternary(checkpoint, gguf, name)
+            difference, codes, scales = _compare_ternary(checkpoint, gguf, tensor)
             n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales
         else:
-            difference = _compare_float(checkpoint, gguf, name, kind)
+            difference = _compare_float(checkpoint, gguf, tensor, kind)
             n_other += 1
         if difference is not None:
             break
-        on_tensor(gguf_name(name))
+        on_tensor(tensor.gguf)
     return Report(n_ternary, n_codes, n_scales, n_other, difference)
 
 
 def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
-    found, expected = config_from_metadata(gguf), checkpoint.config
-    for field in (f.name for f in fields(Mamba2Config) if f.name not in _NOT_COMPARED):
-        if getattr(found, field) != getattr(expected, field):
-            return Difference(field, None, None, repr(getattr(expected, field)), repr(getattr(found, field)))
+    found, expected = config_from_metadata(gguf).dimensions(), checkpoint.config.dimensions()
+    for field in (name for name in expected | found if name not in _NOT_COMPARED):
+        if found.get(field) != expected.get(field):
+            return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
     stored = gguf.metadata.get(TOKENIZER_JSON_KEY)
     if checkpoint.tokenizer is not None and (
         not isinstance(stored, str) or stored.encode() != Path(checkpoint.tokenizer).read_bytes()
@@ -90,12 +91,12 @@ def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
     return None
 
 
-def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, name: str) -> tuple[Difference | None, int, int]:
-    target = gguf_name(name)
+def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor) -> tuple[Difference | None, int, int]:
+    target = tensor.gguf
     info = gguf.tensors[target]
     codes, scales = decode_ternary(gguf.blocks(target), info.type, info.shape[-1], target)
     try:
-        expected = checkpoint.ternary(name)
+        expected = checkpoint.ternary(tensor.hf)
     except NotTernaryError as error:
         return Difference(target, None, None, "an exactly ternary weight in the checkpoint", str(error)), 0, 0
     # Both sides at the finer of group and block, so that either may be the wider one.
@@ -115,12 +116,12 @@ def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, name: str) -> tuple
     return None, codes.size, scales.size
 
 
-def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, name: str, kind: GGMLType) -> Difference | None:
-    target = gguf_name(name)
+def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor, kind: GGMLType) -> Difference | None:
+    target = tensor.gguf
     k = gguf.tensors[target].shape[-1]
     found = dequantize(gguf.blocks(target), kind, k, target)
-    expected = checkpoint.dense(name).astype(np.float32, copy=False)
-    if name.endswith(".A_log"):
+    expected = checkpoint.dense(tensor.hf).astype(np.float32, copy=False)
+    if tensor.transform == NEG_EXP:
         expected = (-np.exp(expected.astype(np.float64))).astype(np.float32)
     expected = expected.reshape(found.shape)
     if kind is GGMLType.F32:

@@ -17,7 +17,7 @@ from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.memory import resident_bytes
 from tmexport.config import Mamba2Config
 from tmexport.gguf.export import tensor_layout
-from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata, gguf_name
+from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
 from tmexport.gguf.types import GGMLType
 
@@ -80,7 +80,7 @@ class Work:
 def work_of(config: Mamba2Config, body: GGMLType, head: GGMLType, group: int = 256) -> Work:
     """The work of a model of these dimensions and types."""
     layout = tensor_layout(config, body, head)
-    packed = {gguf_name(name): resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
+    packed = {name: resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
     projections = sum(size for name, size in packed.items() if name.endswith(("ssm_in.weight", "ssm_out.weight")))
     return Work(config, projections, packed.get("output.weight", packed["token_embd.weight"]), head)
 

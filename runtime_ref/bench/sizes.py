@@ -9,7 +9,7 @@ import numpy as np
 
 from tmexport.errors import UsageError
 from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, tensor_layout
-from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata, gguf_name, model_metadata
+from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata, model_metadata
 from tmexport.gguf.reader import GGUFFile
 from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, file_bytes
@@ -41,7 +41,7 @@ def _size(gguf: GGUFFile, kind: GGMLType, embedding: GGMLType) -> int | None:
         layout = tensor_layout(config, kind, embedding)
     except UsageError:
         return None
-    tensors = [PlannedTensor(gguf_name(name), shape, of, _nothing) for name, (shape, of) in layout.items()]
+    tensors = [PlannedTensor(name, shape, of, _nothing) for name, (shape, of) in layout.items()]
     name = str(gguf.metadata.get("general.name", ""))
     own = model_metadata(config, FILE_TYPES[kind], name, None if kind is GGMLType.F16 else group)
     rest = {key: value for key, value in gguf.metadata.items() if key not in own and key != GROUP_SIZE_KEY}

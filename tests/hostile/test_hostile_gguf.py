@@ -135,7 +135,7 @@ def test_a_name_that_is_not_utf8_or_endless(tmp_path):
 def test_terminal_escapes_and_line_breaks_in_names_do_not_reach_the_terminal(tmp_path):
     refused(tmp_path, PLAIN.with_tensor(EMBED, name="\x1b[2J\nevil\u202e"), r"token_embd")
     extra = replace(PLAIN, tensors=[*PLAIN.tensors, Tensor("\x1b]0;owned\x07\n", (8,), F32, floats((8,)))])
-    refused(tmp_path, extra, r"holds \\x1b\]0;owned\\x07\\n, which a Mamba-2")
+    refused(tmp_path, extra, r"holds \\x1b\]0;owned\\x07\\n, which a model of these dimensions")
     refused(
         tmp_path,
         PLAIN.with_key("general.architecture", value(STRING, "x\n" * 5000)),

@@ -15,7 +15,7 @@ from tmexport.checkpoint import open_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
 from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, plan_export, tensor_layout
-from tmexport.gguf.names import gguf_name, model_metadata
+from tmexport.gguf.names import model_metadata
 from tmexport.gguf.reader import open_gguf
 from tmexport.gguf.types import FILE_TYPES
 from tmexport.gguf.writer import PlannedTensor, file_bytes, header_bytes
@@ -26,7 +26,7 @@ BIG = Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288)  # 1.3b
 def header_only(path, config, kind, embedding, group=256):
     """A file of the right size whose tensors are a hole: it opens, and loading it would fail."""
     layout = tensor_layout(config, TYPES[kind], EMBEDDING_TYPES[embedding])
-    tensors = [PlannedTensor(gguf_name(n), shape, of, lambda: np.empty(0)) for n, (shape, of) in layout.items()]
+    tensors = [PlannedTensor(n, shape, of, lambda: np.empty(0)) for n, (shape, of) in layout.items()]
     metadata = model_metadata(config, FILE_TYPES[TYPES[kind]], "m", None if kind == "f16" else group)
     with open(path, "wb") as file:
         file.write(header_bytes(metadata, tensors))

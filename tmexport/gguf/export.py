@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, expected_shapes, projection_names
-from tmexport.config import Mamba2Config
+from tmexport.checkpoint import Checkpoint, projection_names
 from tmexport.errors import NotTernaryError, UsageError
 from tmexport.gguf.encode import encode_float, encode_ternary, scales_per_block
-from tmexport.gguf.names import gguf_name, gguf_shape, gguf_values, model_metadata
+from tmexport.gguf.names import gguf_values, model_metadata
 from tmexport.gguf.tokenizer import tokenizer_metadata
 from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
+from tmexport.model import Model, ModelTensor
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
 
 TYPES = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0, "f16": GGMLType.F16}
@@ -83,14 +83,15 @@ def plan_export(
             raise UsageError(
                 f"rows of {k} weights do not divide into {chosen.name} blocks of {chosen.block_size}; use --type q2_0"
             )
-    projections = set(projection_names(config))
     tensors = []
-    for name, (target, tensor_kind) in tensor_layout(config, chosen, EMBEDDING_TYPES[embedding]).items():
-        if name in projections:
-            make = partial(_projection, checkpoint, name, chosen, group_size, ptq)
+    layout = tensor_layout(config, chosen, EMBEDDING_TYPES[embedding])
+    for tensor in config.tensors.values():
+        shape, tensor_kind = layout[tensor.gguf]
+        if tensor.hf in config.projections:
+            make = partial(_projection, checkpoint, tensor.hf, chosen, group_size, ptq)
         else:
-            make = partial(_float, checkpoint, name, tensor_kind, target)
-        tensors.append(PlannedTensor(gguf_name(name), target, tensor_kind, make))
+            make = partial(_float, checkpoint, tensor, tensor_kind)
+        tensors.append(PlannedTensor(tensor.gguf, shape, tensor_kind, make))
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
     metadata = model_metadata(config, FILE_TYPES[chosen], name, group_size)
     source = tokenizer or checkpoint.tokenizer
@@ -98,10 +99,8 @@ def plan_export(
     return ExportPlan(chosen, group_size, metadata, tensors)
 
 
-def tensor_layout(
-    config: Mamba2Config, kind: GGMLType, embedding: GGMLType
-) -> dict[str, tuple[tuple[int, ...], GGMLType]]:
-    """The shape and type of every tensor in the file, by its name in the checkpoint.
+def tensor_layout(config: Model, kind: GGMLType, embedding: GGMLType) -> dict[str, tuple[tuple[int, ...], GGMLType]]:
+    """The shape (numpy order) and type of every tensor in the file, by its GGUF name.
 
     Args:
         config: the dimensions.
@@ -111,15 +110,16 @@ def tensor_layout(
     Raises:
         UsageError: the embedding's rows do not divide into the type's blocks.
     """
-    projections, layout = set(projection_names(config)), {}
-    for name, shape in expected_shapes(config).items():
-        if name in projections:
+    layout = {}
+    for tensor in config.tensors.values():
+        shape = tensor.gguf_shape
+        if tensor.hf in config.projections:
             tensor_kind = kind
         else:
-            tensor_kind = embedding if name in (EMBEDDING, LM_HEAD) else GGMLType.F32
+            tensor_kind = embedding if tensor.low_bit else GGMLType.F32
             if shape[-1] % tensor_kind.block_size:
                 raise UsageError(f"embedding rows of {shape[-1]} do not divide into {tensor_kind.name} blocks; use f16")
-        layout[name] = (gguf_shape(name, config, shape), tensor_kind)
+        layout[tensor.gguf] = (shape, tensor_kind)
     return layout
 
 
@@ -172,6 +172,6 @@ def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: i
         raise _refusal(error) from None
 
 
-def _float(checkpoint: Checkpoint, name: str, kind: GGMLType, shape: tuple[int, ...]) -> np.ndarray:
-    values = gguf_values(name, checkpoint.values(name)).reshape(-1, shape[-1])
-    return encode_float(values, kind, name)
+def _float(checkpoint: Checkpoint, tensor: ModelTensor, kind: GGMLType) -> np.ndarray:
+    values = gguf_values(tensor, checkpoint.values(tensor.hf)).reshape(-1, tensor.gguf_shape[-1])
+    return encode_float(values, kind, tensor.hf)

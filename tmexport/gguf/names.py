@@ -1,168 +1,91 @@
-"""What a Mamba-2 model is called in GGUF: keys and tensors (llama.cpp, gguf-py constants and src/models/mamba2.cpp)."""
+"""A model as GGUF says it: keys and tensors (llama.cpp, gguf-py constants); what they are called is in tmexport.model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tmexport.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
-from tmexport.config import Mamba2Config
 from tmexport.errors import ConfigError, GGUFError
 from tmexport.gguf.decode import decode_ternary
 from tmexport.gguf.reader import GGUFFile
 from tmexport.gguf.types import GGMLType
+from tmexport.model import Model, ModelTensor
+from tmexport.model.dialects import FAMILIES, family_of
+from tmexport.model.dialects.reading import Keys
+from tmexport.model.spec import NEG_EXP
 from tmexport.ternary import GROUP_SIZES, first_true
 
-CONTEXT_LENGTH = 2**20  # a recurrent model has no limit; llama.cpp's converter writes this
 GROUP_SIZE_KEY = "tmexport.group_size"
 TOKENIZER_JSON_KEY = "tokenizer.huggingface.json"
 
-_LAYER = {
-    "norm.weight": "attn_norm.weight",
-    "mixer.in_proj.weight": "ssm_in.weight",
-    "mixer.conv1d.weight": "ssm_conv1d.weight",
-    "mixer.conv1d.bias": "ssm_conv1d.bias",
-    "mixer.dt_bias": "ssm_dt.bias",
-    "mixer.A_log": "ssm_a",
-    "mixer.D": "ssm_d",
-    "mixer.norm.weight": "ssm_norm.weight",
-    "mixer.out_proj.weight": "ssm_out.weight",
-}
-_MATRICES = ("ssm_in.weight", "ssm_out.weight", "token_embd.weight", "output.weight")
-_GLOBAL = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEAD: "output.weight"}
 
-
-def gguf_name(name: str) -> str:
-    """The GGUF name of a tensor with this Hugging Face name."""
-    if name in _GLOBAL:
-        return _GLOBAL[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_LAYER[rest]}"
-
-
-def gguf_shape(name: str, config: Mamba2Config, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The numpy-order shape llama.cpp expects where it differs from the checkpoint's."""
-    if name.endswith("conv1d.weight"):
-        return (config.conv_dim, config.d_conv)
-    if name.endswith((".A_log", ".D")):
-        return (config.n_heads, 1)
-    if name.endswith("mixer.norm.weight"):
-        return (config.n_groups, config.d_inner // config.n_groups)
-    return shape
-
-
-def gguf_values(name: str, values: np.ndarray) -> np.ndarray:
-    """The values llama.cpp expects: A = -exp(A_log), everything else as it is.
+def gguf_values(tensor: ModelTensor, values: np.ndarray) -> np.ndarray:
+    """The values that the file holds: A = -exp(A_log), everything else as it is.
 
     The exponential is taken in fp64 and rounded once, so the bytes do not depend on the machine's fp32 exp.
     """
-    if name.endswith(".A_log"):
-        return (-np.exp(values.astype(np.float64))).astype(np.float32)
-    return values
+    if tensor.transform is None:
+        return values
+    assert tensor.transform == NEG_EXP, tensor.transform
+    return (-np.exp(values.astype(np.float64))).astype(np.float32)
 
 
-def model_metadata(config: Mamba2Config, file_type: int, name: str, group_size: int | None) -> dict[str, Any]:
+def model_metadata(model: Model, file_type: int, name: str, group_size: int | None) -> dict[str, Any]:
     """The keys llama.cpp's loader needs, and ours."""
     metadata: dict[str, Any] = {
-        "general.architecture": "mamba2",
+        "general.architecture": model.family,
         "general.type": "model",
         "general.name": name,
         "general.file_type": file_type,
         "general.quantization_version": 2,
-        "mamba2.context_length": CONTEXT_LENGTH,
-        "mamba2.embedding_length": config.d_model,
-        "mamba2.feed_forward_length": 0,
-        "mamba2.attention.head_count": 0,
-        "mamba2.block_count": config.n_layer,
-        "mamba2.vocab_size": config.vocab_size,
-        "mamba2.attention.layer_norm_rms_epsilon": config.rms_eps,
-        "mamba2.ssm.conv_kernel": config.d_conv,
-        "mamba2.ssm.inner_size": config.d_inner,
-        "mamba2.ssm.state_size": config.d_state,
-        "mamba2.ssm.time_step_rank": config.n_heads,
-        "mamba2.ssm.group_count": config.n_groups,
     }
+    metadata |= {f"{model.family}.{key}": value for key, value in family_of(model.family).to_gguf(model).items()}
     if group_size is not None:
         metadata[GROUP_SIZE_KEY] = group_size
     return metadata
 
 
-def config_from_metadata(gguf: GGUFFile) -> Mamba2Config:
-    """The dimensions of a Mamba-2 GGUF, checked against its tensors.
+def config_from_metadata(gguf: GGUFFile) -> Model:
+    """The model in a GGUF, checked against its tensors.
 
     Raises:
         GGUFError: the file is of another architecture, or keys or tensors are missing or contradict each other.
     """
-    meta = gguf.metadata
-    architecture = meta.get("general.architecture")
-    if architecture != "mamba2":
-        raise GGUFError(f"{gguf.path}: general.architecture is {architecture!r}; expected 'mamba2'")
-    embedding = gguf.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise GGUFError(f"{gguf.path}: has no matrix token_embd.weight; it is not a complete Mamba-2 model")
-    d_model, d_inner = _whole(gguf, "embedding_length"), _whole(gguf, "ssm.inner_size")
-    n_heads = _whole(gguf, "ssm.time_step_rank")
-    if d_inner % d_model or d_inner % n_heads:
-        raise GGUFError(
-            f"{gguf.path}: inner size {d_inner} does not fit embedding length {d_model} and {n_heads} heads"
-        )
-    rows = meta.get("mamba2.vocab_size", embedding.shape[0])
-    if rows != embedding.shape[0]:
-        raise GGUFError(
-            f"{gguf.path}: mamba2.vocab_size is {rows!r}, but token_embd.weight has {embedding.shape[0]} rows; expected them to agree"
-        )
-    epsilon = meta.get("mamba2.attention.layer_norm_rms_epsilon")
     try:
-        config = Mamba2Config(
-            d_model=d_model,
-            n_layer=_whole(gguf, "block_count"),
-            vocab_size=embedding.shape[0],
-            d_state=_whole(gguf, "ssm.state_size"),
-            d_conv=_whole(gguf, "ssm.conv_kernel"),
-            expand=d_inner // d_model,
-            headdim=d_inner // n_heads,
-            n_groups=_whole(gguf, "ssm.group_count"),
-            # stored as fp32: the nearest short decimal is the number that was meant (1e-5, not 9.99999974e-06)
-            rms_eps=float(f"{epsilon:.7g}") if isinstance(epsilon, float) else epsilon,
-            tie_embeddings="output.weight" not in gguf.tensors,
-            bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-            eos_token_id=meta.get("tokenizer.ggml.eos_token_id"),
-        )
+        family = family_of(gguf.metadata.get("general.architecture"))
+    except ConfigError:
+        found, expected = gguf.metadata.get("general.architecture"), " or ".join(map(repr, FAMILIES))
+        raise GGUFError(f"{gguf.path}: general.architecture is {found!r}; expected {expected}") from None
+    shapes = {name: info.shape for name, info in gguf.tensors.items()}
+    try:
+        model = family.from_gguf(Keys(gguf.path, gguf.metadata, shapes, family.name))
     except ConfigError as error:
         raise GGUFError(f"{gguf.path}: {error}") from None
-    _check_tensors(gguf, config)
-    return config
+    _check_tensors(gguf, model)
+    return model
 
 
-def _whole(gguf: GGUFFile, key: str) -> int:
-    value = gguf.metadata.get(f"mamba2.{key}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise GGUFError(f"{gguf.path}: mamba2.{key} is {value!r}; expected a positive whole number")
-    return value
-
-
-def tensor_shapes(config: Mamba2Config) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Every tensor of a GGUF of these dimensions, numpy order."""
-    return {gguf_name(name): gguf_shape(name, config, shape) for name, shape in expected_shapes(config).items()}
+    return {tensor.gguf: tensor.gguf_shape for tensor in model.tensors.values()}
 
 
-def _check_tensors(gguf: GGUFFile, config: Mamba2Config) -> None:
-    expected: Mapping[str, tuple[int, ...]] = tensor_shapes(config)
-    for name, shape in expected.items():
-        info = gguf.tensors.get(name)
+def _check_tensors(gguf: GGUFFile, model: Model) -> None:
+    expected = {tensor.gguf: tensor for tensor in model.tensors.values()}
+    for name, tensor in expected.items():
+        info, shape = gguf.tensors.get(name), tensor.gguf_shape
         if info is None:
             raise GGUFError(f"{gguf.path}: has no tensor {name}; expected shape {list(shape)}")
         if info.shape != shape:
             raise GGUFError(f"{gguf.path}: {name} has the shape {list(info.shape)}; expected {list(shape)}")
-        if info.type.is_ternary and not name.endswith(("ssm_in.weight", "ssm_out.weight")):
+        if info.type.is_ternary and (not tensor.low_bit or tensor.block is None):
             raise GGUFError(f"{gguf.path}: {name} is {info.type.name}; only ssm_in and ssm_out may be ternary")
-        if not name.endswith(_MATRICES) and info.type not in (GGMLType.F32, GGMLType.F16, GGMLType.BF16):
+        if not tensor.low_bit and info.type not in (GGMLType.F32, GGMLType.F16, GGMLType.BF16):
             raise GGUFError(f"{gguf.path}: {name} is {info.type.name}; expected F32")
     extra = set(gguf.tensors) - set(expected)
     if extra:
-        raise GGUFError(f"{gguf.path}: holds {min(extra)}, which a Mamba-2 of these dimensions does not have")
+        raise GGUFError(f"{gguf.path}: holds {min(extra)}, which a model of these dimensions does not have")
 
 
 def ternary_tensors(gguf: GGUFFile) -> list[str]:

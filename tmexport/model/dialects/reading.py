@@ -1,0 +1,138 @@
+"""What the dialects share: reading values out of a config.json or a GGUF's keys, and refusing what cannot be represented."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tmexport.errors import ConfigError, GGUFError
+from tmexport.model.spec import Model, Names, shown
+
+CONTEXT_LENGTH = 2**20  # a recurrent model has no limit; llama.cpp's converter writes this
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The metadata of a GGUF, with the shapes of its tensors (numpy order)."""
+
+    path: object
+    metadata: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    architecture: str
+
+    def whole(self, key: str) -> int:
+        """A positive whole number under "ARCHITECTURE.key".
+
+        Raises:
+            GGUFError: it is missing, or something else.
+        """
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise GGUFError(f"{self.path}: {self.architecture}.{key} is {value!r}; expected a positive whole number")
+        return value
+
+    def common(self) -> dict[str, Any]:
+        """The fields of Model that every architecture states in the same way.
+
+        Raises:
+            GGUFError: there is no embedding, or a stated number of tokens is not its number of rows.
+        """
+        embedding = self.shapes.get("token_embd.weight")
+        if embedding is None or len(embedding) != 2:
+            raise GGUFError(f"{self.path}: has no matrix token_embd.weight; it is not a complete model")
+        key = f"{self.architecture}.vocab_size"
+        rows = self.metadata.get(key, embedding[0])
+        if rows != embedding[0]:
+            raise GGUFError(
+                f"{self.path}: {key} is {rows!r}, but token_embd.weight has {embedding[0]} rows; expected them to agree"
+            )
+        epsilon = self.metadata.get(f"{self.architecture}.attention.layer_norm_rms_epsilon")
+        return {
+            "d_model": self.whole("embedding_length"),
+            "vocab_size": embedding[0],
+            # stored as fp32: the nearest short decimal is the number that was meant (1e-5, not 9.99999974e-06)
+            "rms_eps": float(f"{epsilon:.7g}") if isinstance(epsilon, float) else epsilon,
+            "tie_embeddings": "output.weight" not in self.shapes,
+            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
+            "family": self.architecture,
+        }
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that are called the same: name, which is GGUF's architecture; names of tensors; both directions of both files."""
+
+    name: str
+    names: Names
+    to_hf: Callable[[Model], dict[str, Any]]
+    to_gguf: Callable[[Model], dict[str, Any]]  # without the architecture's prefix
+    from_gguf: Callable[[Keys], Model]
+
+
+def common_keys(model: Model) -> dict[str, Any]:
+    """The GGUF keys of `Keys.common`, and those that llama.cpp wants of every model; in the order of the file."""
+    return {
+        "context_length": CONTEXT_LENGTH,
+        "embedding_length": model.d_model,
+        "feed_forward_length": 0,
+        "attention.head_count": 0,
+        "block_count": model.n_layer,
+        "vocab_size": model.vocab_size,
+        "attention.layer_norm_rms_epsilon": model.rms_eps,
+    }
+
+
+def need(raw: Mapping[str, Any], key: str) -> Any:
+    """The value of a key that must be there."""
+    if key not in raw:
+        raise ConfigError(f"{key} is missing")
+    return raw[key]
+
+
+def as_float(value: Any, name: str) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:  # NaN fails too
+        raise ConfigError(f"{name} is {shown(value)}; expected a finite number")
+    return float(value)
+
+
+def refuse_unless(raw: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], why: str) -> None:
+    """Raises ConfigError for a key that is there with another value than those allowed (null counts as not there)."""
+    for key, wanted in allowed.items():
+        if key in raw and raw[key] is not None and raw[key] not in wanted:
+            raise ConfigError(f"{key} is {raw[key]!r}; only {wanted[0]!r} can be represented ({why})")
+
+
+def refuse_dt_clamp(limit: Any) -> None:
+    """Raises ConfigError unless dt is limited to (0, infinity)."""
+    if limit is None:
+        return
+    if isinstance(limit, list | tuple) and len(limit) == 2:
+        low, high = limit
+        # transformers writes infinity as the JSON extension Infinity, as a string, or as {"__float__": "Infinity"}.
+        if isinstance(high, dict):
+            high = high.get("__float__")
+        no_upper = high in ("inf", "Infinity", None) or (isinstance(high, float) and math.isinf(high))
+        if low in (0, 0.0, None) and no_upper:
+            return
+    raise ConfigError(
+        f"dt is clamped to {limit!r}; only (0, infinity) can be represented (llama.cpp does not clamp dt)"
+    )
+
+
+def first_id(value: Any) -> Any:
+    """The first of several end tokens."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+def padded_vocabulary(raw: Mapping[str, Any]) -> int:
+    """Rows of the embedding, as mamba_ssm rounds vocab_size up."""
+    vocab, multiple = need(raw, "vocab_size"), raw.get("pad_vocab_size_multiple", 8)
+    if not isinstance(vocab, int) or not isinstance(multiple, int) or vocab < 1 or multiple < 1:
+        raise ConfigError(
+            f"vocab_size {vocab!r} and pad_vocab_size_multiple {multiple!r} must be positive whole numbers"
+        )
+    return -(-vocab // multiple) * multiple

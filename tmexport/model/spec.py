@@ -1,0 +1,225 @@
+"""Model, Block, and the tables that a branch is described by; everything else reads these and lists nothing again.
+
+x <- x + branch_1(norm(x)) + branch_2(norm(x)) + ...       for every block, from the embedding to the final norm and the head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Protocol
+
+from tmexport.errors import ConfigError
+
+LARGEST_DIMENSION = 2**24  # far above any model, far below an overflow: stops absurd values before they are used
+MOST_BLOCKS, MOST_TOKENS = 1024, 2**21  # lists of tensors and of tokens are as long as these
+NEG_EXP = "neg_exp"  # a transform: the file holds -exp(x), taken in fp64 and rounded once to fp32
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a branch.
+
+    role: what it is called everywhere ("in_proj"); hf: its name in a checkpoint, after the branch's prefix; gguf: its name
+    in a GGUF, after "blk.N."; shape: in the checkpoint; gguf_shape: numpy order, where it differs; transform: None or
+    NEG_EXP; low_bit: a matrix that may be stored as codes and scales.
+    """
+
+    role: str
+    hf: str
+    gguf: str
+    shape: Shape
+    gguf_shape: Shape | None = None
+    transform: str | None = None
+    low_bit: bool = False
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What a branch remembers of one sequence: shape; recurrent: in the number format of the preset's state, else fp32."""
+
+    name: str
+    shape: Shape
+    recurrent: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        product = 1
+        for length in self.shape:
+            product *= length
+        return product
+
+
+class Branch(Protocol):
+    """A mixer or an MLP: its dimensions, and what they say of its tensors and states. Branches are frozen dataclasses."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in every table: "mamba2"."""
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Its tensors in the order of the file."""
+
+    def states(self) -> tuple[StateSpec, ...]:
+        """Its states."""
+
+    def dimensions(self) -> dict[str, int]:
+        """Its dimensions by the names that messages and `inspect` use."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One norm, and the branches that read it."""
+
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A tensor of the whole model: names in full, shapes as in TensorSpec; block is None outside the blocks."""
+
+    role: str
+    hf: str
+    gguf: str
+    shape: Shape
+    gguf_shape: Shape
+    block: int | None = None
+    transform: str | None = None
+    low_bit: bool = False
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls things: (Hugging Face, GGUF) names, and the prefix of a branch inside its block."""
+
+    embedding: tuple[str, str]
+    final_norm: tuple[str, str]
+    head: tuple[str, str]
+    block: tuple[str, str]  # with {} for the block's number
+    norm: tuple[str, str]
+    branch: str = "mixer."
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model. vocab_size counts the rows of the embedding, padding rows included; family: a key of FAMILIES."""
+
+    d_model: int
+    vocab_size: int
+    blocks: tuple[Block, ...]
+    rms_eps: float = 1e-5
+    tie_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    family: str = "mamba2"
+
+    def __post_init__(self) -> None:
+        whole_number("d_model", self.d_model)
+        whole_number("vocab_size", self.vocab_size, MOST_TOKENS)
+        whole_number("n_layer", self.n_layer, MOST_BLOCKS)
+        if not (isinstance(self.rms_eps, float) and 0.0 < self.rms_eps < 1.0):
+            raise ConfigError(f"the norm's epsilon is {self.rms_eps!r}; expected a number between 0 and 1")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
+                raise ConfigError(
+                    f"{name} is {shown(value)}; expected a token id below the vocabulary of {self.vocab_size}"
+                )
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tied embeddings are {shown(self.tie_embeddings)}; expected true or false")
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.blocks)
+
+    def __getattr__(self, name: str) -> Any:
+        """Until every reader asks the branch: the dimensions of a model whose blocks are all alike."""
+        if name in (
+            "d_inner",
+            "d_state",
+            "d_conv",
+            "headdim",
+            "n_groups",
+            "chunk_size",
+            "n_heads",
+            "conv_dim",
+            "d_in_proj",
+        ):
+            return getattr(self.blocks[0].branches[0], name)
+        if name == "expand":
+            return self.blocks[0].branches[0].d_inner // self.d_model
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json of the Hugging Face class that loads it."""
+        from tmexport.model.dialects import family_of
+
+        return family_of(self.family).to_hf(self)
+
+    @cached_property
+    def names(self) -> Names:
+        """What its family calls its tensors."""
+        from tmexport.model.dialects import family_of
+
+        return family_of(self.family).names
+
+    @cached_property
+    def tensors(self) -> Mapping[str, ModelTensor]:
+        """Every tensor by its Hugging Face name, in the order of the file."""
+        names, matrix = self.names, (self.vocab_size, self.d_model)
+        found = [ModelTensor("embedding", *names.embedding, matrix, matrix, low_bit=True)]
+        for number, block in enumerate(self.blocks):
+            found += _tensors_of(block, number, names, self.d_model)
+        vector = (self.d_model,)
+        found.append(ModelTensor("final_norm", *names.final_norm, vector, vector))
+        if not self.tie_embeddings:
+            found.append(ModelTensor("head", *names.head, matrix, matrix, low_bit=True))
+        return {tensor.hf: tensor for tensor in found}
+
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        """Hugging Face names of the matrices inside the blocks that may be low-bit, in the order of the file."""
+        return tuple(name for name, t in self.tensors.items() if t.low_bit and t.block is not None)
+
+    def dimensions(self) -> dict[str, Any]:
+        """Every dimension by name, for messages, comparison and JSON; those of a block only where blocks differ."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
+        result: dict[str, Any] = {"d_model": own.pop("d_model"), "n_layer": self.n_layer}
+        result["vocab_size"] = own.pop("vocab_size")
+        if len(set(self.blocks)) == 1:
+            for branch in self.blocks[0].branches:
+                result |= {"kind": branch.kind, **branch.dimensions()}
+        else:
+            result["blocks"] = [[{"kind": b.kind, **b.dimensions()} for b in block.branches] for block in self.blocks]
+        return result | own
+
+
+def _tensors_of(block: Block, number: int, names: Names, d_model: int) -> list[ModelTensor]:
+    """Each branch's tensors, with the block's norm where a checkpoint has it: before them."""
+    hf, gguf = (prefix.format(number) for prefix in names.block)
+    norm = ModelTensor("norm", hf + names.norm[0], gguf + names.norm[1], (d_model,), (d_model,), number)
+    return [norm] + [
+        ModelTensor(
+            spec.role, hf + names.branch + spec.hf, gguf + spec.gguf, spec.shape, spec.gguf_shape or spec.shape, number,
+            spec.transform, spec.low_bit,
+        )
+        for branch in block.branches
+        for spec in branch.tensors()
+    ]  # fmt: skip
+
+
+def whole_number(name: str, value: Any, largest: int = LARGEST_DIMENSION, smallest: int = 1) -> None:
+    """Raises ConfigError unless `value` is a whole number from `smallest` to `largest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
+        raise ConfigError(f"{name} is {shown(value)}; expected a whole number from {smallest} to {largest}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message; the digits of a huge whole number cannot be printed (and take forever)."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"a whole number of {value.bit_length()} bits"
+    return repr(value)
