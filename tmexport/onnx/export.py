@@ -12,7 +12,7 @@ from tmexport.errors import TokenizerError
 from tmexport.files import atomic_write
 from tmexport.onnx.builder import Initializer
 from tmexport.onnx.graph import Graph
-from tmexport.onnx.names import config_path, conv_state_shape, ssm_state_shape, state_names, tokenizer_path
+from tmexport.onnx.names import config_path, model_states, tokenizer_path
 from tmexport.onnx.writer import write_model
 
 
@@ -53,12 +53,9 @@ def export_onnx(
 def describe(graph: Graph) -> dict[str, Any]:
     """The configuration written beside the file: dimensions, and every input and output with its shape."""
     info = graph.info
-    names = [state_names(i, info.io_names) for i in range(info.config.n_layer)]
-    conv, ssm = ["batch", *conv_state_shape(info.config)], ["batch", *ssm_state_shape(info.config)]
     state = [
-        {"input": past, "output": present, "shape": shape, "dtype": "float32", "initial": 0.0}
-        for n in names
-        for past, present, shape in ((n.past_conv, n.present_conv, conv), (n.past_ssm, n.present_ssm, ssm))
+        {"input": s.past, "output": s.present, "shape": ["batch", *s.shape], "dtype": "float32", "initial": 0.0}
+        for s in model_states(info.config, info.io_names)
     ]
     return {
         "form": info.form,

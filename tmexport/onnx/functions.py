@@ -17,29 +17,15 @@ from __future__ import annotations
 import onnx
 from onnx import helper
 
-from tmexport.config import Mamba2Config
+from tmexport.model import Model
 from tmexport.onnx import mathematics as m
 from tmexport.onnx.builder import Builder
 from tmexport.onnx.names import DOMAIN
 
-SCAN_INPUTS = (
-    "projected",
-    "past_conv",
-    "past_ssm",
-    "conv_weight",
-    "conv_bias",
-    "dt_bias",
-    "a",
-    "d",
-    "norm_weight",
-    "epsilon",
-)
-SCAN_OUTPUTS = ("y", "present_conv", "present_ssm")
 
-
-def function_protos(config: Mamba2Config, head: str, opset: int) -> list[onnx.FunctionProto]:
-    """The functions a model of these dimensions needs; `head` is Q8MatMul or DenseMatMul."""
-    return [_ternary_matmul(opset), _selective_scan(config, opset), _rms_norm(config, opset), _head(head, opset)]
+def function_protos(model: Model, head: str, opset: int) -> list[onnx.FunctionProto]:
+    """The functions that every model of these dimensions needs; `head` is Q8MatMul or DenseMatMul."""
+    return [_ternary_matmul(opset), _rms_norm(model, opset), _head(head, opset)]
 
 
 def _ternary_matmul(opset: int) -> onnx.FunctionProto:
@@ -49,33 +35,28 @@ def _ternary_matmul(opset: int) -> onnx.FunctionProto:
     b.nodes.append(size)
     shape = b.op("Concat", b.ints(0, -1), b.op("Unsqueeze", "group_size", b.ints(0)), axis=0)
     m.matmul(b, "x", m.unpack_ternary(b, "codes", "scales", shape), out="y")
-    return _function("TernaryMatMul", ("x", "codes", "scales"), ("y",), b, opset, ("group_size", "profile"))
+    return function("TernaryMatMul", ("x", "codes", "scales"), ("y",), b, opset, ("group_size", "profile"))
 
 
-def _selective_scan(config: Mamba2Config, opset: int) -> onnx.FunctionProto:
+def _rms_norm(model: Model, opset: int) -> onnx.FunctionProto:
     b = Builder(in_function=True)
-    m.selective_scan(b, config, *SCAN_INPUTS, outputs=SCAN_OUTPUTS)
-    return _function("SelectiveScan", SCAN_INPUTS, SCAN_OUTPUTS, b, opset, ("profile",))
-
-
-def _rms_norm(config: Mamba2Config, opset: int) -> onnx.FunctionProto:
-    b = Builder(in_function=True)
-    m.rms_norm(b, "x", "weight", "epsilon", config.d_model, out="y")
-    return _function("RMSNorm", ("x", "weight", "epsilon"), ("y",), b, opset, ("profile",))
+    m.rms_norm(b, "x", "weight", "epsilon", model.d_model, out="y")
+    return function("RMSNorm", ("x", "weight", "epsilon"), ("y",), b, opset, ("profile",))
 
 
 def _head(kind: str, opset: int) -> onnx.FunctionProto:
     b = Builder(in_function=True)
     if kind == "Q8MatMul":
         m.matmul(b, "x", m.unpack_q8(b, "codes", "scales", (0,)), out="y")
-        return _function(kind, ("x", "codes", "scales"), ("y",), b, opset, ("profile",))
+        return function(kind, ("x", "codes", "scales"), ("y",), b, opset, ("profile",))
     m.matmul(b, "x", "weight", out="y")
-    return _function(kind, ("x", "weight"), ("y",), b, opset, ("profile",))
+    return function(kind, ("x", "weight"), ("y",), b, opset, ("profile",))
 
 
-def _function(
+def function(
     name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], b: Builder, opset: int, attributes: tuple[str, ...]
 ) -> onnx.FunctionProto:
+    """A function of our domain with this body."""
     opsets = [helper.make_opsetid("", opset)]
     return helper.make_function(DOMAIN, name, list(inputs), list(outputs), b.nodes, opsets, attributes=list(attributes))
 

@@ -9,21 +9,15 @@ import onnx
 from onnx import TensorProto, helper
 
 import tmexport
-from tmexport.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint, expected_shapes
+from tmexport.checkpoint import Checkpoint
 from tmexport.errors import UsageError
+from tmexport.model import Model
 from tmexport.onnx import weights as w
+from tmexport.onnx.branches import branch_module
 from tmexport.onnx.builder import Builder, Initializer
-from tmexport.onnx.forms import Custom, Layer, Ort, Portable, head_operator
+from tmexport.onnx.forms import Custom, Ort, Portable, head_operator
 from tmexport.onnx.functions import function_protos
-from tmexport.onnx.names import (
-    DOMAIN,
-    DOMAIN_VERSION,
-    MICROSOFT,
-    ModelInfo,
-    conv_state_shape,
-    ssm_state_shape,
-    state_names,
-)
+from tmexport.onnx.names import DOMAIN, DOMAIN_VERSION, MICROSOFT, ModelInfo, block_states
 
 _WRITERS = {"ort": Ort, "portable": Portable, "custom": Custom}
 
@@ -63,35 +57,36 @@ def build_graph(
     opset = _checked_opset(form, opset)
     group_size = w.shared_group_size(checkpoint)
     info = ModelInfo(config, form, group_size, embedding_type, io_names, logits)
-    shapes = expected_shapes(config)
     initializers = _weights(checkpoint, info)
 
     b = Builder()
     writer = _WRITERS[form](b, config, group_size)
+    embedding, final_norm, head = (
+        name for name, _ in (config.names.embedding, config.names.final_norm, config.names.head)
+    )
+    layers = [_initializer_names(config, number) for number in range(config.n_layer)]
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "time"])]
     outputs = [_float("logits", ["batch", "time" if logits == "all" else 1, config.vocab_size])]
-    hidden = writer.embed("input_ids", EMBEDDING, embedding_type)
+    hidden = writer.embed("input_ids", embedding, embedding_type)
     b.annotate(hidden, ("batch", "time", config.d_model))
-    normed = writer.norm(hidden, _layer(0).norm)
-    for i in range(config.n_layer):
-        b.scope = f"layers.{i}."
-        layer, state = _layer(i), state_names(i, io_names)
-        conv, ssm = (["batch", *shape] for shape in (conv_state_shape(config), ssm_state_shape(config)))
-        inputs += [_float(state.past_conv, conv), _float(state.past_ssm, ssm)]
-        outputs += [_float(state.present_conv, conv), _float(state.present_ssm, ssm)]
-        projected = writer.in_proj(normed, layer, *shapes[layer.in_proj])
-        mixed = writer.mixer(projected, layer, state)
-        out = writer.ternary(mixed, layer.out_proj, *shapes[layer.out_proj])
-        if i + 1 < config.n_layer:
-            hidden, normed = writer.add_norm(hidden, out, _layer(i + 1).norm)
+    normed = writer.norm(hidden, layers[0]["norm"])
+    for number, block in enumerate(config.blocks):
+        b.scope = f"layers.{number}."
+        states = block_states(block, number, io_names)
+        inputs += [_float(state.past, ["batch", *state.shape]) for state in states.values()]
+        outputs += [_float(state.present, ["batch", *state.shape]) for state in states.values()]
+        (branch,) = block.branches
+        out = branch_module(branch.kind).WRITERS[form](writer, branch, normed, layers[number], states)
+        if number + 1 < config.n_layer:
+            hidden, normed = writer.add_norm(hidden, out, layers[number + 1]["norm"])
         elif logits == "last":
             last = b.op("Add", hidden, out)
             last = b.op("Slice", last, b.ints(-1), b.ints(np.iinfo(np.int64).max), b.ints(1))
-            normed = writer.norm(last, FINAL_NORM)
+            normed = writer.norm(last, final_norm)
         else:
-            hidden, normed = writer.add_norm(hidden, out, FINAL_NORM)
+            hidden, normed = writer.add_norm(hidden, out, final_norm)
     b.scope = ""
-    writer.head(normed, EMBEDDING if config.tie_embeddings else LM_HEAD, embedding_type)
+    writer.head(normed, embedding if config.tie_embeddings else head, embedding_type)
 
     skeleton = _model(b, info, opset, inputs, outputs)
     return Graph(skeleton, initializers + b.constants, info)
@@ -106,30 +101,20 @@ def _checked_opset(form: str, opset: int | None) -> int:
     return opset
 
 
-def _layer(i: int) -> Layer:
-    prefix = f"backbone.layers.{i}."
-    mixer = prefix + "mixer."
-    return Layer(
-        norm=prefix + "norm.weight",
-        in_proj=mixer + "in_proj.weight",
-        conv_weight=mixer + "conv1d.weight",
-        conv_bias=mixer + "conv1d.bias",
-        dt_bias=mixer + "dt_bias",
-        a=mixer + "A",
-        d=mixer + "D",
-        gate_norm=mixer + "norm.weight",
-        out_proj=mixer + "out_proj.weight",
-    )
+def _initializer_names(model: Model, number: int) -> dict[str, str]:
+    """The initialisers of a block by role."""
+    return {tensor.role: w.initializer_name(tensor) for tensor in model.tensors.values() if tensor.block == number}
 
 
 def _weights(checkpoint: Checkpoint, info: ModelInfo) -> list[Initializer]:
     tensors: list[Initializer] = []
-    for name, shape in expected_shapes(checkpoint.config).items():
-        if name.endswith("_proj.weight"):
+    for tensor in info.config.tensors.values():
+        name, shape = tensor.hf, tensor.shape
+        if name in info.config.projections:
             ternary = w.ternary_nbits if info.form == "ort" else w.ternary_plain
             tensors += ternary(checkpoint, name, shape, info.group_size)
-        elif name not in (EMBEDDING, LM_HEAD):
-            tensors.append(w.small(checkpoint, name, shape))
+        elif not tensor.low_bit:
+            tensors.append(w.small(checkpoint, tensor))
         elif info.embedding_type != "q8":
             tensors += w.embedding_dense(checkpoint, name, shape, w.F16 if info.embedding_type == "f16" else w.F32)
         else:
@@ -140,7 +125,7 @@ def _weights(checkpoint: Checkpoint, info: ModelInfo) -> list[Initializer]:
 def _model(b: Builder, info: ModelInfo, opset: int, inputs: list, outputs: list) -> onnx.ModelProto:
     named = {value.name for value in outputs}
     shapes = [value for name, value in b.shapes.items() if name not in named]
-    graph = helper.make_graph(b.nodes, "mamba2", inputs, outputs, value_info=shapes)
+    graph = helper.make_graph(b.nodes, info.config.family, inputs, outputs, value_info=shapes)
     opsets = [helper.make_opsetid("", opset)]
     functions = []
     if info.form == "ort":
@@ -148,6 +133,8 @@ def _model(b: Builder, info: ModelInfo, opset: int, inputs: list, outputs: list)
     if info.form == "custom":
         opsets.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
         functions = function_protos(info.config, head_operator(info.embedding_type), opset)
+        branches = {branch.kind: branch for block in info.config.blocks for branch in block.branches}
+        functions[1:1] = [f for kind, branch in branches.items() for f in branch_module(kind).functions(branch, opset)]
     model = helper.make_model(
         graph,
         functions=functions,

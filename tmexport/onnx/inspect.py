@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tmexport.checkpoint import expected_shapes
 from tmexport.inspect import Summary, TensorSummary
 from tmexport.onnx.names import OnnxError
 from tmexport.onnx.verify import data_file, load_onnx, stored_array
+from tmexport.onnx.weights import initializer_name
 
 _ZERO_CODES = np.array([sum(byte >> shift & 3 == 1 for shift in (0, 2, 4, 6)) for byte in range(256)])  # by byte
 
@@ -25,15 +25,15 @@ def inspect_onnx(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
     """
     model, info = load_onnx(path)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    shapes, tensors = expected_shapes(info.config), []
-    for name, shape in shapes.items():
-        found = name.replace(".A_log", ".A")  # the file holds A itself
+    tensors = []
+    for name, tensor in info.config.tensors.items():
+        found, shape = initializer_name(tensor), tensor.shape
         parts = [found] if found in stored else [f"{found}.codes", f"{found}.scales"]
         if any(part not in stored for part in parts):
             raise OnnxError(f"{path}: has no {found}; the file is damaged, or not the model its metadata describes")
         kinds = [_type_name(stored[part].data_type) for part in parts]
         kind, zero_ratio = kinds[0], None
-        if name.endswith("_proj.weight"):
+        if name in info.config.projections:
             codes = stored_array(stored[parts[0]], path)
             if len(parts) == 1 or codes.dtype != np.uint8 or codes.size * 4 != math.prod(shape):
                 raise OnnxError(f"{path}: {found} is {kinds[0]} {list(codes.shape)}; expected four codes a byte of {list(shape)}")  # fmt: skip
@@ -42,7 +42,7 @@ def inspect_onnx(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
             kind = f"8-bit + {kinds[1]}"
         size = sum(_n_bytes(stored.pop(part)) for part in parts)
         tensors.append(TensorSummary(found, shape, kind, size, zero_ratio))
-        on_tensor(name, len(shapes))
+        on_tensor(name, len(info.config.tensors))
     if stored:
         names = sorted(stored)
         tensors.append(TensorSummary(f"{len(names)} constants", (), "", sum(_n_bytes(stored[n]) for n in names)))
@@ -59,7 +59,7 @@ def inspect_onnx(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
         "files": [str(file) for file in files],
     }
     total = sum(file.stat().st_size for file in files)
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    parameters = sum(math.prod(tensor.shape) for tensor in info.config.tensors.values())
     return Summary(str(path), "ONNX", info.config, info.group_size, total, parameters, tensors, about)
 
 

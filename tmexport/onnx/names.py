@@ -1,4 +1,4 @@
-"""What the graph's inputs, outputs and metadata are called, and the shapes of the state.
+"""What the graph's inputs, outputs and metadata are called.
 
 The state is the same in every form of the file, so a state made by one can be continued by another.
 """
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tmexport.config import Mamba2Config
 from tmexport.errors import ConfigError, TmexportError
+from tmexport.model import Block, Model, parse_config
 
 DOMAIN = "tmexport"
 DOMAIN_VERSION = 1
@@ -21,15 +21,14 @@ IO_NAMES = ("tmexport", "genai")
 FORMS = ("ort", "portable", "custom")
 EMBEDDING_TYPES = ("q8", "f16", "f32")
 
-_TEMPLATES = {
-    "tmexport": ("past_conv.{}", "past_ssm.{}", "present_conv.{}", "present_ssm.{}"),
+# past and present, of a state by its name and its block
+_TEMPLATES: dict[str, dict[str, tuple[str, str]]] = {
+    "tmexport": {state: (f"past_{state}.{{}}", f"present_{state}.{{}}") for state in ("conv", "ssm")},
     # onnxruntime-genai's model builder, hybrid models (genai_config.json: past_conv_names, past_recurrent_names)
-    "genai": (
-        "past_key_values.{}.conv_state",
-        "past_key_values.{}.recurrent_state",
-        "present.{}.conv_state",
-        "present.{}.recurrent_state",
-    ),
+    "genai": {
+        "conv": ("past_key_values.{}.conv_state", "present.{}.conv_state"),
+        "ssm": ("past_key_values.{}.recurrent_state", "present.{}.recurrent_state"),
+    },
 }
 
 
@@ -38,28 +37,32 @@ class OnnxError(TmexportError):
 
 
 @dataclass(frozen=True)
-class StateNames:
-    """Names of a layer's state: inputs past_*, outputs present_*."""
+class GraphState:
+    """A state of one block: what it is called as an input, past, and as an output, present; its shape without the batch."""
 
-    past_conv: str
-    past_ssm: str
-    present_conv: str
-    present_ssm: str
-
-
-def state_names(layer: int, style: str = "tmexport") -> StateNames:
-    """The four names of a layer; `style` is one of IO_NAMES."""
-    return StateNames(*(template.format(layer) for template in _TEMPLATES[style]))
+    past: str
+    present: str
+    shape: tuple[int, ...]
+    recurrent: bool
 
 
-def conv_state_shape(config: Mamba2Config) -> tuple[int, int]:
-    """[channels, d_conv - 1]: the last inputs of the convolution, oldest first; channels are x, B, C."""
-    return config.conv_dim, config.d_conv - 1
+def block_states(block: Block, number: int, style: str = "tmexport") -> dict[str, GraphState]:
+    """The states of a block by name; `style` is one of IO_NAMES.
+
+    The last two axes are exchanged against the table's: the convolution's inputs are [channels, time], as in Hugging Face.
+    """
+    states = {}
+    for branch in block.branches:
+        for state in branch.states():
+            past, present = (template.format(number) for template in _TEMPLATES[style][state.name])
+            shape = (*state.shape[:-2], state.shape[-1], state.shape[-2])
+            states[state.name] = GraphState(past, present, shape, state.recurrent)
+    return states
 
 
-def ssm_state_shape(config: Mamba2Config) -> tuple[int, int, int]:
-    """[heads, d_state, headdim]: Hugging Face's cache with its last two axes exchanged."""
-    return config.n_heads, config.d_state, config.headdim
+def model_states(model: Model, style: str = "tmexport") -> list[GraphState]:
+    """The states of all blocks, in the order of the graph's inputs."""
+    return [state for i, block in enumerate(model.blocks) for state in block_states(block, i, style).values()]
 
 
 def tokenizer_path(model: Path) -> Path:
@@ -81,7 +84,7 @@ def data_path(model: Path) -> Path:
 class ModelInfo:
     """What a file says about itself in its metadata_props."""
 
-    config: Mamba2Config
+    config: Model
     form: str
     group_size: int
     embedding_type: str
@@ -106,8 +109,6 @@ def info_from_metadata(metadata: Mapping[str, str], path: object) -> ModelInfo:
     Raises:
         OnnxError: the file was not written by tmexport, or by a version this one does not know.
     """
-    from tmexport.config import parse_config
-
     if "tmexport.version" not in metadata:
         raise OnnxError(f"{path}: has no tmexport metadata; expected a file written by `tmexport onnx`")
     if metadata["tmexport.version"] != str(FORMAT_VERSION):

@@ -18,52 +18,44 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import UsageError
-from tmexport.onnx.names import (
-    ModelInfo,
-    OnnxError,
-    StateNames,
-    conv_state_shape,
-    info_from_metadata,
-    ssm_state_shape,
-    state_names,
-)
+from tmexport.onnx.names import GraphState, ModelInfo, OnnxError, info_from_metadata, model_states
 
 
 class OrtState:
     """What a model remembers of `batch` texts: two sets of buffers, the current one and the one written next.
 
-    `in_place` gives past_ssm and present_ssm the same buffer. LinearAttention (CPU) copies the one to the other and then
-    works on that; sharing saves the copy, some 40 % of the operator's time at decode. After an error inside onnxruntime
+    With `in_place` a recurrent state has the same buffer in both sets. LinearAttention (CPU) copies the one to the other and
+    then works on that; sharing saves the copy, some 40 % of the operator's time at decode. After an error inside onnxruntime
     such a state is no longer meaningful.
     """
 
-    def __init__(self, batch: int, arrays: Sequence[tuple[StateNames, np.ndarray, np.ndarray]], in_place: bool) -> None:
+    def __init__(self, batch: int, states: Sequence[GraphState], arrays: Sequence[np.ndarray], in_place: bool) -> None:
         import onnxruntime as ort
 
         self.batch = batch
-        self._names = [(names.past_conv, names.present_conv) for names, _, _ in arrays]
-        self._names += [(names.past_ssm, names.present_ssm) for names, _, _ in arrays]
-        conv = [ort.OrtValue.ortvalue_from_numpy(array) for _, array, _ in arrays]
-        ssm = [ort.OrtValue.ortvalue_from_numpy(array) for _, _, array in arrays]
-
-        def like(values: list) -> list:
-            return [ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.float32) for value in values]
-
-        self.sets = [conv + ssm, like(conv) + (ssm if in_place else like(ssm))]
+        self._states = states
+        first = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+        other = [
+            value
+            if in_place and state.recurrent
+            else ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.float32)
+            for state, value in zip(states, first, strict=True)
+        ]
+        self.sets = [first, other]
         self.current = 0
         self.decoders: dict[int, tuple[Any, Any, Any]] = {}  # current set -> binding, ids, logits of a single step
 
     def bind(self, binding: Any) -> None:
         """Inputs from the current set, outputs into the other."""
         past, present = self.sets[self.current], self.sets[1 - self.current]
-        for (name_in, name_out), value_in, value_out in zip(self._names, past, present, strict=True):
-            binding.bind_ortvalue_input(name_in, value_in)
-            binding.bind_ortvalue_output(name_out, value_out)
+        for state, value_in, value_out in zip(self._states, past, present, strict=True):
+            binding.bind_ortvalue_input(state.past, value_in)
+            binding.bind_ortvalue_output(state.present, value_out)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """A copy of the state by input name: what `OrtModel.state_from` takes."""
-        pairs = zip(self._names, self.sets[self.current], strict=True)
-        return {name: np.array(value.numpy()) for (name, _), value in pairs}
+        pairs = zip(self._states, self.sets[self.current], strict=True)
+        return {state.past: np.array(value.numpy()) for state, value in pairs}
 
 
 class OrtModel:
@@ -72,6 +64,7 @@ class OrtModel:
     def __init__(self, session: Any, info: ModelInfo, path: Path, kernels: bool) -> None:
         self.session, self.info, self.path, self.kernels = session, info, path, kernels
         self.config = info.config
+        self._states = model_states(info.config, info.io_names)
 
     @classmethod
     def load(cls, path: Path | str, threads: int | None = None, kernels: bool = False) -> OrtModel:
@@ -113,8 +106,7 @@ class OrtModel:
 
     def new_state(self, batch: int = 1) -> OrtState:
         """The state before the first token of `batch` texts."""
-        parts = [(n, np.zeros(conv, np.float32), np.zeros(ssm, np.float32)) for n, conv, ssm in self._state_shapes(batch)]  # fmt: skip
-        return OrtState(batch, parts, in_place=self.info.form == "ort")
+        return self._state(batch, [np.zeros((batch, *state.shape), np.float32) for state in self._states])
 
     def state_from(self, arrays: Mapping[str, np.ndarray]) -> OrtState:
         """A state from arrays by input name (past_conv.0, past_ssm.0, ...), fp32.
@@ -122,19 +114,21 @@ class OrtModel:
         Raises:
             OnnxError: one is missing or has the wrong shape or type.
         """
-        first = state_names(0, self.info.io_names).past_conv
+        first = self._states[0].past
         if first not in arrays:
             raise OnnxError(f"the state has no {first}; expected an array for every past_* input")
         batch = arrays[first].shape[0] if arrays[first].ndim else 0
-        parts = []
-        for names, conv, ssm in self._state_shapes(batch):
-            for name, shape in ((names.past_conv, conv), (names.past_ssm, ssm)):
-                array = arrays.get(name)
-                if array is None or array.shape != shape or array.dtype != np.float32:
-                    found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
-                    raise OnnxError(f"the state's {name} is {found}; expected float32 {list(shape)}")
-            parts.append((names, *(np.ascontiguousarray(arrays[n]) for n in (names.past_conv, names.past_ssm))))
-        return OrtState(batch, parts, in_place=self.info.form == "ort")
+        found = []
+        for state in self._states:
+            array, wanted = arrays.get(state.past), (batch, *state.shape)
+            if array is None or array.shape != wanted or array.dtype != np.float32:
+                have = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+                raise OnnxError(f"the state's {state.past} is {have}; expected float32 {list(wanted)}")
+            found.append(np.ascontiguousarray(array))
+        return self._state(batch, found)
+
+    def _state(self, batch: int, arrays: Sequence[np.ndarray]) -> OrtState:
+        return OrtState(batch, self._states, arrays, in_place=self.info.form == "ort")
 
     def run(self, state: OrtState, ids: np.ndarray) -> np.ndarray:
         """Feed ids int64 [batch, time]; logits fp32 [batch, time, vocab] ([batch, 1, vocab] if the file gives the last only).
@@ -224,8 +218,7 @@ class OrtModel:
     def _check_inputs(self) -> None:
         """The graph has the inputs that its metadata promises, so that a run cannot fail on a shape."""
         wanted = {"input_ids": ["batch", "time"]}
-        for names, conv, ssm in self._state_shapes(0):
-            wanted |= {names.past_conv: ["batch", *conv[1:]], names.past_ssm: ["batch", *ssm[1:]]}
+        wanted |= {state.past: ["batch", *state.shape] for state in self._states}
         found = {value.name: value.shape for value in self.session.get_inputs()}
         for name in wanted | found:
             if wanted.get(name) != found.get(name):
@@ -241,11 +234,6 @@ class OrtModel:
                 from tmexport.onnx.kernels import raise_failure
 
                 raise_failure()
-
-    def _state_shapes(self, batch: int) -> list[tuple[StateNames, tuple[int, ...], tuple[int, ...]]]:
-        conv, ssm = conv_state_shape(self.config), ssm_state_shape(self.config)
-        names = (state_names(i, self.info.io_names) for i in range(self.config.n_layer))
-        return [(name, (batch, *conv), (batch, *ssm)) for name in names]
 
 
 def check_temperature(temperature: float) -> None:

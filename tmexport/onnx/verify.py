@@ -14,15 +14,18 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, expected_shapes
+from tmexport.checkpoint import Checkpoint
 from tmexport.errors import CheckpointError, NotTernaryError
 from tmexport.files import file_in
+from tmexport.model import ModelTensor
+from tmexport.model.spec import NEG_EXP
 from tmexport.onnx.graph import build_graph
 from tmexport.onnx.names import ModelInfo, OnnxError, info_from_metadata, tokenizer_path
+from tmexport.onnx.weights import initializer_name
 from tmexport.ternary import first_true
 from tmexport.verify import Difference, Report
 
-_FIELDS = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "n_groups", "rms_eps", "tie_embeddings")  # fmt: skip
+_NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}  # of training code, and of the tokenizer
 
 
 def load_onnx(path: Path) -> tuple[onnx.ModelProto, ModelInfo]:
@@ -51,15 +54,15 @@ def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], N
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     difference = _compare_config(checkpoint, info) or _compare_graph(checkpoint, path, model, info, stored)
     n_ternary = n_codes = n_scales = n_other = 0
-    for name in expected_shapes(checkpoint.config) if difference is None else ():
-        if name.endswith("_proj.weight"):
+    for name, tensor in checkpoint.config.tensors.items() if difference is None else ():
+        if name in checkpoint.config.projections:
             difference, codes, scales = _compare_ternary(checkpoint, path, stored, info, name)
             n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales
-        elif name in (EMBEDDING, LM_HEAD):
+        elif tensor.low_bit:
             difference = _compare_embedding(checkpoint, path, stored, info, name)
             n_other += 1
         else:
-            difference = _compare_small(checkpoint, path, stored, name)
+            difference = _compare_small(checkpoint, path, stored, tensor)
             n_other += 1
         if difference is not None:
             break
@@ -68,10 +71,10 @@ def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], N
 
 
 def _compare_config(checkpoint: Checkpoint, info: ModelInfo) -> Difference | None:
-    for field in _FIELDS:
-        expected, found = getattr(checkpoint.config, field), getattr(info.config, field)
-        if expected != found:
-            return Difference(field, None, None, repr(expected), repr(found))
+    expected, found = checkpoint.config.dimensions(), info.config.dimensions()
+    for field in (name for name in expected | found if name not in _NOT_COMPARED):
+        if expected.get(field) != found.get(field):
+            return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
     return None
 
 
@@ -211,11 +214,11 @@ def _compare_ternary(
 
 
 def _compare_small(
-    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], name: str
+    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], tensor: ModelTensor
 ) -> Difference | None:
-    expected = checkpoint.dense(name).astype(np.float32, copy=False)
-    if name.endswith(".A_log"):
-        expected, name = (-np.exp(expected.astype(np.float64))).astype(np.float32), name.replace(".A_log", ".A")
+    expected, name = checkpoint.dense(tensor.hf).astype(np.float32, copy=False), initializer_name(tensor)
+    if tensor.transform == NEG_EXP:
+        expected = (-np.exp(expected.astype(np.float64))).astype(np.float32)
     found = _get(path, stored, name, "<f4", expected.shape)
     return _first_difference(name, expected, found, expected.view(np.uint32) == found.view(np.uint32))
 

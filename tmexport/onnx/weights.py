@@ -9,7 +9,10 @@ import numpy as np
 from tmexport.checkpoint import Checkpoint, projection_names
 from tmexport.errors import NotTernaryError, TmexportError
 from tmexport.gguf.encode import encode_float, scales_per_block
+from tmexport.gguf.names import gguf_values
 from tmexport.gguf.types import GGMLType
+from tmexport.model import ModelTensor
+from tmexport.model.spec import NEG_EXP
 from tmexport.onnx.builder import Initializer
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, pack_codes
 
@@ -49,14 +52,18 @@ def _fits(tensor: TernaryTensor, size: int, name: str) -> bool:
         return False
 
 
-def small(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Initializer:
+def initializer_name(tensor: ModelTensor) -> str:
+    """What a weight is called in the file: its name in the checkpoint; the file holds A itself, not A_log."""
+    return tensor.hf.replace(".A_log", ".A") if tensor.transform == NEG_EXP else tensor.hf
+
+
+def small(checkpoint: Checkpoint, tensor: ModelTensor) -> Initializer:
     """A vector or a convolution's weight in fp32; A_log as a = -exp(A_log), rounded once from fp64 (as in the GGUF)."""
 
     def make() -> np.ndarray:
-        values = _finite(checkpoint, name)
-        return (-np.exp(values.astype(np.float64))).astype(F32) if name.endswith(".A_log") else values
+        return gguf_values(tensor, _finite(checkpoint, tensor.hf))
 
-    return Initializer(name.replace(".A_log", ".A"), F32, shape, make)
+    return Initializer(initializer_name(tensor), F32, tensor.shape, make)
 
 
 def ternary_plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int], group_size: int) -> list[Initializer]:
