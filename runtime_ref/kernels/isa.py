@@ -53,7 +53,8 @@ class Products:
     sums: the accumulator's type. in_flight: for how many tokens times activation planes a tile kernel keeps accumulators
     in registers. words(b, pointer, word): the word-th (literal, 0..3) 32-bit word of activations, as `dot` wants it.
     dot(b, sums, a, q, word): sums += the products of each lane of a and that word. total(b, sums, shift): the int32
-    totals << shift; of bytes, there may have been 64 words.
+    totals << shift; of bytes, there may have been 64 words. in_place: whether codes may stay where they are in their byte,
+    up to 2 << 6, in sums of their own: then a token needs no shifts, and waits for no product before its own.
     """
 
     sums: ir.VectorType
@@ -61,6 +62,7 @@ class Products:
     words: Callable[[B, V, int], V]
     dot: Callable[[B, V, V, V, int], V]
     total: Callable[[B, V, int], V]
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _vnni(lanes: int, width: int, in_flight: int) -> Primitives:
         def dot(b: B, total: V, a: V, q: V, word: int) -> V:
             return _call(b, f"llvm.x86.avx512.{name}.{width}", ints, total, b.bitcast(a, wide), b.bitcast(q, wide))
 
-        return Products(ints, in_flight, words, dot, _shifted)
+        return Products(ints, in_flight, words, dot, _shifted, in_place=element is I8)
 
     return Primitives(lanes, product("vpdpbusd", I8, 4 * lanes), product("vpdpwssd", I16, 2 * lanes))
 

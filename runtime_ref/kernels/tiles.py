@@ -28,7 +28,7 @@ I8, I16, I32, I64, F32, HALF = (
     ir.HalfType(),
 )
 ROWS = 16
-AHEAD = 3072  # bytes; the processor's own prefetching does not overlap enough of the memory's latency with our work
+AHEAD = 6144  # bytes; the processor's own prefetching does not overlap enough of the memory's latency with our work
 V = ir.Value
 
 
@@ -132,6 +132,7 @@ def ternary_tile(
             [code.at(at, b.mul(q_stride, code.i64(t))) for t in range(count)] for at in (low_at, high_at)[:planes]
         ]
         vector = ir.VectorType(I32, lanes)
+        apart, each = count == 1 and primitives.bytes.in_place, planes * count * parts
 
         def step(first: V, sums: list[V]) -> list[V]:
             base = code.at(codes_at, b.mul(first, code.i64(4 * ROWS)))
@@ -141,24 +142,31 @@ def ternary_tile(
             offset = b.mul(first, code.i64(16))
             quads = [[code.at(row, offset) for row in rows] for rows in plane_rows]
             for field in range(4):
-                fields = [
-                    b.and_(b.lshr(r, constant(I32, lanes, 2 * field)), constant(I32, lanes, 0x03030303)) for r in raw
-                ]
+                if apart:
+                    fields = [b.and_(r, constant(I32, lanes, 0x03030303 << (2 * field))) for r in raw]
+                else:
+                    low = [b.lshr(r, constant(I32, lanes, 2 * field)) for r in raw]
+                    fields = [b.and_(r, constant(I32, lanes, 0x03030303)) for r in low]
                 for plane in range(planes):
                     for t in range(count):
                         q = primitives.bytes.words(b, quads[plane][t], field)
                         for part in range(parts):
-                            index = (plane * count + t) * parts + part
+                            index = (plane * count + t) * parts + part + each * field * apart
                             sums[index] = primitives.bytes.dot(b, sums[index], fields[part], q, field)
             return sums
 
+        def joined(sums: list[V]) -> list[V]:
+            """The sums of the four fields as one; each is an exact multiple of its field's place."""
+            if not apart:
+                return sums
+            shifted = [b.ashr(s, constant(I32, lanes, 2 * (i // each))) for i, s in enumerate(sums)]
+            halves = [b.add(shifted[i], shifted[i + each]) for i in (*range(each), *range(2 * each, 3 * each))]
+            return [b.add(halves[i], halves[i + each]) for i in range(each)]
+
         def block(index: V, scale_parts: list[V], y: list[V]) -> list[V]:
             first = b.mul(index, steps)
-            sums = code.loop(
-                steps,
-                _zeros(primitives.bytes.sums, planes * count * parts),
-                lambda i, values: step(b.add(first, i), values),
-            )
+            zeros = _zeros(primitives.bytes.sums, each * (4 if apart else 1))
+            sums = joined(code.loop(steps, zeros, lambda i, values: step(b.add(first, i), values)))
             result: list[V] = []
             for t in range(count):
                 place = b.add(b.mul(b_stride, code.i64(t)), index)
