@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from qat.errors import DataError
-from qat.progress import progress_bar
+from tmexport.cli.progress import progress_bar
 from tmexport.errors import TokenizerError
 from tmexport.files import atomic_write
 

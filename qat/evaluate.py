@@ -25,8 +25,9 @@ from qat.data import tokenize_files
 from qat.errors import DataError
 from qat.losses import distillation_loss
 from qat.model import Mamba2LM, load_model
-from qat.progress import progress_bar, run_command
 from tmexport.checkpoint import open_checkpoint
+from tmexport.cli.app import run_command
+from tmexport.cli.progress import progress_bar
 from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
 
@@ -136,4 +137,4 @@ def main(checkpoint: Path, data: tuple[Path, ...], tokenizer: Path | None, threa
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "python -m qat.evaluate")

@@ -11,8 +11,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from qat.progress import progress_bar, run_command
 from tmexport.checkpoint import open_checkpoint, projection_names, write_checkpoint
+from tmexport.cli.app import run_command
+from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
 
@@ -71,4 +72,4 @@ def rtn(teacher: Path, out: Path, group_size: int, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "python -m qat.ptq")

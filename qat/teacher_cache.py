@@ -17,8 +17,8 @@ import torch
 from qat.data import Batches
 from qat.losses import TopPredictions, rows_at_once
 from qat.model import Mamba2LM
-from qat.progress import progress_bar
 from qat.recipe import Recipe
+from tmexport.cli.progress import progress_bar
 from tmexport.files import atomic_write
 
 

@@ -28,13 +28,13 @@ from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
 from qat.memory import keep_freed_memory
 from qat.model import Mamba2LM, load_model
 from qat.plan import ACCELERATORS, config_of, describe, make_plan
-from qat.progress import run_command
 from qat.quantizer import make_ternary, quantized_weights
 from qat.recipe import Recipe, load_recipe, options
 from qat.teacher_cache import open_teacher_cache
 from qat.tokenizer import END_OF_TEXT, train_tokenizer
 from qat.trainer import Run, fit
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
+from tmexport.cli.app import run_command
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.ternary import TernaryTensor
@@ -249,8 +249,9 @@ def main(
     try:
         summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume, cache)
     except KeyboardInterrupt:
-        click.echo(f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})", err=True)
-        raise
+        raise KeyboardInterrupt(
+            f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})"
+        ) from None
     if int(os.environ.get("RANK", "0")):
         return  # one process speaks for all
     if as_json:
@@ -262,4 +263,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "python -m qat.train")

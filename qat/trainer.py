@@ -25,13 +25,13 @@ from qat.errors import TrainingError
 from qat.evaluate import documents_of, score_document
 from qat.losses import TopPredictions, alignment_loss, distillation_loss
 from qat.model import Mamba2LM
-from qat.progress import Bar, progress_bar
 from qat.quantizer import zero_ratios
 from qat.recipe import Recipe
 from qat.saving import load_state, save_state, trim_metrics
 from qat.scalars import tensorboard
 from qat.sharding import shard, whole
 from qat.teacher_cache import TeacherCache
+from tmexport.cli.progress import Bar, progress_bar
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
 
@@ -157,7 +157,7 @@ def fit(run: Run, resume: bool) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     with (
         open(run.metrics if main else os.devnull, "a", encoding="utf-8") as log,
-        progress_bar("training", recipe.steps, shown=main) as bar,
+        progress_bar("training", recipe.steps, keep=True, shown=main) as bar,
         _catch_interrupt() as interrupted,
         _scalars(run, main) as add_scalars,
     ):

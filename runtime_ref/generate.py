@@ -17,11 +17,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal, run_command
+from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal
 from runtime_ref.memory import MemorySize, check_memory
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.tokenizer import Tokenizer
+from tmexport.cli.app import run_command
 from tmexport.errors import UsageError
 
 
@@ -116,4 +117,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    run_command(generate, "runtime_ref.generate")
+    run_command(generate, "python -m runtime_ref.generate")

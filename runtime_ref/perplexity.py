@@ -19,11 +19,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from runtime_ref.command import compile_kernels, run_command
+from runtime_ref.command import compile_kernels
 from runtime_ref.model import Model
-from runtime_ref.progress import progress_bar
 from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
+from tmexport.cli.app import run_command
+from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 
 
@@ -122,8 +123,8 @@ def perplexity(model_path: Path, text_path: Path, threads: int | None, profile: 
     tokenizer = Tokenizer.from_gguf(model_path)
     model = Model.load(model_path, profile, threads)
     compile_kernels(model)
-    with progress_bar("scoring", sum(len(tokenizer.encode(d)) for d in documents)) as advance:
-        score = score_documents(model, tokenizer, documents, advance)
+    with progress_bar("scoring", sum(len(tokenizer.encode(d)) for d in documents)) as bar:
+        score = score_documents(model, tokenizer, documents, bar.advance)
     if as_json:
         click.echo(json.dumps(asdict(score) | {"profile": profile}))
     else:
@@ -131,4 +132,4 @@ def perplexity(model_path: Path, text_path: Path, threads: int | None, profile: 
 
 
 if __name__ == "__main__":
-    run_command(perplexity, "runtime_ref.perplexity")
+    run_command(perplexity, "python -m runtime_ref.perplexity")

@@ -28,11 +28,11 @@ from emulated_cpu import EmulatedCpu, EmulatedFunction, EmulationError, require
 from logit_hashes import logits_digest
 
 import runtime_ref.model
-from runtime_ref.command import run_command
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import SETS, select
 from runtime_ref.kernels.pack import pack
 from runtime_ref.model import Model
+from tmexport.cli.app import run_command
 
 # LLVM's name of a core, and the instruction set that the runtime chooses on it.
 CORES = {"icelake-server": "avx512vnni", "sapphirerapids": "avx512vnni", "znver4": "avx512vnni", "alderlake": "avxvnni"}

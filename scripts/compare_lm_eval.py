@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from runtime_ref.command import run_command
+from tmexport.cli.app import run_command
 from tmexport.errors import TmexportError, UsageError
 from zero_shot.cli import open_scorer
 from zero_shot.examples import arrow_docs, load_examples, package_folder, request_docs

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
-from runtime_ref.command import run_command
+from tmexport.cli.app import run_command
 from tmexport.errors import TmexportError, UsageError
 from zero_shot.cli import open_scorer
 from zero_shot.metrics import measure

@@ -21,11 +21,11 @@ import click
 import llvmlite.binding as llvm
 import numpy as np
 
-from runtime_ref.command import run_command
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import available
 from runtime_ref.model import Model
 from runtime_ref.weights import Source
+from tmexport.cli.app import run_command
 
 PROMPT, DECODED = 256, 64
 

@@ -29,9 +29,9 @@ from qat.baselines import METHODS
 from qat.data import Batches, TokenStream, find_files, tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer, score_document
 from qat.model import Mamba2LM, load_model
-from qat.progress import run_command
 from qat.recipe import load_recipe
 from qat.train import train
+from tmexport.cli.app import run_command
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
 
@@ -211,4 +211,4 @@ def draw(zeros: dict[str, list[tuple[int, float]]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "scripts/study_qat.py")

@@ -5,6 +5,13 @@ from __future__ import annotations
 _LONGEST_MESSAGE = 1000
 
 
+def one_line(text: str) -> str:
+    """`text` with its middle cut out if it is very long, and what is not printable escaped."""
+    if len(text) > _LONGEST_MESSAGE:
+        text = text[: _LONGEST_MESSAGE // 2] + " ... " + text[-_LONGEST_MESSAGE // 2 :]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class TmexportError(Exception):
     """Base of every error this project raises on purpose; the command line prints it as one line and exits.
 
@@ -15,10 +22,7 @@ class TmexportError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if len(text) > _LONGEST_MESSAGE:
-            text = text[: _LONGEST_MESSAGE // 2] + " ... " + text[-_LONGEST_MESSAGE // 2 :]
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        return one_line(super().__str__())
 
 
 class UsageError(TmexportError):

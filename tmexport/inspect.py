@@ -12,6 +12,7 @@ import numpy as np
 from tmexport.checkpoint import expected_shapes, open_checkpoint, projection_names
 from tmexport.config import Mamba2Config
 from tmexport.errors import NotTernaryError
+from tmexport.extras import import_with
 from tmexport.gguf.decode import decode_ternary
 from tmexport.gguf.names import config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
@@ -65,9 +66,7 @@ def inspect_path(path: Path, on_tensor: Callable[[str, int], None] = lambda name
         UsageError: an .onnx file, and the package onnx is not installed.
     """
     if path.suffix == ".onnx" and not path.is_dir():
-        from tmexport.onnx.cli import inspect_file
-
-        return inspect_file(path, on_tensor)
+        return import_with("onnx", "tmexport.onnx.inspect").inspect_onnx(path, on_tensor)
     return _inspect_checkpoint(path, on_tensor) if path.is_dir() else _inspect_gguf(path, on_tensor)
 
 

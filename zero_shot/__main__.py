@@ -1,7 +1,7 @@
-"""python -m zero_shot: see cli.py."""
+"""The program `python -m zero_shot`: see cli.py."""
 
-from runtime_ref.command import run_command
+from tmexport.cli.app import run_command
 from zero_shot.cli import zero_shot
 
 if __name__ == "__main__":
-    run_command(zero_shot, "zero_shot")
+    run_command(zero_shot, "python -m zero_shot")

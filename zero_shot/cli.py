@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from runtime_ref.progress import progress_bar
+from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from zero_shot.examples import load_examples, package_folder
 from zero_shot.metrics import Metric, Result, measure, pool
@@ -93,12 +93,12 @@ def zero_shot(
     results: dict[str, Result] = {}
     parts: dict[str, Result] = {}
     total = sum(len(e.contexts) for lists in examples.values() for part in lists.values() for e in part)
-    with progress_bar("scoring", total) as advance:
+    with progress_bar("scoring", total) as bar:
         for task in tasks:
-            advance(0, task.name)
+            bar.advance(0, task.name)
             measured = {}
             for name, part in examples[task.name].items():
-                likelihoods = score_examples(model, part, advance)
+                likelihoods = score_examples(model, part, bar.advance)
                 measured[name] = measure(part, likelihoods, task.metrics)
             if list(measured) == [task.name]:
                 results |= measured

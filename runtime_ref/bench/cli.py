@@ -13,7 +13,7 @@ from runtime_ref.bench.report import page
 from runtime_ref.bench.show import draw, show, show_ratios
 from runtime_ref.bench.workloads import WORKLOADS
 from runtime_ref.memory import MemorySize, check_memory
-from runtime_ref.progress import progress_bar
+from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
 
@@ -118,8 +118,8 @@ def bench(
     if max_memory is not None:
         for profile in profiles:
             check_memory(model_path, max_memory, profile, settings.states(), len(profiles))
-    with progress_bar("starting", settings.tokens()) as advance:
-        result = run_bench(model_path, settings, lambda what, done: advance(done, what))
+    with progress_bar("starting", settings.tokens()) as bar:
+        result = run_bench(model_path, settings, lambda what, done: bar.advance(done, what))
     if report:
         with atomic_write(report) as file:
             file.write(page(result).encode("utf-8", "replace"))  # a path may be any bytes

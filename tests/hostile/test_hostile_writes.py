@@ -311,7 +311,7 @@ main()
 
 
 @pytest.mark.parametrize(("number", "code", "text"), [
-    (signal.SIGINT, 130, "tmexport: interrupted; nothing was left half written\n"), (signal.SIGTERM, 143, "")])  # fmt: skip
+    (signal.SIGINT, 130, "interrupted; no file was left half written\n"), (signal.SIGTERM, 143, "terminated; no file was left half written\n")])  # fmt: skip
 def test_interrupted_in_the_middle(folder, tmp_path_factory, number, code, text):
     source = checkpoint(tmp_path_factory.mktemp("source"))
     process = subprocess.Popen([sys.executable, "-c", SLOW, source, folder / "m.gguf"], cwd=ROOT, text=True,
@@ -344,7 +344,7 @@ def test_the_command_never_overwrites_the_checkpoint_it_reads(tmp_path):
         assert done.returncode == 2
         assert (
             done.stderr.splitlines()[-1]
-            == f"tmexport: {output}: is a file of the checkpoint itself; name another file to write"
+            == f"error: {output}: is a file of the checkpoint itself; name another file to write"
         )
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
 
@@ -372,7 +372,7 @@ def test_an_output_that_cannot_be_written(tmp_path):
             program = "from tmexport.cli import main; main()"
             done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, text=True, stdout=full, stderr=subprocess.PIPE, check=False)  # fmt: skip
         lines = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
-        assert (done.returncode, lines) == (1, ["tmexport: the output cannot be written: No space left on device"])
+        assert (done.returncode, lines) == (1, ["error: the output cannot be written: No space left on device"])
     assert names(tmp_path) == ["ckpt"]
 
 

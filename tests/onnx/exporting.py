@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+from tests.commands import invoke
 from tests.models import ternary_tensors, train_tokenizer
 from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint, write_checkpoint
 from tmexport.cli import cli
@@ -23,10 +24,8 @@ EMBEDDINGS = ("q8", "f16", "f32")
 
 
 def run(*args: object, command: click.Command = cli) -> Result:
-    """The command with these arguments; only an exit is an error it may raise."""
-    result = CliRunner().invoke(command, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
+    """The command with these arguments."""
+    return invoke(command, *args)
 
 
 def write_ternary(folder: Path, config: Mamba2Config, group_size: int = 64, seed: int = 0) -> Checkpoint:

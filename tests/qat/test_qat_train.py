@@ -19,12 +19,12 @@ import qat.trainer
 from qat.errors import DataError, TrainingError
 from qat.evaluate import evaluate
 from qat.model import load_model
-from qat.progress import run_command
 from qat.ptq import round_to_nearest
 from qat.recipe import Recipe, load_recipe
 from qat.train import train
 from qat.trainer import find_collapse
 from tmexport.checkpoint import open_checkpoint, projection_names
+from tmexport.cli.app import run_command
 from tmexport.errors import CheckpointError, TokenizerError, UsageError
 from tmexport.ternary import quantize_absmean
 
@@ -375,7 +375,7 @@ def test_wrong_usage_exits_2(teacher, corpus, tmp_path, monkeypatch, capsys, com
         arguments += ["--out", str(tmp_path / "x")]
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit) as caught:
-        run_command(command)
+        run_command(command, "command")
     assert caught.value.code == 2
     assert capsys.readouterr().err.strip()
     assert not (tmp_path / "x" / "model.safetensors").exists()

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -16,6 +15,7 @@ from runtime_ref.generate import generate
 from runtime_ref.model import Model
 from runtime_ref.perplexity import perplexity, read_documents, score_tokens
 from runtime_ref.tokenizer import Tokenizer
+from tests.commands import invoke
 from tests.models import ternary_tensors
 from tests.runtime_ref.small import sha
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
@@ -48,7 +48,7 @@ def gguf(tmp_path_factory):
 
 
 def run(command, *args):
-    return CliRunner().invoke(command, [str(a) for a in args])
+    return invoke(command, *args)
 
 
 @pytest.fixture(scope="module")

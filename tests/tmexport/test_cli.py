@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
+from tests.commands import invoke
 from tests.models import SMALL, random_tensors, ternary_tensors, train_tokenizer, write_small, write_state_spaces
 from tmexport.checkpoint import projection_names, write_checkpoint
 from tmexport.cli import cli
@@ -15,7 +15,7 @@ from tmexport.safetensors_io import index_safetensors
 
 
 def run(*args):
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
+    return invoke(cli, *args)
 
 
 @pytest.fixture

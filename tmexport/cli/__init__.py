@@ -1,0 +1,89 @@
+"""The command line. `tmexport VERB` looks the verb up in one table and imports its module only then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import click
+
+from tmexport import __version__
+from tmexport.cli.app import run_command
+from tmexport.cli.options import HELP
+from tmexport.extras import import_with
+
+
+@dataclass(frozen=True)
+class Verb:
+    """group: its section in --help. target: module:object of the click command. extra: of pyproject.toml, what it needs."""
+
+    group: str
+    target: str
+    help: str
+    extra: str = ""
+
+
+TRAIN, EXPORT, RUN = "Make a low-bit model", "Export it and prove it", "Run it and measure it"
+VERBS = {
+    "train": Verb(TRAIN, "qat.train:main", "Train a ternary student from a teacher, or a teacher from nothing.", "qat"),
+    "ptq": Verb(TRAIN, "qat.ptq:main", "Make a low-bit checkpoint without training.", "qat"),
+    "evaluate": Verb(TRAIN, "qat.evaluate:main", "Bits per byte and perplexity of a checkpoint folder.", "qat"),
+    "gguf": Verb(EXPORT, "tmexport.cli.gguf:gguf", "Export a checkpoint to a GGUF that stock llama.cpp loads."),
+    "onnx": Verb(EXPORT, "tmexport.cli.onnx:onnx", "Export a checkpoint to an ONNX file.", "onnx"),
+    "web": Verb(EXPORT, "tmexport.cli.web:web", "Write a page that runs a checkpoint in a browser.", "onnx"),
+    "verify": Verb(EXPORT, "tmexport.cli.verify:verify", "Prove that an exported file holds the checkpoint."),
+    "inspect": Verb(EXPORT, "tmexport.cli.inspect:inspect", "Show dimensions, types, sizes and zero ratios of a model."),
+    "generate": Verb(RUN, "runtime_ref.generate:generate", "Continue a text with a GGUF or ONNX file."),
+    "perplexity": Verb(RUN, "runtime_ref.perplexity:perplexity", "Bits per byte and perplexity of a GGUF on a text."),
+    "bench": Verb(RUN, "runtime_ref.bench.cli:bench", "Time a GGUF: speed, latency, memory, bandwidth."),
+    "zero-shot": Verb(RUN, "zero_shot.cli:zero_shot", "Accuracy of a model on zero-shot tasks."),
+}  # fmt: skip
+
+
+def load(name: str) -> click.Command:
+    """The command object of a verb.
+
+    Raises:
+        UsageError: it needs a package that is not installed.
+    """
+    verb = VERBS[name]
+    module, _, target = verb.target.partition(":")
+    return getattr(import_with(verb.extra, module), target)
+
+
+class Verbs(click.Group):
+    """A group whose commands are those of the table."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return load(name) if name in VERBS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+            with formatter.section(group):
+                formatter.write_dl(
+                    [(name, verb.help) for name, verb in VERBS.items() if verb.group == group], col_max=12
+                )
+
+
+@click.group(cls=Verbs, context_settings=HELP, invoke_without_command=True, no_args_is_help=False)
+@click.version_option(__version__, prog_name="tmexport")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Low-bit state-space models for CPUs and edge boards: train, export without loss, prove, run.
+
+    \b
+    Examples:
+      tmexport gguf ckpt/ model.gguf && tmexport verify ckpt/ model.gguf
+      tmexport generate model.gguf --prompt "Fellow citizens"
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    run_command(cli, "tmexport")

@@ -1,0 +1,139 @@
+"""The one runner: whatever ends a command becomes one line on stderr and an exit code.
+
+0 done, 1 it could not be done, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM. TMEXPORT_TRACEBACK=1 shows where it came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import click
+
+from tmexport.errors import TmexportError, one_line
+from tmexport.files import silence_stdout
+
+TRACEBACK = "TMEXPORT_TRACEBACK"
+_SIGNALS = {"SIGTERM": 143, "SIGHUP": 129}  # they unwind as Ctrl-C does, so that temporary files are removed
+_THREADS = (
+    "the limit of threads is reached; use --threads 1, or raise the limit (ulimit -u, or the container's limit of pids)"
+)
+_MEMORY = "not enough memory; nothing was left half written"
+
+
+def run_command(command: click.Command, name: str, args: Sequence[str] | None = None) -> NoReturn:
+    """Run a click command as a program called `name`, with `args` or else the process's own; ends the process."""
+    _prepare()
+    sys.exit(outcome(command, name, list(sys.argv[1:] if args is None else args)))
+
+
+def outcome(command: click.Command, name: str, args: list[str]) -> int:
+    """Run a click command; its exit code. What went wrong is said in one line on stderr."""
+    try:
+        code = _invoke(command, name, args)
+        _flush()
+    except BaseException as error:
+        return _report(error)
+    return code
+
+
+def _invoke(command: click.Command, name: str, args: list[str]) -> int:
+    if os.environ.get("_TMEXPORT_COMPLETE"):  # a shell asks for completions
+        command.main(args, name, "_TMEXPORT_COMPLETE")
+    try:  # not command.main: that takes an EOFError for Ctrl-C
+        with command.make_context(name, args) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def _prepare() -> None:
+    """Signals that unwind, streams that can show any text, warnings of one line."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for name, code in _SIGNALS.items():
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _ending(code))
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a cp1252 terminal has no omega
+    warnings.showwarning = _warn
+
+
+def _ending(code: int) -> Callable[..., NoReturn]:
+    def end(*_: object) -> NoReturn:
+        sys.exit(code)
+
+    return end
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    _say("warning: " + one_line(str(message).strip().split("\n")[0]))
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _report(error: BaseException) -> int:
+    """Say in one line why the command ended; its exit code."""
+    if isinstance(error, SystemExit):
+        if error.code in _SIGNALS.values():
+            _say("terminated; no file was left half written")
+        return error.code if isinstance(error.code, int) else 1
+    if os.environ.get(TRACEBACK):
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):  # the reader has enough
+        silence_stdout()
+        return 1
+    with contextlib.suppress(OSError, ValueError):
+        _flush()  # what was said so far, before the reason why there is no more
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        _say(str(error) or "interrupted; no file was left half written")
+        return 130
+    if isinstance(error, click.ClickException):
+        _say("error: " + _usage(error))
+        return error.exit_code
+    _say("error: " + _reason(error))
+    silence_stdout()
+    return error.exit_code if isinstance(error, TmexportError) else 1
+
+
+def _usage(error: click.ClickException) -> str:
+    text = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    return one_line(text if context is None else f"{text.removesuffix('.')} (see {context.command_path} --help)")
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, TmexportError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return _MEMORY
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return _THREADS
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return one_line(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EBADF):
+            return f"the output cannot be written: {error.strerror}"
+    return one_line(
+        f"unexpected {type(error).__name__}{': ' if text else ''}{text}; this is a bug or a damaged installation "
+        f"({TRACEBACK}=1 shows where it happened)"
+    )
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed: the exit code speaks
+        click.echo(line, err=True)

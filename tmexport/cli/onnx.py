@@ -1,0 +1,69 @@
+"""`tmexport onnx`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from tmexport.cli.options import EMBEDDINGS, HELP, PATH, json_option, onnx_embedding_option, tokenizer_option
+from tmexport.cli.progress import progress_bar
+from tmexport.errors import UsageError
+from tmexport.extras import import_with
+
+
+@click.command(context_settings=HELP)
+@click.argument("checkpoint", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--ops", "form", type=click.Choice(["ort", "portable", "custom"]), default="ort", show_default=True,
+              help="ort: onnxruntime's 2-bit kernels. portable: standard operators only. custom: ours, as functions.")  # fmt: skip
+@onnx_embedding_option
+@click.option("--opset", type=int, help="Version of ai.onnx. Default: the oldest that works (15; 23 for ort).")
+@click.option("--io-names", type=click.Choice(["tmexport", "genai"]), default="tmexport", show_default=True,
+              help="past_ssm.0 ..., or those of onnxruntime-genai's model builder.")  # fmt: skip
+@click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
+              help="Of every position, or of the last one only (a faster prefill).")  # fmt: skip
+@tokenizer_option
+@json_option
+def onnx(
+    checkpoint: Path,
+    output: Path,
+    form: str,
+    embedding_type: str,
+    opset: int | None,
+    io_names: str,
+    logits: str,
+    tokenizer: Path | None,
+    as_json: bool,
+) -> None:
+    """Export CHECKPOINT (a ternary one, or a dense one whose projections are exactly ternary) to OUTPUT, an ONNX file.
+
+    OUTPUT's config and tokenizer are written beside it (model.config.json, model.tokenizer.json).
+
+    \b
+    Examples:
+      tmexport onnx ckpt/ model.onnx
+      tmexport onnx ckpt/ model.onnx --ops portable --embedding-type f16
+    """
+    from tmexport.checkpoint import open_checkpoint
+
+    export_onnx = import_with("onnx", "tmexport.onnx.export").export_onnx
+    build_graph = import_with("onnx", "tmexport.onnx.graph").build_graph
+
+    source = open_checkpoint(checkpoint)
+    if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
+        raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
+    graph = build_graph(source, form, EMBEDDINGS[embedding_type], opset, io_names, logits)
+    if tokenizer is None and source.tokenizer is None:
+        click.echo("warning: no tokenizer.json in the checkpoint; none is written beside the file (see --tokenizer)", err=True)  # fmt: skip
+    with progress_bar("writing", len(graph.initializers), unit="tensors") as bar:
+        result = export_onnx(output, graph, tokenizer or source.tokenizer, lambda tensor: bar.advance())
+    if as_json:
+        opsets = {o.domain or "ai.onnx": o.version for o in graph.skeleton.opset_import}
+        click.echo(json.dumps({"output": str(output), "files": [str(f) for f in result.files], "bytes": result.n_bytes, "ops": form,
+                               "embedding_type": embedding_type, "group_size": graph.info.group_size, "opset": opsets,
+                               "ir_version": graph.skeleton.ir_version, "nodes": len(graph.skeleton.graph.node)}))  # fmt: skip
+    else:
+        click.echo(f"{output}: {result.n_bytes / 1e6:.1f} MB, {form}, group size {graph.info.group_size}")
+        click.echo("beside it: " + ", ".join(f.name for f in result.files[1:]))

@@ -1,0 +1,43 @@
+"""Options and arguments that several commands have, so that each is spelled and explained once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+class Choice(click.Choice):
+    """A choice that also takes `old` spellings, silently."""
+
+    def __init__(self, choices: list[str], old: Mapping[str, str]) -> None:
+        super().__init__(choices)
+        self._old = dict(old)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(self._old.get(value, value), param, ctx)
+
+
+threads_option = click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="Threads of the CPU. Default: the cores this process may use, or the CPUs its container is allowed.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+tokenizer_option = click.option(
+    "--tokenizer", type=PATH, help="A tokenizer.json, if the checkpoint has none of its own."
+)
+EMBEDDINGS = {"q8_0": "q8", "f16": "f16", "f32": "f32"}  # the command's word -> the one in the files' metadata
+onnx_embedding_option = click.option(
+    "--embedding-type",
+    type=Choice(list(EMBEDDINGS), old={"q8": "q8_0"}),
+    default="q8_0",
+    show_default=True,
+    help="Type of the embedding and of an untied head.",
+)
