@@ -37,7 +37,7 @@ from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoi
 from tmexport.cli.app import run_command
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
-from tmexport.ternary import TernaryTensor
+from tmexport.types.ternary import TernaryTensor
 
 
 def train(
