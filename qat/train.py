@@ -9,6 +9,11 @@ curves.png, and in checkpoints/ what --resume needs.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tmexport.cli import run_verb
+
+    run_verb("train", "python -m qat.train")
+
 import hashlib
 import json
 import os
@@ -34,9 +39,9 @@ from qat.teacher_cache import open_teacher_cache
 from qat.tokenizer import END_OF_TEXT, train_tokenizer
 from qat.trainer import Run, fit
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
-from tmexport.cli.app import run_command
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
+from tmexport.threads import default_threads
 from tmexport.types.ternary import TernaryTensor
 
 
@@ -60,7 +65,7 @@ def train(
     # Several processes without a GPU must ask for the CPU: accelerate takes each for a run of its own otherwise.
     accelerator = Accelerator(cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // local))
+    torch.set_num_threads(recipe.threads or max(1, default_threads() // local))
     torch.manual_seed(recipe.seed)
     if (out / "checkpoints" / "latest.pt").is_file() and not resume:
         raise UsageError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
@@ -260,7 +265,3 @@ def main(
         score = summary["held_out_bits_per_byte"]
         shown = f", {score:.4f} bits per byte held out" if score is not None else ""
         click.echo(f"{out}: {summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s{shown}")
-
-
-if __name__ == "__main__":
-    run_command(main, "python -m qat.train")
