@@ -7,7 +7,7 @@ from pathlib import Path
 from tmexport.errors import TokenizerError, UsageError
 from tmexport.gguf.names import TOKENIZER_JSON_KEY
 from tmexport.gguf.reader import GGUFFile, open_gguf
-from tmexport.gguf.tokenizer import parse_tokenizer
+from tmexport.tokenizer.gguf import parse_tokenizer
 
 _LONGEST_CHARACTER = 8  # tokens held back for an unfinished character before it is called invalid
 

@@ -29,7 +29,7 @@ from tmexport.errors import TmexportError
 from tmexport.gguf.decode import dequantize
 from tmexport.gguf.names import config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
-from tmexport.gguf.tokenizer import parse_tokenizer, tokenizer_metadata
+from tmexport.tokenizer.gguf import parse_tokenizer, tokenizer_metadata
 
 TOKENIZER_MODEL = Mamba2Config(d_model=64, n_layer=1, vocab_size=512)
 

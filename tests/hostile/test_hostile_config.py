@@ -11,7 +11,7 @@ from tests.hostile.builders import CONFIG, checkpoint, dense_config, tokenizer_j
 from tests.hostile.targets import TOKENIZER_MODEL, peak_bytes, read_checkpoint
 from tmexport.config import load_config
 from tmexport.errors import ConfigError, TmexportError, TokenizerError
-from tmexport.gguf.tokenizer import parse_tokenizer, tokenizer_metadata
+from tmexport.tokenizer.gguf import parse_tokenizer, tokenizer_metadata
 
 HUGE = 10**4000
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from tests.models import train_tokenizer
 from tmexport.config import Mamba2Config
 from tmexport.errors import TokenizerError
-from tmexport.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, tokenizer_metadata
+from tmexport.tokenizer.gguf import CONTROL, NORMAL, UNUSED, USER_DEFINED, tokenizer_metadata
 
 CONFIG = Mamba2Config(256, 1, 512, d_state=64)
 

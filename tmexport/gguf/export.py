@@ -14,7 +14,7 @@ from tmexport.checkpoint import Checkpoint, projection_names
 from tmexport.errors import NotTernaryError, UsageError
 from tmexport.gguf.encode import encode_float, encode_ternary, scales_per_block
 from tmexport.gguf.names import gguf_values, model_metadata
-from tmexport.gguf.tokenizer import tokenizer_metadata
+from tmexport.tokenizer.gguf import tokenizer_metadata
 from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor

@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from tmexport.errors import TmexportError, TokenizerError, UsageError
-from tmexport.gguf.tokenizer import parse_tokenizer
+from tmexport.tokenizer.gguf import parse_tokenizer
 from tmexport.onnx.names import tokenizer_path
 from tmexport.onnx.ort_model import OrtModel, check_temperature
 
