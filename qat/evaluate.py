@@ -30,6 +30,7 @@ from tmexport.cli.app import run_command
 from tmexport.cli.progress import progress_bar
 from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
+from tmexport.threads import default_threads
 
 _SEGMENT = 2048  # tokens a forward pass; the state goes from one to the next
 
@@ -126,8 +127,7 @@ def main(checkpoint: Path, data: tuple[Path, ...], tokenizer: Path | None, threa
 
     Example: python -m qat.evaluate out/student --data heldout.jsonl --json
     """
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or default_threads())
     score = evaluate(checkpoint, list(data), tokenizer)
     result = {**asdict(score), "bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
     if as_json:

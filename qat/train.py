@@ -38,6 +38,7 @@ from tmexport.cli.app import run_command
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.ternary import TernaryTensor
+from tmexport.threads import default_threads
 
 
 def train(
@@ -60,7 +61,7 @@ def train(
     # Several processes without a GPU must ask for the CPU: accelerate takes each for a run of its own otherwise.
     accelerator = Accelerator(cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // local))
+    torch.set_num_threads(recipe.threads or max(1, default_threads() // local))
     torch.manual_seed(recipe.seed)
     if (out / "checkpoints" / "latest.pt").is_file() and not resume:
         raise UsageError(f"{out}: already holds a run; continue it with --resume, or choose another --out")

@@ -9,7 +9,6 @@ logits = model.decode(state, token)        # the same bits as if `token` had bee
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,11 +27,7 @@ from runtime_ref.team import Team
 from runtime_ref.weights import Source
 from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
-
-
-def default_threads() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from tmexport.threads import default_threads
 
 
 class Model:

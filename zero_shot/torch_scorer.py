@@ -12,6 +12,7 @@ from qat.model import load_model
 from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
 from tmexport.checkpoint import open_checkpoint
+from tmexport.threads import default_threads
 from zero_shot.scoring import Likelihood
 
 
@@ -19,8 +20,7 @@ class TorchScorer:
     """The context is read once; its continuations follow as one batch, filled up on the right."""
 
     def __init__(self, folder: Path, tokenizer: Path | None = None, threads: int | None = None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or default_threads())
         config = open_checkpoint(folder).config
         path = find_tokenizer(folder, tokenizer)
         self._tokenizer = Tokenizer(path.read_text(encoding="utf-8"), str(path))

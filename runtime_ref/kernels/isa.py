@@ -69,13 +69,15 @@ class Products:
 class Primitives:
     """How one instruction set, with vectors of `lanes` int32 lanes, takes dot products of bytes and of pairs of int16.
 
-    tables: whether many tokens are better multiplied by tables of sums (tables.py). Set where it was measured.
+    tables: whether many tokens are better multiplied by tables of sums (tables.py). Set where it was measured. scan: how
+    many vectors of 16 of two channels' state the registers hold beside what a token brings; the first that fits is used.
     """
 
     lanes: int
     bytes: Products
     pairs: Products
     tables: bool = False
+    scan: tuple[int, ...] = (2, 1)
 
 
 def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -147,7 +149,8 @@ def _vnni(lanes: int, width: int, in_flight: int) -> Primitives:
 
         return Products(ints, in_flight, words, dot, _shifted, in_place=element is I8)
 
-    return Primitives(lanes, product("vpdpbusd", I8, 4 * lanes), product("vpdpwssd", I16, 2 * lanes))
+    scan = (8, 4, 1) if lanes == 16 else (2, 1)
+    return Primitives(lanes, product("vpdpbusd", I8, 4 * lanes), product("vpdpwssd", I16, 2 * lanes), scan=scan)
 
 
 def _avx2() -> Primitives:

@@ -14,9 +14,10 @@ import numpy as np
 from numba import njit
 
 from runtime_ref.kernels.build import Small
-from runtime_ref.kernels.engine import convolve, scan_head, source_digest
 from runtime_ref.kernels.engine import rms_norm as norm_row
+from runtime_ref.kernels.engine import source_digest
 from runtime_ref.kernels.isa import Isa, select
+from runtime_ref.kernels.mamba2 import convolve, scan_head
 from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.kernels.pack import Packed, PackedFloat
 from runtime_ref.kernels.profiles import PROFILES
@@ -130,7 +131,7 @@ def selective_scan(
     conv, ssm = np.empty_like(past_conv), np.empty_like(past_ssm)
     for b in range(batch):
         s = _scratch(wide=y[b], proj=projected[b], xbc=np.empty((time, channels), np.float32))
-        _scan(dims, small, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
+        _scan(_isa(), PROFILES["exact"], dims, small, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
     return y, conv, ssm
 
 
@@ -168,7 +169,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
             norm_row(x[r], weight, out[r], eps)
 
     @njit(cache=True)
-    def scan(dims, small, s, past_conv, past_ssm, present_conv, present_ssm):
+    def scan(isa, profile, dims, small, s, past_conv, past_ssm, present_conv, present_ssm):
         _ = digest
         rows, keep = s.wide.shape[0], dims.d_conv - 1
         conv = np.empty((keep, dims.conv_dim), np.float32)
@@ -184,7 +185,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
             for p in range(dims.headdim):
                 for n in range(dims.d_state):
                     ssm[h, p, n] = past_ssm[h, n, p]
-            scan_head(dims, small, 0, s, ssm, 0, rows, h)
+            scan_head(isa, profile, dims, small, 0, s, ssm, 0, rows, h)
             for n in range(dims.d_state):
                 for p in range(dims.headdim):
                     present_ssm[h, n, p] = ssm[h, p, n]

@@ -131,24 +131,37 @@ def store(typingctx, array, index, vector):
     return types.void(array, types.int64, vector), codegen
 
 
+def _at(builder, address, stored: ir.Type):
+    return builder.inttoptr(address, ir.VectorType(stored, LANES).as_pointer())
+
+
 @intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the cache line of an element; one beyond the end is harmless."""
+def peek(typingctx, address):
+    """16 consecutive fp32 from an address."""
 
     def codegen(context, builder, sig, args):
-        data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        ask_for_line(builder, builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer()))
+        return builder.load(_at(builder, args[0], ir.FloatType()), align=4)
+
+    return F32(types.int64), codegen
+
+
+@intrinsic
+def poke(typingctx, address, vector):
+    """Write 16 fp32 to an address."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[1], _at(builder, args[0], ir.FloatType()), align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.int64), codegen
+    return types.void(types.int64, F32), codegen
 
 
-def ask_for_line(builder: ir.IRBuilder, pointer: ir.Value) -> None:
-    """A prefetch for reading, into every level of the cache."""
+def ask_for_line(builder: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> None:
+    """A prefetch for reading, into the cache of this level and those behind it; one past the end of an array is harmless."""
     i32, name = ir.IntType(32), "llvm.prefetch.p0"
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(function, [pointer, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
+    builder.call(function, [pointer, ir.Constant(i32, 0), ir.Constant(i32, 4 - level), ir.Constant(i32, 1)])
 
 
 @intrinsic

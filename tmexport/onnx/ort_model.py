@@ -19,6 +19,7 @@ import numpy as np
 
 from tmexport.errors import UsageError
 from tmexport.onnx.names import GraphState, ModelInfo, OnnxError, info_from_metadata, model_states
+from tmexport.threads import default_threads
 
 
 class OrtState:
@@ -72,7 +73,7 @@ class OrtModel:
 
         Args:
             path: written by `tmexport onnx`.
-            threads: of onnxruntime; None lets it choose.
+            threads: of onnxruntime; None: `tmexport.threads.default_threads`.
             kernels: run the operators of a custom form with runtime_ref's arithmetic (`register_kernels`).
 
         Raises:
@@ -85,10 +86,9 @@ class OrtModel:
             raise OnnxError(f"{path}: no such file; expected a file written by `tmexport onnx`")
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if threads is not None:
-            if not 1 <= threads <= 1024:
-                raise UsageError(f"{threads} threads; expected 1 to 1024")
-            options.intra_op_num_threads = threads
+        if threads is not None and not 1 <= threads <= 1024:
+            raise UsageError(f"{threads} threads; expected 1 to 1024")
+        options.intra_op_num_threads = threads or default_threads()
         if kernels:
             from tmexport.onnx.kernels import register_kernels
 
