@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from tmexport.gguf.types import GGMLType
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.ternary import first_true
+from tmexport.tokenizer.gguf import export_tokenizer
 
 # A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}
@@ -83,12 +83,26 @@ def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
     for field in (name for name in expected | found if name not in _NOT_COMPARED):
         if found.get(field) != expected.get(field):
             return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
-    stored = gguf.metadata.get(TOKENIZER_JSON_KEY)
-    if checkpoint.tokenizer is not None and (
-        not isinstance(stored, str) or stored.encode() != Path(checkpoint.tokenizer).read_bytes()
-    ):
-        return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
+    return _compare_tokenizer(checkpoint, gguf)
+
+
+def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
+    """Every tokenizer.* key; a file that says it has no tokenizer takes token ids only, and nothing is compared."""
+    if checkpoint.tokenizer is None or gguf.metadata.get("tokenizer.ggml.model") == "none":
+        return None
+    for key, expected in export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).metadata.items():
+        found = gguf.metadata.get(key)
+        if found == expected:
+            continue
+        if key == TOKENIZER_JSON_KEY:
+            return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
+        return Difference(key, None, None, _shown(expected), _shown(found))
     return None
+
+
+def _shown(value: object) -> str:
+    text = repr(value if not isinstance(value, list) else value[:4])
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor) -> tuple[Difference | None, int, int]:

@@ -14,11 +14,12 @@ from tmexport.checkpoint import Checkpoint, projection_names
 from tmexport.errors import NotTernaryError, UsageError
 from tmexport.gguf.encode import encode_float, encode_ternary, scales_per_block
 from tmexport.gguf.names import gguf_values, model_metadata
-from tmexport.tokenizer.gguf import tokenizer_metadata
 from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
+from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.names import harmless_name
 
 TYPES = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0, "f16": GGMLType.F16}
 EMBEDDING_TYPES = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.Q4_0}
@@ -26,12 +27,13 @@ EMBEDDING_TYPES = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that will be in the file. `parameters` counts values, for the ratio to fp16."""
+    """Everything that will be in the file; `warnings`: what it cannot say of the tokenizer, a sentence each."""
 
     kind: GGMLType
     group_size: int | None
     metadata: dict[str, Any]
     tensors: list[PlannedTensor]
+    warnings: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -93,10 +95,12 @@ def plan_export(
             make = partial(_float, checkpoint, tensor, tensor_kind)
         tensors.append(PlannedTensor(tensor.gguf, shape, tensor_kind, make))
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
-    metadata = model_metadata(config, FILE_TYPES[chosen], name, group_size)
+    metadata = model_metadata(config, FILE_TYPES[chosen], harmless_name(name), group_size)
     source = tokenizer or checkpoint.tokenizer
-    metadata |= tokenizer_metadata(source, config) if source else {"tokenizer.ggml.model": "none"}
-    return ExportPlan(chosen, group_size, metadata, tensors)
+    if source is None:
+        return ExportPlan(chosen, group_size, metadata | {"tokenizer.ggml.model": "none"}, tensors)
+    exported = export_tokenizer(source, config, checkpoint.path)
+    return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.sentences())
 
 
 def tensor_layout(config: Model, kind: GGMLType, embedding: GGMLType) -> dict[str, tuple[tuple[int, ...], GGMLType]]:

@@ -17,9 +17,9 @@ import click
 import numpy as np
 
 from tmexport.errors import TmexportError, TokenizerError, UsageError
-from tmexport.tokenizer.gguf import parse_tokenizer
 from tmexport.onnx.names import tokenizer_path
 from tmexport.onnx.ort_model import OrtModel, check_temperature
+from tmexport.tokenizer.parse import parse_tokenizer
 
 _LONGEST_CHARACTER = 8  # tokens held back for an unfinished character before it is shown as it is
 

@@ -30,6 +30,12 @@ class ExportedTokenizer:
     neutralised: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def sentences(self) -> tuple[str, ...]:
+        """What the user should know, the differences first."""
+        if not self.neutralised:
+            return self.warnings
+        return (*self.warnings, f"tokenizer.json is written without its {', '.join(self.neutralised)}")
+
 
 def export_tokenizer(path: Path, model: Model, folder: Path | None = None) -> ExportedTokenizer:
     """A tokenizer.json as it goes into files.
@@ -153,6 +159,16 @@ def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in found if type(i) is int and 0 <= i < len(tokens)))
 
 
+def added_tokens(metadata: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that a GGUF wants before and after a prompt."""
+    found = []
+    for name in ("bos", "eos"):
+        index = metadata.get(f"{_KEY}{name}_token_id")
+        wanted = metadata.get(f"{_KEY}add_{name}_token") is True and type(index) is int
+        found.append((index,) if wanted else ())
+    return found[0], found[1]
+
+
 def vocabulary_as_json(metadata: Mapping[str, Any], where: str) -> str:
     """The text of a tokenizer.json that tokenises as llama.cpp does with a GGUF's own keys.
 
@@ -169,7 +185,9 @@ def vocabulary_as_json(metadata: Mapping[str, Any], where: str) -> str:
         raise TokenizerError(
             f"{where}: splits text as {pre!r}, which this release does not know (it knows {known}); give the model's tokenizer.json with --tokenizer"
         )
-    types = metadata.get(_KEY + "token_type") or [NORMAL] * len(tokens)
+    tokens, types = list(tokens), list(metadata.get(_KEY + "token_type") or [NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise TokenizerError(f"{where}: has {len(tokens)} tokens and {len(types)} token types; expected as many")
     added = [
         {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": types[i] != USER_DEFINED}
         for i, token in enumerate(tokens)
