@@ -19,7 +19,7 @@ from tmexport.gguf.types import GGMLType
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.ternary import first_true
-from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.gguf import export_tokenizer, has_vocabulary
 
 # A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}
@@ -88,15 +88,14 @@ def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
 
 def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
     """Every tokenizer.* key; a file that says it has no tokenizer takes token ids only, and nothing is compared."""
-    if checkpoint.tokenizer is None or gguf.metadata.get("tokenizer.ggml.model") == "none":
+    if checkpoint.tokenizer is None or not has_vocabulary(gguf.metadata):
         return None
-    for key, expected in export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).metadata.items():
-        found = gguf.metadata.get(key)
-        if found == expected:
-            continue
-        if key == TOKENIZER_JSON_KEY:
-            return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
-        return Difference(key, None, None, _shown(expected), _shown(found))
+    wanted = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).metadata
+    if gguf.metadata.get(TOKENIZER_JSON_KEY) != wanted[TOKENIZER_JSON_KEY]:
+        return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
+    for key, expected in wanted.items():
+        if gguf.metadata.get(key) != expected:
+            return Difference(key, None, None, _shown(expected), _shown(gguf.metadata.get(key)))
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -54,16 +53,15 @@ def gguf(
     if tokenizer and no_tokenizer:
         raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
     source = open_checkpoint(checkpoint)
-    if no_tokenizer:
-        source = replace(source, tokenizer=None)
-    plan = plan_export(source, kind, embedding_type, ptq == "rtn", tokenizer)
+    plan = plan_export(source, kind, embedding_type, ptq == "rtn", tokenizer, no_tokenizer)
     if ptq:
         click.echo("warning: --ptq rtn rounds weights that are not ternary; quality will be lost", err=True)
     for sentence in plan.warnings:
         click.echo(f"warning: {sentence}", err=True)
     if "tokenizer.ggml.tokens" not in plan.metadata and not no_tokenizer:
         click.echo(
-            "warning: no tokenizer.json in the checkpoint; the file takes token ids only (see --tokenizer)", err=True
+            "warning: no tokenizer.json in the checkpoint; the file takes token ids only (see --tokenizer and --no-tokenizer)",
+            err=True,
         )
     if not as_json:
         for tensor in plan.tensors:

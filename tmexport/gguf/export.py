@@ -18,7 +18,7 @@ from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
-from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.gguf import export_tokenizer, without_tokenizer
 from tmexport.tokenizer.names import harmless_name
 
 TYPES = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0, "f16": GGMLType.F16}
@@ -56,6 +56,7 @@ def plan_export(
     embedding: str = "f16",
     ptq: bool = False,
     tokenizer: Path | None = None,
+    ids_only: bool = False,
 ) -> ExportPlan:
     """Decide every tensor's type; reads weights only as far as `auto` must to know the smallest exact type.
 
@@ -65,6 +66,7 @@ def plan_export(
         embedding: a key of EMBEDDING_TYPES, for the embedding and an untied head.
         ptq: round weights that are not ternary to nearest; the only lossy path.
         tokenizer: a tokenizer.json to use instead of the checkpoint's.
+        ids_only: leave the tokenizer out on purpose.
 
     Raises:
         NotTernaryError: `auto` or a ternary type on weights that are not exactly ternary, without `ptq`.
@@ -97,6 +99,9 @@ def plan_export(
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
     metadata = model_metadata(config, FILE_TYPES[chosen], harmless_name(name), group_size)
     source = tokenizer or checkpoint.tokenizer
+    if ids_only:
+        exported = without_tokenizer(config)
+        return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.warnings)
     if source is None:
         return ExportPlan(chosen, group_size, metadata | {"tokenizer.ggml.model": "none"}, tensors)
     exported = export_tokenizer(source, config, checkpoint.path)

@@ -18,6 +18,7 @@ from tmexport.tokenizer.parse import parse_tokenizer, read_tokenizer
 from tmexport.tokenizer.splits import BY_NAME, GPT2, as_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # llama.h, enum llama_token_type
+IDS_ONLY_KEY = "tmexport.token_ids_only"
 _KEY = "tokenizer.ggml."
 
 
@@ -48,6 +49,13 @@ def export_tokenizer(path: Path, model: Model, folder: Path | None = None) -> Ex
     Raises:
         TokenizerError: it says something that a GGUF cannot hold, or has more tokens than the model has embeddings.
     """
+    try:
+        return _export(path, model, folder or path.parent)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error}; --no-tokenizer exports the model without it") from None
+
+
+def _export(path: Path, model: Model, folder: Path) -> ExportedTokenizer:
     text = read_tokenizer(path)
     tokenizer = parse_tokenizer(text, str(path))
     raw = json.loads(text)
@@ -58,7 +66,7 @@ def export_tokenizer(path: Path, model: Model, folder: Path | None = None) -> Ex
     ids = _ids(path, raw, model)
     features = read_features(text, str(path))
     _check_ids(path, ids, tokenizer.get_vocab(with_added_tokens=True))
-    beside = read_beside(folder or path.parent, path.parent)
+    beside = read_beside(folder, path.parent)
     metadata = _vocabulary(features, ids, model.vocab_size)
     metadata |= _special(features, ids, model, beside)
     for name, template in beside.templates.items():
@@ -151,6 +159,34 @@ def _other_ends(features: Features, ids: dict[str, int], ends: list[int]) -> lis
     return others[:2]
 
 
+def without_tokenizer(model: Model) -> ExportedTokenizer:
+    """The keys of a file that takes token ids only: llama.cpp runs it, with names that stand for no text.
+
+    (It loads "tokenizer.ggml.model": "none" as well, but its server ends at the first token that it wants to show.)
+    """
+    rows = model.vocab_size
+    metadata: dict[str, Any] = {
+        _KEY + "model": "gpt2",
+        _KEY + "pre": "gpt-2",
+        _KEY + "tokens": [f"[PAD{i}]" for i in range(rows)],
+        _KEY + "token_type": [UNUSED] * rows,
+        _KEY + "merges": ["[ P"],  # it wants one; the result is no token
+        _KEY + "add_bos_token": False,
+    }
+    warnings = []
+    for name, index in (("bos", model.bos_token_id), ("eos", model.eos_token_id)):
+        if index is not None:
+            metadata[f"{_KEY}{name}_token_id"] = index
+    if model.eos_token_id is None:
+        warnings.append(f"the model names no end token; llama.cpp ends at the token {NO_END}")
+    return ExportedTokenizer("", metadata | {IDS_ONLY_KEY: True}, (), tuple(warnings))
+
+
+def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF takes texts, and not token ids only."""
+    return metadata.get(_KEY + "model", "none") != "none" and metadata.get(IDS_ONLY_KEY) is not True
+
+
 def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end a generation, as llama.cpp takes them from a GGUF's keys: eos first."""
     found = [metadata.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -177,8 +213,10 @@ def vocabulary_as_json(metadata: Mapping[str, Any], where: str) -> str:
     """
     kind, pre = metadata.get(_KEY + "model"), metadata.get(_KEY + "pre")
     tokens, merges = metadata.get(_KEY + "tokens"), metadata.get(_KEY + "merges")
+    if not has_vocabulary(metadata):
+        raise TokenizerError(f"{where}: has no tokenizer.huggingface.json and no vocabulary; give the model's tokenizer.json with --tokenizer")  # fmt: skip
     if kind != "gpt2" or tokens is None or merges is None:
-        what = f"a vocabulary of the kind {kind!r}" if kind not in (None, "none") else "no vocabulary"
+        what = f"a vocabulary of the kind {kind!r}"
         raise TokenizerError(f"{where}: has {what}; expected a byte-level BPE; give the model's tokenizer.json with --tokenizer")  # fmt: skip
     if pre not in BY_NAME:
         known = ", ".join(sorted(BY_NAME))

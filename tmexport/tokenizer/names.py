@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # A generation ends at each of these, whatever the file's keys say.
 ENDS = frozenset(
     {
@@ -24,6 +26,12 @@ _SHOWN = {"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"}
 SPECIAL = ENDS | _PADS_AND_FILES | _INFILLING | _SHOWN
 _STRIPPING_NAMES = (("phi-3", "phi 3"), ("phi3", "phi 3"), ("modern-bert", "modern bert"))
 NO_END = 11  # the id that llama.cpp takes for the end token, and for BOS, of a byte-level BPE whose file names none
+
+
+def end_tokens(vocabulary: Mapping[str, int], first: int | None) -> tuple[int, ...]:
+    """The tokens that end a generation: the model's own, and those that llama.cpp knows by name."""
+    named = sorted(index for token, index in vocabulary.items() if token in ENDS)
+    return tuple(dict.fromkeys(([] if first is None else [first]) + named))
 
 
 def harmless_name(name: str) -> str:
