@@ -32,7 +32,7 @@ def run(*args: object, command: click.Command = cli) -> Result:
 def write_ternary(folder: Path, config: Mamba2Config, group_size: int = 64, seed: int = 0) -> Checkpoint:
     """A random ternary checkpoint with a tokenizer, opened."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(folder / "tokenizer.json", 300)
+    tokenizer = train_tokenizer(folder / "tokenizer.json", 300) if config.vocab_size >= 300 else None
     write_checkpoint(folder, config, ternary_tensors(config, group_size, seed), tokenizer)
     return open_checkpoint(folder)
 
