@@ -50,7 +50,39 @@ def read_text(path: Path, largest: int) -> str:
         if size > largest:
             raise ValueError(f"has {size} bytes; expected at most {largest}")
         data = file.read(size)
-    return data.decode("utf-8")
+    found = _named(data[:_ENOUGH])
+    if found is not None:
+        raise ValueError(found)
+    return data.decode("utf-8-sig")  # Windows' editors put a byte order mark before the text
+
+
+_ENOUGH = 512
+LORA = (
+    "is a LoRA adapter, which is not a model by itself; merge it into its base model "
+    "(peft: model.merge_and_unload().save_pretrained(FOLDER))"
+)
+
+
+def what_it_is(path: Path) -> str | None:
+    """What a file is that is not what its name says: the rest of a message; None if nothing better is known."""
+    try:
+        with open(path, "rb") as file:
+            return _named(file.read(_ENOUGH))
+    except OSError:
+        return None
+
+
+def _named(start: bytes) -> str | None:
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download the file"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "is a web page (a download that failed?); download the file again"
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file; expected one of the checkpoint it was made from"
+    if start.startswith((b"\xff\xfe{", b"\xff\xfe[", b"\xfe\xff\0{", b"\xfe\xff\0[")):
+        return "is UTF-16 text; save it as UTF-8"
+    return None
 
 
 def silence_stdout() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -296,7 +297,7 @@ def test_what_is_not_a_file(tmp_path, name, kind):
 def test_what_is_not_a_folder(tmp_path):
     refused(tmp_path / "missing", "no such folder")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "no such folder")
+    refused(tmp_path / "file", "is a file; expected a checkpoint folder")
     refused(tmp_path, "config.json: no such file; expected a checkpoint folder")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path, "holds no weights; expected model.safetensors or pytorch_model.bin")
@@ -391,25 +392,50 @@ def test_the_payloads_would_execute_if_they_could(tmp_path):
         ([1, 2], "holds a list; expected a state dict of tensors"),
         ({"x": 3}, "x is a int; expected floats"),
         ({3: torch.zeros(2)}, "holds a tensor named 3; expected text"),
-        ({"model": {"x": torch.zeros(2)}}, "model is a dict; expected floats"),
+        ({"model": {"x": 3}}, "x is a int; expected floats"),
+        ({"model": {}, "state_dict": {}}, "holds the dicts state_dict and model; expected one"),
+        ({"weights": {"x": torch.zeros(2)}}, "weights is a dict; expected floats"),
         ({"x": torch.zeros(4, dtype=torch.int64)}, "x is a torch.int64; expected floats"),
         ({"x": torch.zeros(4, dtype=torch.complex64)}, "x is a torch.complex64; expected floats"),
-        ({"x": torch.eye(3).to_sparse()}, "x is not stored contiguously|is not a torch archive"),
-        ({"x": torch.zeros(4, 4).t()[:, :2]}, "x is not stored contiguously; save it again with torch.save"),
-        ({"x": torch.zeros(1).expand(1000)}, "x is not stored contiguously"),
+        ({"x": torch.eye(3).to_sparse()}, r"x is sparse; save it again with .to_dense\(\)|is not a torch archive"),
+        ({"x": torch.zeros(1).expand(2**19)}, r"x has more values than are stored; save it again with .contiguous\(\)"),
         ({"x": torch.zeros(2)}, "backbone.embeddings.weight is missing"),
     ],
-    ids=["list", "int", "key", "nested", "int64", "complex", "sparse", "transposed", "expanded", "other"],
+    ids=["list", "int", "key", "nested", "two nested", "unknown nested", "int64", "complex", "sparse", "expanded", "other"],
 )  # fmt: skip
-def test_an_archive_of_other_things(tmp_path, state, message):
-    refused(torch_folder(tmp_path, saved(state)), message)
+@pytest.mark.parametrize("old_form", [False, True])
+def test_an_archive_of_other_things(tmp_path, state, message, old_form):
+    refused(torch_folder(tmp_path, saved(state, _use_new_zipfile_serialization=not old_form)), message)
 
 
-def test_an_old_archive_says_what_to_do(tmp_path):
-    data = saved(state_dict(), _use_new_zipfile_serialization=False)
-    refused(
-        torch_folder(tmp_path, data), "is not a zip archive; if an old torch wrote it, load it there and save it again"
-    )
+def test_a_view_that_shows_a_value_too_often_is_refused_before_it_fills_the_memory(tmp_path):
+    for old_form in (False, True):
+        many = {f"x{i}": torch.zeros(1).expand(2**40) for i in range(8)}
+        folder = torch_folder(tmp_path / str(old_form), saved(many, _use_new_zipfile_serialization=not old_form))
+        refused(folder, "x0 has more values than are stored")
+
+
+def test_the_form_before_torch_1_6_truncated_or_lying(tmp_path):
+    whole = saved(state_dict(), _use_new_zipfile_serialization=False)
+    read_checkpoint(torch_folder(tmp_path, whole))
+    for end in [*range(0, 200, 20), *range(200, len(whole), len(whole) // 40), len(whole) - 1]:
+        refused(torch_folder(tmp_path, whole[:end]), "is not a zip archive, nor|is not a torch archive")
+    for lie in (
+        b"\x8a\x06" + (2**40).to_bytes(6, "little"),
+        b"J\xff\xff\xff\xff",
+    ):  # BININT2 1024: the embedding's storage
+        assert b"M\x00\x04" in whole
+        refused(torch_folder(tmp_path, whole.replace(b"M\x00\x04", lie, 1)), "is not a torch archive")
+
+
+def test_a_tar_archive_is_not_unpickled(tmp_path):
+    """Its first member's name may start as the form before 1.6 does."""
+    magic = saved({}, _use_new_zipfile_serialization=False)[:15]
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", encoding="latin-1", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo(magic.decode("latin-1")), io.BytesIO())
+    assert out.getvalue().startswith(magic)
+    refused(torch_folder(tmp_path, out.getvalue()), "is not a zip archive, nor torch's form before 1.6")
 
 
 def test_a_torch_archive_truncated_anywhere(tmp_path):
