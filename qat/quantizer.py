@@ -2,7 +2,7 @@
 
 scale = mean|w| of the group, recomputed at every forward and rounded to fp16; code = round(clip(w / scale, -1, 1)); the
 gradient passes straight through to the latent weight (Ternary Mamba, arXiv 2606.18114; BitNet b1.58, arXiv 2402.17764).
-The same convention as `tmexport.ternary.quantize_absmean`, so what is exported is bit for bit what was trained.
+The same convention as `tmexport.types.ternary.quantize_absmean`, so what is exported is bit for bit what was trained.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from qat.model import Mamba2LM
 from tmexport.errors import UsageError
-from tmexport.ternary import GROUP_SIZES, LARGEST_SCALE, SMALLEST_SCALE, TernaryTensor
+from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE
+from tmexport.types.ternary import GROUP_SIZES, TernaryTensor
 
 
 def group_scales(weight: Tensor, group_size: int) -> Tensor:

@@ -41,8 +41,8 @@ from qat.trainer import Run, fit
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
-from tmexport.ternary import TernaryTensor
 from tmexport.threads import default_threads
+from tmexport.types.ternary import TernaryTensor
 
 
 def train(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tmexport.checkpoint import EMBEDDING, expected_shapes, projection_names, write_checkpoint
+from tmexport.checkpoint import EMBEDDING, expected_shapes, write_checkpoint
 from tmexport.config import Mamba2Config
-from tmexport.ternary import TernaryTensor
+from tmexport.types.ternary import TernaryTensor
 
 SMALL = Mamba2Config(d_model=256, n_layer=2, vocab_size=512, d_state=64, tie_embeddings=False)
 
@@ -47,7 +47,7 @@ def ternary_tensors(
 ) -> dict[str, np.ndarray | TernaryTensor]:
     """`random_tensors` with exactly ternary projections."""
     tensors: dict[str, np.ndarray | TernaryTensor] = dict(random_tensors(config, seed))
-    for index, name in enumerate(projection_names(config)):
+    for index, name in enumerate(config.projections):
         tensors[name] = random_ternary(*tensors[name].shape, group_size, seed + index + 1)
     return tensors
 

@@ -28,6 +28,7 @@ class Dims(NamedTuple):
     eps: float
     in_block: int
     out_block: int
+    head_block: int
 
 
 class Scratch(NamedTuple):
@@ -48,10 +49,10 @@ class Scratch(NamedTuple):
     bad: np.ndarray
 
 
-def dims_of(c: Mamba2Config, in_block: int, out_block: int) -> Dims:
+def dims_of(c: Mamba2Config, in_block: int, out_block: int, head_block: int) -> Dims:
     return Dims(
         c.d_model, c.d_inner, c.conv_dim, c.d_in_proj, c.n_heads, c.headdim, c.d_state, c.n_groups, c.d_conv, c.n_layer,
-        c.vocab_size, float(np.float32(c.rms_eps)), in_block, out_block,
+        c.vocab_size, float(np.float32(c.rms_eps)), in_block, out_block, head_block,
     )  # fmt: skip
 
 
@@ -59,11 +60,12 @@ def activations(rows: int, k: int) -> dict[str, np.ndarray]:
     """The arrays of a Scratch that a product reads: rows of up to k values, and what quantising them gives."""
     # 64 more than needed: rows a power of two apart would compete for the same cache sets
     width = -(-k // 64) * 64 + 64
+    sixteens = -(-rows // 16) * 16  # AMX reads the planes of 16 rows at a time
     return {
         "wide": np.zeros((rows, width), np.float32),
         "q": np.zeros((rows, width), np.int16),
-        "high": np.zeros((rows, width), np.int8),
-        "low": np.zeros((rows, width), np.int8),
+        "high": np.zeros((sixteens, width), np.int8),
+        "low": np.zeros((sixteens, width), np.int8),
         "q_scale": np.zeros((rows, -(-width // 32)), np.float32),
         "q_sum": np.zeros((rows, -(-width // 32)), np.int32),
     }

@@ -23,13 +23,13 @@ from tests.hostile.builders import (
     safetensors_header,
     ternary_arrays,
 )
-from tmexport.checkpoint import open_checkpoint, projection_names
+from tmexport.checkpoint import open_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
-from tmexport.gguf.decode import dequantize
 from tmexport.gguf.names import config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
 from tmexport.gguf.tokenizer import parse_tokenizer, tokenizer_metadata
+from tmexport.types import decode_values
 
 TOKENIZER_MODEL = Mamba2Config(d_model=64, n_layer=1, vocab_size=512)
 
@@ -64,7 +64,7 @@ def read_gguf(path: Path) -> None:
     config_from_metadata(file)
     group_size_of(file)
     for name, info in file.tensors.items():
-        values = dequantize(file.blocks(name), info.type, info.shape[-1], name)
+        values = decode_values(file.blocks(name), info.type, info.shape[-1], name)
         assert np.isfinite(values).all()
 
 
@@ -74,10 +74,10 @@ def accepts_gguf(path: Path) -> bool:
 
 def read_checkpoint(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    projections = set(projection_names(checkpoint.config))
+    projections = set(checkpoint.config.projections)
     for name in checkpoint.names:
         if name in projections and checkpoint.group_size:
-            checkpoint.ternary(name)
+            checkpoint.codes(name)
         checkpoint.dense(name)
         checkpoint.stored.get(name)
 

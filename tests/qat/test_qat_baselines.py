@@ -10,7 +10,7 @@ import qat.baselines
 from qat.baselines import METHODS, gptq_weight, ternary_of
 from qat.model import Mamba2LM
 from tests.qat.tiny import tiny_config
-from tmexport.ternary import exact_ternary, quantize_absmean
+from tmexport.types.ternary import exact_ternary, quantize_absmean
 
 
 @pytest.fixture

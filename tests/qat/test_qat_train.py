@@ -23,10 +23,10 @@ from qat.ptq import round_to_nearest
 from qat.recipe import Recipe, load_recipe
 from qat.train import train
 from qat.trainer import find_collapse
-from tmexport.checkpoint import open_checkpoint, projection_names
+from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.app import run_command
 from tmexport.errors import CheckpointError, TextError, TokenizerError, UsageError
-from tmexport.ternary import quantize_absmean
+from tmexport.types.ternary import quantize_absmean
 
 TINY = {"d_model": 64, "n_layer": 1, "d_state": 16, "headdim": 32, "vocab_size": 300}
 TINY |= {"steps": 30, "seq_len": 32, "batch_size": 4, "lr": 1e-2, "threads": 1, "log_every": 5, "save_every": 10}
@@ -90,9 +90,9 @@ def test_qat_beats_rounding(teacher, corpus, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "qat")
     assert checkpoint.group_size == 64
     last = torch.load(tmp_path / "qat" / "checkpoints" / "latest.pt", weights_only=True)["model"]
-    for name in projection_names(checkpoint.config):
+    for name in checkpoint.config.projections:
         latent = last[name.replace(".weight", ".parametrizations.weight.original")].numpy()
-        assert np.array_equal(checkpoint.ternary(name).codes, quantize_absmean(latent, 64).codes)
+        assert np.array_equal(checkpoint.codes(name).codes, quantize_absmean(latent, 64).codes)
 
 
 def test_rtn_is_absmean(teacher, tmp_path):

@@ -1,4 +1,4 @@
-"""The fake-quantiser against tmexport.ternary, exact arithmetic, and the exported checkpoint."""
+"""The fake-quantiser against tmexport.types.ternary, exact arithmetic, and the exported checkpoint."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from qat.quantizer import LearnedTernaryWeight, TernaryWeight, make_ternary, qua
 from qat.train import model_tensors
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import UsageError
-from tmexport.ternary import quantize_absmean
+from tmexport.types.ternary import quantize_absmean
 
 
 @pytest.mark.parametrize("group_size", [64, 128, 256])

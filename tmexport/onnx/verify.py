@@ -22,7 +22,7 @@ from tmexport.model.spec import NEG_EXP
 from tmexport.onnx.graph import build_graph
 from tmexport.onnx.names import ModelInfo, OnnxError, info_from_metadata, tokenizer_path
 from tmexport.onnx.weights import initializer_name
-from tmexport.ternary import first_true
+from tmexport.types import first_true
 from tmexport.verify import Difference, Report
 
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}  # of training code, and of the tokenizer
@@ -187,7 +187,7 @@ def _get(path: Path, stored: dict[str, onnx.TensorProto], name: str, dtype: str,
 def _compare_ternary(
     checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], info: ModelInfo, name: str
 ) -> tuple[Difference | None, int, int]:
-    expected = checkpoint.ternary(name)
+    expected = checkpoint.codes(name)
     n, k = expected.shape
     packed = _get(path, stored, f"{name}.codes", "u1", (n, k // 4))
     codes = np.stack([packed >> 2 * i & 3 for i in range(4)], axis=2).reshape(n, k).view(np.int8) - 1
