@@ -29,11 +29,11 @@ from torch import Tensor
 from qat.data import tokenize_files
 from qat.errors import DataError
 from qat.losses import distillation_loss
-from qat.model import Mamba2LM, load_model
+from qat.model import LanguageModel, load_model
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.progress import progress_bar
-from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
+from tmexport.model import Model
 from tmexport.threads import default_threads
 
 _SEGMENT = 2048  # tokens a forward pass; the state goes from one to the next
@@ -65,19 +65,19 @@ def documents_of(tokens: np.ndarray, eos: int) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def score_document(model: Mamba2LM, ids: np.ndarray) -> float:
+def score_document(model: LanguageModel, ids: np.ndarray) -> float:
     """The sum of the nats of ids[1:], each given everything before it."""
     nats, states = 0.0, model.fresh_states()
     device = model.head_weight.device
     for start in range(0, len(ids) - 1, _SEGMENT):
         part = torch.from_numpy(ids[start : start + _SEGMENT + 1].astype(np.int64)).to(device)[None]
-        hidden: Tensor = model.backbone(part[:, :-1], states)
+        hidden: Tensor = model.hidden(part[:, :-1], states)
         loss = distillation_loss(hidden, model.head_weight, part[:, 1:])
         nats += loss.cross_entropy.item() * (part.shape[1] - 1)
     return nats
 
 
-def end_of_text_id(config: Mamba2Config, tokenizer: Path) -> int:
+def end_of_text_id(config: Model, tokenizer: Path) -> int:
     """The model's end-of-text token, from its config or else from its tokenizer."""
     if config.eos_token_id is not None:
         return config.eos_token_id
