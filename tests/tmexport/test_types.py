@@ -101,6 +101,16 @@ def test_the_smallest_container_that_is_exact():
     assert smallest_exact("ternary", 256, [100]) is None
 
 
+def test_the_command_offers_every_type():
+    from tmexport.cli.gguf import gguf as command
+    from tmexport.gguf.export import EMBEDDING_TYPES, TYPES
+
+    choices = {
+        option.name: set(option.type.choices) for option in command.params if option.name in ("kind", "embedding_type")
+    }
+    assert choices == {"kind": {"auto", *TYPES}, "embedding_type": {"auto", *EMBEDDING_TYPES}}
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(NotTernaryError, match="is ternary, which Q1_0 does not hold exactly"):
         encode_codes(random_ternary(1, 256, 256), GGMLType.Q1_0, "w")
