@@ -153,7 +153,7 @@ def test_a_file_without_a_tokenizer_is_refused(gguf, tmp_path):
     config = Mamba2Config(d_model=256, n_layer=1, vocab_size=32, d_state=64)
     write_checkpoint(tmp_path / "ckpt", config, ternary_tensors(config), None)
     plan_export(open_checkpoint(tmp_path / "ckpt"), "tq2_0", "q8_0").write(tmp_path / "m.gguf", lambda t: None)
-    with pytest.raises(TokenizerError, match="has no tokenizer.huggingface.json"):
+    with pytest.raises(TokenizerError, match="has no tokenizer.huggingface.json and no vocabulary"):
         Tokenizer.from_gguf(tmp_path / "m.gguf")
 
 
