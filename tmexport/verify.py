@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from tmexport.gguf.names import TOKENIZER_JSON_KEY, coded_kind, config_from_meta
 from tmexport.gguf.reader import GGUFFile
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
+from tmexport.tokenizer.gguf import export_tokenizer, has_vocabulary
 from tmexport.types import GGMLType, container, decode_codes, decode_values, encode_values, first_true
 
 # A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
@@ -82,12 +82,25 @@ def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
     for field in (name for name in expected | found if name not in _NOT_COMPARED):
         if found.get(field) != expected.get(field):
             return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
-    stored = gguf.metadata.get(TOKENIZER_JSON_KEY)
-    if checkpoint.tokenizer is not None and (
-        not isinstance(stored, str) or stored.encode() != Path(checkpoint.tokenizer).read_bytes()
-    ):
+    return _compare_tokenizer(checkpoint, gguf)
+
+
+def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
+    """Every tokenizer.* key; a file that says it has no tokenizer takes token ids only, and nothing is compared."""
+    if checkpoint.tokenizer is None or not has_vocabulary(gguf.metadata):
+        return None
+    wanted = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).metadata
+    if gguf.metadata.get(TOKENIZER_JSON_KEY) != wanted[TOKENIZER_JSON_KEY]:
         return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
+    for key, expected in wanted.items():
+        if gguf.metadata.get(key) != expected:
+            return Difference(key, None, None, _shown(expected), _shown(gguf.metadata.get(key)))
     return None
+
+
+def _shown(value: object) -> str:
+    text = repr(value if not isinstance(value, list) else value[:4])
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _compare_codes(

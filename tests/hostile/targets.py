@@ -28,7 +28,8 @@ from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
 from tmexport.gguf.names import config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
-from tmexport.gguf.tokenizer import parse_tokenizer, tokenizer_metadata
+from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.parse import parse_tokenizer
 from tmexport.types import decode_values
 
 TOKENIZER_MODEL = Mamba2Config(d_model=64, n_layer=1, vocab_size=512)
@@ -135,7 +136,7 @@ def accepts_tokenizer(path: Path, data: bytes) -> bool:
     path.write_bytes(data)
 
     def read() -> None:
-        metadata = tokenizer_metadata(path, TOKENIZER_MODEL)
+        metadata = export_tokenizer(path, TOKENIZER_MODEL).metadata
         assert len(metadata["tokenizer.ggml.tokens"]) == TOKENIZER_MODEL.vocab_size
         tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), str(path))
         ids = tokenizer.encode("The hen\n ate 12 \u00e9clairs \u4e2d", add_special_tokens=False).ids

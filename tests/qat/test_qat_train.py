@@ -15,7 +15,7 @@ import torch
 import qat.evaluate
 import qat.ptq
 import qat.train.command
-from qat.errors import DataError, TrainingError
+from qat.errors import TrainingError
 from qat.evaluate import evaluate
 from qat.model import load_model
 from qat.ptq import round_to_nearest
@@ -24,7 +24,7 @@ from qat.train.hooks import Hook, find_collapse
 from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.app import run_command
-from tmexport.errors import CheckpointError, TokenizerError, UsageError
+from tmexport.errors import CheckpointError, TextError, TokenizerError, UsageError
 from tmexport.types.ternary import quantize_absmean
 
 TINY = {"d_model": 64, "n_layer": 1, "d_state": 16, "headdim": 32, "vocab_size": 300}
@@ -323,7 +323,7 @@ def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
         round_to_nearest(teacher, teacher, 64)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(TextError, match="holds no text"):
         train(STUDENT, [empty], tmp_path / "c", teacher)
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from tmexport.checkpoint import Checkpoint, shared_group_size
 from tmexport.errors import NotTernaryError, UsageError
 from tmexport.gguf.names import gguf_values, model_metadata
-from tmexport.gguf.tokenizer import tokenizer_metadata
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
+from tmexport.tokenizer.gguf import export_tokenizer, without_tokenizer
+from tmexport.tokenizer.names import harmless_name
 from tmexport.types import (
     CONTAINERS,
     FILE_TYPES,
@@ -23,6 +24,7 @@ from tmexport.types import (
     GGMLType,
     encode_codes,
     encode_values,
+    holds,
     scales_per_block,
     smallest_exact,
 )
@@ -34,12 +36,13 @@ EMBEDDING_TYPES = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that will be in the file. `parameters` counts values, for the ratio to fp16."""
+    """Everything that will be in the file; `warnings`: what it cannot say of the tokenizer, a sentence each."""
 
     kind: GGMLType
     group_size: int | None
     metadata: dict[str, Any]
     tensors: list[PlannedTensor]
+    warnings: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -62,6 +65,7 @@ def plan_export(
     embedding: str = "auto",
     ptq: bool = False,
     tokenizer: Path | None = None,
+    ids_only: bool = False,
 ) -> ExportPlan:
     """Decide every tensor's type; reads weights only as far as `auto` must to know the smallest exact type.
 
@@ -72,6 +76,7 @@ def plan_export(
             embedding and an untied head.
         ptq: round weights that are not ternary to nearest; the only lossy path.
         tokenizer: a tokenizer.json to use instead of the checkpoint's.
+        ids_only: leave the tokenizer out on purpose.
 
     Raises:
         NotTernaryError: `auto` or a type of codes on weights that it does not hold exactly, without `ptq`.
@@ -96,10 +101,15 @@ def plan_export(
         tensors.append(PlannedTensor(tensor.gguf, shape, tensor_kind, make))
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
     chosen = next(iter(types.values()))
-    metadata = model_metadata(config, FILE_TYPES[chosen], name, group_size)
+    metadata = model_metadata(config, FILE_TYPES[chosen], harmless_name(name), group_size)
     source = tokenizer or checkpoint.tokenizer
-    metadata |= tokenizer_metadata(source, config) if source else {"tokenizer.ggml.model": "none"}
-    return ExportPlan(chosen, group_size, metadata, tensors)
+    if ids_only:
+        exported = without_tokenizer(config)
+        return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.warnings)
+    if source is None:
+        return ExportPlan(chosen, group_size, metadata | {"tokenizer.ggml.model": "none"}, tensors)
+    exported = export_tokenizer(source, config, checkpoint.path)
+    return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.sentences())
 
 
 def tensor_layout(model: Model, types: Mapping[str, GGMLType]) -> dict[str, tuple[tuple[int, ...], GGMLType]]:
@@ -180,13 +190,8 @@ def _embedding_type(checkpoint: Checkpoint, tensor: ModelTensor, kind: str, embe
         return EMBEDDING_TYPES[embedding]
     if form is None or kind == "f16":
         return GGMLType.F16
-    asked = TYPES.get(kind)
-    if (
-        asked
-        and form.kind in CONTAINERS[asked].kinds
-        and tensor.shape[1] % asked.block_size == 0
-        and form.group_size % asked.block_size == 0
-    ):
+    asked = TYPES.get(kind)  # not a Q4_0: outside the blocks nothing would tell its codes from rounded values
+    if asked and holds(asked, form.kind) and form.group_size % asked.block_size == 0:
         return asked
     return smallest_exact(form.kind, form.group_size, [tensor.shape[1]]) or GGMLType.F16
 
