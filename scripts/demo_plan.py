@@ -21,7 +21,7 @@ from demo_report import (
 from demo_steps import Step
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "recipes" / "demo-cpu.toml"
+RECIPE = ROOT / "qat" / "recipes" / "demo-cpu.toml"
 PROMPT = "Fellow citizens, the state of the Union is"
 
 
