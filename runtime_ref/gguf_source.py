@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime_ref.arithmetic import Preset
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix
 from tmexport.errors import GGUFError
 from tmexport.gguf.decode import decode_ternary, dequantize
@@ -49,12 +50,12 @@ def source_of(gguf: GGUFFile) -> Source:
         _forget(gguf, name)
         return result
 
-    def activation_block(name: str, profile: str) -> int:
+    def activation_block(name: str, preset: Preset) -> int:
         kind = gguf.tensors[name].type
         if not kind.is_ternary:
             return 32
         assert group is not None
-        return group if profile == "exact" else fast_block(kind)
+        return preset.activations.block(group, fast_block(kind))
 
     return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
 

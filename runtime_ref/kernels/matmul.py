@@ -13,9 +13,8 @@ from runtime_ref.kernels.intrinsics import bits_float, half_to_float
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
 from runtime_ref.kernels.pack import PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
-from runtime_ref.kernels.profiles import Exact
 from runtime_ref.kernels.tables import by_tables
-from runtime_ref.kernels.tiles import dense_tile, q4_tile, q8_tile, ternary_tile
+from runtime_ref.kernels.tiles import PLANES, dense_tile, q4_tile, q8_tile, ternary_tile
 from runtime_ref.kernels.vector import (
     address,
     bits,
@@ -90,7 +89,7 @@ def _multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, thr
     primitives = PRIMITIVES[isa.instance_class]
     kind = packed.instance_class
     if kind is PackedTernary:
-        return _ternary(primitives.bytes.in_flight // (2 if profile.instance_class is Exact else 1))
+        return _ternary(primitives.bytes.in_flight // PLANES[profile.instance_class])
     if kind is PackedQ8:
         return _blocks(q8_tile, primitives.pairs.in_flight)
     if kind is PackedQ4:
