@@ -9,6 +9,11 @@ ln 2 / the UTF-8 bytes of the text, so it compares models with different tokeniz
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tmexport.cli import run_verb
+
+    run_verb("evaluate", "python -m qat.evaluate")
+
 import json
 import math
 import tempfile
@@ -26,7 +31,6 @@ from qat.errors import DataError
 from qat.losses import distillation_loss
 from qat.model import Mamba2LM, load_model
 from tmexport.checkpoint import open_checkpoint
-from tmexport.cli.app import run_command
 from tmexport.cli.progress import progress_bar
 from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
@@ -134,7 +138,3 @@ def main(checkpoint: Path, data: tuple[Path, ...], tokenizer: Path | None, threa
         click.echo(json.dumps(result))
     else:
         click.echo(f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f}, {score.tokens} tokens")
-
-
-if __name__ == "__main__":
-    run_command(main, "python -m qat.evaluate")

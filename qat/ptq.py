@@ -5,6 +5,11 @@ python -m qat.ptq rtn --teacher out/teacher --out out/rtn
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tmexport.cli import run_verb
+
+    run_verb("ptq", "python -m qat.ptq")
+
 import json
 from pathlib import Path
 
@@ -12,7 +17,6 @@ import click
 import numpy as np
 
 from tmexport.checkpoint import open_checkpoint, projection_names, write_checkpoint
-from tmexport.cli.app import run_command
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
@@ -69,7 +73,3 @@ def rtn(teacher: Path, out: Path, group_size: int, as_json: bool) -> None:
         click.echo(json.dumps({"out": str(out), "zero_ratio": zero_ratio}))
     else:
         click.echo(f"{out}: ternary by rounding, {zero_ratio:.1%} zeros")
-
-
-if __name__ == "__main__":
-    run_command(main, "python -m qat.ptq")

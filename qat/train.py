@@ -9,6 +9,11 @@ curves.png, and in checkpoints/ what --resume needs.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tmexport.cli import run_verb
+
+    run_verb("train", "python -m qat.train")
+
 import hashlib
 import json
 import os
@@ -34,7 +39,6 @@ from qat.teacher_cache import open_teacher_cache
 from qat.tokenizer import END_OF_TEXT, train_tokenizer
 from qat.trainer import Run, fit
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
-from tmexport.cli.app import run_command
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.ternary import TernaryTensor
@@ -261,7 +265,3 @@ def main(
         score = summary["held_out_bits_per_byte"]
         shown = f", {score:.4f} bits per byte held out" if score is not None else ""
         click.echo(f"{out}: {summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s{shown}")
-
-
-if __name__ == "__main__":
-    run_command(main, "python -m qat.train")

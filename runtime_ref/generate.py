@@ -8,6 +8,11 @@ The text goes to stdout as it is made, speeds go to stderr; --json prints one ob
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tmexport.cli import run_verb
+
+    run_verb("generate", "python -m runtime_ref.generate")
+
 import hashlib
 import json
 import sys
@@ -23,7 +28,6 @@ from runtime_ref.memory import MemorySize, check_memory
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.tokenizer import Tokenizer
-from tmexport.cli.app import run_command
 from tmexport.errors import UsageError
 
 
@@ -114,7 +118,3 @@ def generate(
             f"prompt {len(ids)} tokens, {prompt_rate:.1f} tokens/s; generated {len(tokens)}, {rate:.1f} tokens/s",
             err=True,
         )
-
-
-if __name__ == "__main__":
-    run_command(generate, "python -m runtime_ref.generate")

@@ -10,6 +10,11 @@ by the UTF-8 bytes of the documents. This is what `qat.evaluate` does too, so th
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tmexport.cli import run_verb
+
+    run_verb("perplexity", "python -m runtime_ref.perplexity")
+
 import json
 import math
 from collections.abc import Callable
@@ -24,7 +29,6 @@ from runtime_ref.command import compile_kernels
 from runtime_ref.model import Model
 from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
-from tmexport.cli.app import run_command
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 
@@ -130,7 +134,3 @@ def perplexity(model_path: Path, text_path: Path, threads: int | None, profile: 
         click.echo(json.dumps(asdict(score) | {"profile": profile}))
     else:
         click.echo(f"tokens {score.tokens}\nperplexity {score.perplexity:.4f}\nbits per byte {score.bits_per_byte:.4f}")
-
-
-if __name__ == "__main__":
-    run_command(perplexity, "python -m runtime_ref.perplexity")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from numba import njit
 
+from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.engine import barrier
 from runtime_ref.kernels.vector import load, splat, tree_sum
 from runtime_ref.team import Team
@@ -16,7 +16,7 @@ from runtime_ref.team import Team
 _ZERO = np.int32(0)
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _read(tid, threads, sync, words, sums):
     """Sum this thread's share of int32 `words` (a multiple of 64 a thread), four vectors at a time."""
     share = words.shape[0] // threads // 64 * 64

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numba import carray, njit
 
+from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.intrinsics import atomic_add, atomic_load, atomic_store, pointer_f32, sched_yield
 from runtime_ref.kernels.mamba2 import convolve, scan_head, state_pointer
 from runtime_ref.kernels.matmul import embed, multiply, prepare
@@ -56,16 +55,8 @@ def _share(total, tid, threads):
     return tid * total // threads, (tid + 1) * total // threads
 
 
-def source_digest() -> int:
-    """A digest of the kernels' source: numba's cache itself notices changes to this one file only."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return int.from_bytes(digest.digest()[:7], "little")
-
-
 def _compiled(digest: int) -> Callable[..., None]:
-    @njit(nogil=True, cache=True)
+    @cached(nogil=True)
     def run(
         tid, threads, sync, isa, activations, state, dims, small, embedding, in_proj, out_proj, head, s,
         tokens, conv_at, ssm_at, sequences, length, all_logits, logits,

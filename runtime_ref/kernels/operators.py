@@ -11,12 +11,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels.build import Small
+from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.engine import rms_norm as norm_row
-from runtime_ref.kernels.engine import source_digest
 from runtime_ref.kernels.isa import Isa, select
 from runtime_ref.kernels.mamba2 import convolve, scan_head
 from runtime_ref.kernels.matmul import multiply, prepare
@@ -156,20 +155,20 @@ def _scratch(**arrays: np.ndarray) -> Scratch:
 def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
     """The compiled functions; `digest` is a free variable of each, which makes it part of the cache's key."""
 
-    @njit(cache=True)
+    @cached()
     def matmul(isa, activations, packed, s, rows, k, block, out):
         _ = digest
         for r in range(rows):
             prepare(activations, packed, s, r, k, block)
         multiply(isa, activations, packed, 0, s, rows, k, block, out, False, 0, 1)
 
-    @njit(cache=True)
+    @cached()
     def rms_norm(x, weight, out, eps):
         _ = digest
         for r in range(x.shape[0]):
             norm_row(x[r], weight, out[r], eps)
 
-    @njit(cache=True)
+    @cached()
     def scan(isa, state, dims, small, s, past_conv, past_ssm, present_conv, present_ssm):
         _ = digest
         rows, keep = s.wide.shape[0], dims.d_conv - 1
@@ -196,7 +195,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
                 span = s.wide[r, g * part : (g + 1) * part]
                 norm_row(span, small.gate_norm[0, g * part : (g + 1) * part], span, dims.eps)
 
-    @njit(cache=True)
+    @cached()
     def same(a, b):
         _ = digest
         for start in range(0, a.shape[0], _WORDS):

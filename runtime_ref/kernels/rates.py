@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from numba import njit
 
 from runtime_ref.arithmetic import preset_of
+from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.engine import barrier
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply
@@ -22,7 +22,7 @@ ROWS, K, BLOCK = 256, 2048, 256  # 128 KB of codes a thread: stays in a second-l
 MANY_ROWS = 2048  # as in a projection: what is done once for all rows counts little
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _multiply_often(tid, threads, sync, isa, profile, packed, s, rows, k, block, out, times):
     for _ in range(times):
         multiply(isa, profile, packed, 0, s, rows, k, block, out, False, tid, threads)

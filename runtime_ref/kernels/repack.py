@@ -7,8 +7,8 @@ one scale a group.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.pack import ROWS, Packed, PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary, aligned
 from tmexport.errors import GGUFError
 from tmexport.gguf.decode import decode_ternary, dequantize
@@ -18,7 +18,7 @@ from tmexport.gguf.types import GGMLType
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
 _FIELDS = np.uint32(0x03030303)
-_compiled = njit(nogil=True, cache=True)
+_compiled = cached(nogil=True)
 
 
 def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:

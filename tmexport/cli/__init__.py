@@ -84,6 +84,11 @@ def cli(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
+def run_verb(verb: str, name: str) -> NoReturn:
+    """Run a verb as the program `name`: what `python -m package.verb` does before it imports anything else."""
+    run_command(lambda: load(verb), name)
+
+
 def main() -> NoReturn:
     """The console script."""
     run_command(cli, "tmexport")

@@ -26,14 +26,17 @@ _THREADS = (
 )
 _MEMORY = "not enough memory; nothing was left half written"
 
+# A command, or what imports it: an error while importing is one line too.
+Command = click.Command | Callable[[], click.Command]
 
-def run_command(command: click.Command, name: str, args: Sequence[str] | None = None) -> NoReturn:
+
+def run_command(command: Command, name: str, args: Sequence[str] | None = None) -> NoReturn:
     """Run a click command as a program called `name`, with `args` or else the process's own; ends the process."""
     _prepare()
     sys.exit(outcome(command, name, list(sys.argv[1:] if args is None else args)))
 
 
-def outcome(command: click.Command, name: str, args: list[str]) -> int:
+def outcome(command: Command, name: str, args: list[str]) -> int:
     """Run a click command; its exit code. What went wrong is said in one line on stderr."""
     try:
         code = _invoke(command, name, args)
@@ -43,7 +46,9 @@ def outcome(command: click.Command, name: str, args: list[str]) -> int:
     return code
 
 
-def _invoke(command: click.Command, name: str, args: list[str]) -> int:
+def _invoke(command: Command, name: str, args: list[str]) -> int:
+    if not isinstance(command, click.Command):
+        command = command()
     if os.environ.get("_TMEXPORT_COMPLETE"):  # a shell asks for completions
         command.main(args, name, "_TMEXPORT_COMPLETE")
     try:  # not command.main: that takes an EOFError for Ctrl-C
@@ -129,8 +134,7 @@ def _reason(error: BaseException) -> str:
         if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EBADF):
             return f"the output cannot be written: {error.strerror}"
     return one_line(
-        f"unexpected {type(error).__name__}{': ' if text else ''}{text}; this is a bug or a damaged installation "
-        f"({TRACEBACK}=1 shows where it happened)"
+        f"unexpected {type(error).__name__}{': ' if text else ''}{text} ({TRACEBACK}=1 shows where it came from)"
     )
 
 

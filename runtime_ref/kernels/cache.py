@@ -1,0 +1,219 @@
+"""Compiled kernels kept on the disk, whatever the disk is like; `cached` takes the place of Numba's njit(cache=True).
+
+A function's code for one CPU and one signature is one file, with a SHA-256 of what follows: a file that is empty, cut or
+altered counts as none and is written again. Files are read from every folder below, and written to the first that can be
+written, which is tried before the first compilation:
+
+    $NUMBA_CACHE_DIR, if set; the package's __pycache__; the user's cache folder; a folder of the user's in /tmp.
+
+If none can be, every process compiles. A warning of one line says where the files are if that is not the first choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+_MAGIC = b"runtime_ref kernel 1\n"
+_ROOM = 32 << 20  # bytes that must be free: the kernels of a model are some megabytes
+_PACKAGE = Path(__file__).parent
+
+
+def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: numba.njit(**options), with its machine code kept as this module says."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        dispatcher._cache = KernelCache(function)
+        return dispatcher
+
+    return decorate
+
+
+@once
+def source_digest() -> int:
+    """A digest of the kernels' source, part of every file's name: Numba itself looks at one file at a time only."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "little")
+
+
+class KernelCache(_Cache):
+    """Numba asks `load_overload` before it compiles a signature, and gives `save_overload` the result."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._name = re.sub(r"\W+", "_", f"{function.__module__}.{function.__qualname__}")
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return os.pathsep.join(map(str, readable()))
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Remove this function's files from the folder that is written to."""
+        for path in self._files(place()):
+            _remove(path)
+
+    def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
+        target_context.refresh()
+        if not self._enabled:
+            return None
+        name = self._file_name(sig, target_context.codegen())
+        for folder in readable():
+            payload = _read(folder / name)
+            if payload is None:
+                continue
+            with contextlib.suppress(Exception):  # of another build under the same name: it counts as none
+                return CompileResult._rebuild(target_context, *pickle.loads(payload))
+        place()  # before the compilation: what it has to say is not a surprise after the wait
+        return None
+
+    def save_overload(self, sig: Any, data: CompileResult) -> None:
+        if not self._enabled or data.library.has_dynamic_globals or any(not x.can_cache for x in data.lifted):
+            return
+        name, payload = self._file_name(sig, data.codegen), dumps(data._reduce())
+        folder = place()
+        if folder is None:
+            return
+        try:
+            _write(folder / name, payload)
+        except OSError as error:
+            warnings.warn(f"{folder}: the compiled kernels cannot be kept there ({error.strerror}); the next run compiles again", RuntimeWarning, stacklevel=2)  # fmt: skip
+            return
+        for path in self._files(folder):
+            if f"-{source_digest():014x}-" not in path.name:
+                _remove(path)  # of an older version of the kernels
+
+    def _files(self, folder: Path | None) -> Iterator[Path]:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                yield from folder.glob(f"{self._name}-*.kernel")
+
+    def _file_name(self, sig: Any, codegen: Any) -> str:
+        cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
+        about = (
+            repr(sig), codegen.magic_tuple(), self._function.__code__.co_code, dumps(cells) if cells else b"",
+            numba.__version__, llvmlite.__version__, sys.implementation.cache_tag,
+        )  # fmt: skip
+        key = hashlib.sha256(repr(about).encode()).hexdigest()[:20]
+        return f"{self._name}-{source_digest():014x}-{key}.kernel"
+
+
+@once
+def place() -> Path | None:
+    """The folder that compiled code is written to; None if there is none."""
+    reasons = []
+    for folder in _folders():
+        reason = _unusable(folder)
+        if reason is None:
+            if reasons:
+                warnings.warn(f"{'; '.join(reasons)}; the compiled kernels are kept in {folder}", RuntimeWarning, stacklevel=2)  # fmt: skip
+            return folder
+        reasons.append(f"{folder}: {reason}")
+    warnings.warn(f"{'; '.join(reasons)}; the compiled kernels are kept nowhere, every run compiles them", RuntimeWarning, stacklevel=2)  # fmt: skip
+    return None
+
+
+def readable() -> list[Path]:
+    """The folders that may hold compiled code of this user's or the package's; a stranger's is not run."""
+    trusted = [Path(config.CACHE_DIR), _PACKAGE / "__pycache__"]
+    return [folder for folder in _folders() if folder in trusted or _is_ours(folder)]
+
+
+@once
+def _folders() -> list[Path]:
+    own = hashlib.sha256(str(_PACKAGE).encode()).hexdigest()[:12]  # two installations do not share files
+    found = [Path(config.CACHE_DIR)] if config.CACHE_DIR else []
+    found.append(_PACKAGE / "__pycache__")
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found.append((given if given.is_absolute() else Path.home() / ".cache") / "tmexport" / own)
+    with contextlib.suppress(OSError):  # no temporary folder can be written
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        found.append(Path(tempfile.gettempdir()) / f"tmexport-{user}" / own)
+    return found
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why nothing can be written to the folder, which is made if need be; None if it can be used."""
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if folder not in (Path(config.CACHE_DIR), _PACKAGE / "__pycache__") and not _is_ours(folder):
+            return "other users can write there"
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+        free = shutil.disk_usage(folder).free
+        return None if free >= _ROOM else f"only {free // 1000} kB are free"
+    except FileExistsError:
+        return "no folder: a file is in the way"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether only this user (or root) can have written there: code from the folder is run."""
+    try:
+        for level in (folder, folder.parent):
+            status = level.lstat()
+            if hasattr(os, "getuid") and (status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022):
+                return False
+        return folder.is_dir()
+    except OSError:
+        return False
+
+
+def _read(path: Path) -> bytes | None:
+    """What `_write` was given; None if there is no such file, or not all of it."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, payload = data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
+    return payload if data.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest else None
+
+
+def _write(path: Path, payload: bytes) -> None:
+    """The file appears whole: two processes may compile at once."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernel-", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(Path(temporary))
+        raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
