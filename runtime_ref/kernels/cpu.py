@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
 
@@ -10,6 +11,11 @@ import llvmlite.binding as llvm
 from numba import config
 
 AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20  # Linux: sys/auxv.h, asm/hwcap.h
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = (
+    158,
+    0x1023,
+    18,
+)  # Linux, x86-64: asm/unistd_64.h, asm/prctl.h, asm/fpu/types.h
 
 
 def features() -> set[str]:
@@ -23,6 +29,8 @@ def features() -> set[str]:
             found.add("dotprod")  # LLVM 22 does not look for it: a core's name implies it
     else:
         found = {word[1:] for word in config.CPU_FEATURES.replace(" ", "").split(",") if word.startswith("+")}
+    if "amx-tile" in found and not _tiles_permitted():
+        found.discard("amx-tile")
     return found | {"neon"} if _is_arm64() else found
 
 
@@ -32,6 +40,14 @@ def is_x86() -> bool:
 
 def _is_arm64() -> bool:
     return platform.machine() in ("aarch64", "arm64")
+
+
+@functools.cache
+def _tiles_permitted() -> bool:
+    """Whether Linux lets this process use AMX: a process has to ask for the 8 KB of registers, once for all its threads."""
+    if sys.platform != "linux" or not is_x86():
+        return False
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
 
 
 def _hwcap() -> int:

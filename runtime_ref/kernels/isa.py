@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -20,6 +20,10 @@ from tmexport.errors import UsageError
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 B = ir.IRBuilder
 V = ir.Value
+
+
+class Amx(NamedTuple):
+    lanes: int
 
 
 class Avx512Vnni(NamedTuple):
@@ -69,14 +73,16 @@ class Products:
 class Primitives:
     """How one instruction set, with vectors of `lanes` int32 lanes, takes dot products of bytes and of pairs of int16.
 
-    tables: whether many tokens are better multiplied by tables of sums (tables.py). Set where it was measured. scan: how
-    many vectors of 16 of two channels' state the registers hold beside what a token brings; the first that fits is used.
+    tables: whether many tokens are better multiplied by tables of sums (tables.py). Set where it was measured. matrices:
+    whether they are multiplied by AMX (amx.py). scan: how many vectors of 16 of two channels' state the registers hold beside
+    what a token brings; the first that fits is used.
     """
 
     lanes: int
     bytes: Products
     pairs: Products
     tables: bool = False
+    matrices: bool = False
     scan: tuple[int, ...] = (2, 1)
 
 
@@ -224,6 +230,7 @@ def _neon(dotprod: bool) -> Primitives:
 
 
 PRIMITIVES: dict[type, Primitives] = {
+    Amx: replace(_vnni(16, 512, 8), matrices=True),
     Avx512Vnni: _vnni(16, 512, 8),
     AvxVnni: _vnni(8, 256, 4),
     Avx2: _avx2(),
@@ -232,11 +239,14 @@ PRIMITIVES: dict[type, Primitives] = {
     Portable: _portable(16),
 }
 
-Isa = Avx512Vnni | AvxVnni | Avx2 | NeonDotprod | Neon | Portable
+Isa = Amx | Avx512Vnni | AvxVnni | Avx2 | NeonDotprod | Neon | Portable
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 
 # best first, with the CPU features each needs (LLVM's names); f16c converts the scales
 SETS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "avx512vnni": (Avx512Vnni, ("avx512f", "avx512bw", "avx512vl", "avx512vnni")),
+    "amx": (Amx, (*_AVX512, "amx-tile", "amx-int8")),
+    "avx512vnni": (Avx512Vnni, _AVX512),
     "avxvnni": (AvxVnni, ("avxvnni",)),
     "avx2": (Avx2, ("avx2", "f16c")),
     "neon_dotprod": (NeonDotprod, ("neon", "dotprod")),

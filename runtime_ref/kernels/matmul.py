@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
+from runtime_ref.kernels.amx import by_amx
 from runtime_ref.kernels.intrinsics import bits_float, half_to_float
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
@@ -115,7 +116,9 @@ def _ternary(together):
         y = np.empty((together, 16), np.float32)
         y_at = address(y)
         first, end = tid * tiles // threads, (tid + 1) * tiles // threads
-        done = by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, end)
+        done = by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end)
+        if done == 0:
+            done = by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, end)
         for tile in range(first, end):
             codes_at, scales_at = address(codes[tile]), address(scales[tile])
             r = done

@@ -1,4 +1,4 @@
-"""Products of many tokens by tables of sums, against integer sums in numpy: limits, remainders, scales, shares of threads."""
+"""Products of many tokens, by tables of sums and by AMX, against integer sums in numpy: limits, remainders, scales, shares of threads."""
 
 import numpy as np
 import pytest
@@ -36,13 +36,14 @@ def quantised(q, q_scale, block):
     tokens, k = q.shape
     s = allocate(tokens, Mamba2Config(d_model=k, n_layer=1, vocab_size=1))
     upper = (q + 128) >> 8
-    s.q[:, :k], s.high[:, :k], s.low[:, :k] = q, upper, q - 256 * upper
+    s.q[:, :k], s.high[:tokens, :k], s.low[:tokens, :k] = q, upper, q - 256 * upper
     s.q_scale[:, : k // block] = q_scale
     s.q_sum[:, : k // block] = q.reshape(tokens, -1, block).sum(2)
     return s
 
 
 SETS = [name for name in isa.available() if isa.PRIMITIVES[isa.SETS[name][0]].tables]
+UNITS = [name for name in isa.available() if isa.PRIMITIVES[isa.SETS[name][0]].matrices]
 
 
 def chosen(name):
@@ -50,19 +51,20 @@ def chosen(name):
     return kind(isa.PRIMITIVES[kind].lanes)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", SETS + UNITS)
 @pytest.mark.parametrize("profile", ["exact", "fast"])
 @pytest.mark.parametrize(
-    ("n", "k", "group", "block"), [(520, 512, 256, 256), (1050, 256, 256, 64), (2203, 512, 64, 64)]
+    ("n", "k", "group", "block"),
+    [(520, 512, 256, 256), (1050, 256, 256, 64), (2203, 512, 64, 64), (40, 128, 128, 128), (40, 128, 64, 32)],
 )
-def test_products_by_tables(name, profile, n, k, group, block):
+def test_products_of_many_tokens(name, profile, n, k, group, block):
     rng = np.random.default_rng(n)
     top, how = LARGEST[profile], PRESETS[profile].activations
     codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
     codes[1], codes[2] = 1, -1
     scales = rng.uniform(0.01, 0.1, (n, k // group)).astype(np.float16)
     packed = stack(codes, scales)
-    for tokens in (16, 23, 41):
+    for tokens in (8, 16, 23, 41, 64):
         q = rng.integers(-top, top + 1, (tokens, k)).astype(np.int32)
         q[0], q[3], q[5] = top, -top, 0
         q_scale = rng.uniform(0.001, 0.01, (tokens, k // block)).astype(np.float32)
