@@ -16,7 +16,7 @@ import torch
 
 from qat.data import Batches
 from qat.losses import TopPredictions, rows_at_once
-from qat.model import Mamba2LM
+from qat.model import LanguageModel
 from qat.recipe import Recipe
 from tmexport.cli.progress import progress_bar
 from tmexport.files import atomic_write
@@ -38,7 +38,7 @@ class TeacherCache:
 
 
 def open_teacher_cache(
-    recipe: Recipe, teacher: Mamba2LM, batches: Batches, tokens_key: str, cache: Path
+    recipe: Recipe, teacher: LanguageModel, batches: Batches, tokens_key: str, cache: Path
 ) -> TeacherCache:
     """The cache of these batches and this teacher, made now if it is not there. The teacher may be on any device."""
     vocab, k = teacher.config.vocab_size, min(recipe.teacher_top_k, teacher.config.vocab_size)
@@ -61,7 +61,7 @@ def open_teacher_cache(
 
 
 @torch.no_grad()
-def _predict(teacher: Mamba2LM, ids: np.ndarray, record: np.dtype, recipe: Recipe) -> np.ndarray:
+def _predict(teacher: LanguageModel, ids: np.ndarray, record: np.dtype, recipe: Recipe) -> np.ndarray:
     device = teacher.head_weight.device
     out = np.empty(ids.size, record)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):

@@ -31,7 +31,7 @@ from qat.curves import draw_curves
 from qat.data import Batches, TokenStream, tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
 from qat.memory import keep_freed_memory
-from qat.model import Mamba2LM, load_model
+from qat.model import LanguageModel, load_model
 from qat.plan import ACCELERATORS, config_of, describe, make_plan
 from qat.quantizer import make_ternary, quantized_weights
 from qat.recipe import Recipe, load_recipe, options
@@ -39,10 +39,10 @@ from qat.teacher_cache import open_teacher_cache
 from qat.tokenizer import END_OF_TEXT, train_tokenizer
 from qat.trainer import Run, fit
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError, UsageError
-from tmexport.ternary import TernaryTensor
+from tmexport.model import Model
 from tmexport.threads import default_threads
+from tmexport.types.ternary import TernaryTensor
 
 
 def train(
@@ -116,7 +116,7 @@ def _prepare(
     eos = end_of_text_id(config, tokenizer)
     stream = tokenize_files(data, tokenizer, config.vocab_size, eos, cache, recipe.data_tokens)
     batches = Batches(stream.tokens, recipe.seq_len, recipe.batch_size, recipe.seed)
-    student = Mamba2LM(config)
+    student = LanguageModel(config)
     if teacher_model is not None:
         student.load_state_dict(load_model(teacher).state_dict())
         make_ternary(student, recipe.group_size, recipe.learned_scale)
@@ -135,7 +135,7 @@ def _prepare(
     return run
 
 
-def _digest_of_vectors(model: Mamba2LM) -> str:
+def _digest_of_vectors(model: LanguageModel) -> str:
     """Tells one teacher from another by its norms, biases, A and D, which are quickly read."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
@@ -144,14 +144,14 @@ def _digest_of_vectors(model: Mamba2LM) -> str:
     return digest.hexdigest()[:16]
 
 
-def _halve_matrices(model: Mamba2LM) -> None:
+def _halve_matrices(model: LanguageModel) -> None:
     """Keep matrices in bf16, which autocast would make of them anyway; what is computed in fp32 stays fp32."""
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def model_tensors(model: Mamba2LM) -> dict[str, np.ndarray | TernaryTensor]:
+def model_tensors(model: LanguageModel) -> dict[str, np.ndarray | TernaryTensor]:
     """Every tensor of a model by its Hugging Face name: codes and scales where it is fake-quantised, else fp32."""
     tensors: dict[str, np.ndarray | TernaryTensor] = {**quantized_weights(model)}
     for name in expected_shapes(model.config):
@@ -176,7 +176,7 @@ def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | No
     return path
 
 
-def _config_of(recipe: Recipe, tokenizer: Path) -> Mamba2Config:
+def _config_of(recipe: Recipe, tokenizer: Path) -> Model:
     from tokenizers import Tokenizer
 
     known = Tokenizer.from_file(str(tokenizer))

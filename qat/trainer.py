@@ -24,7 +24,7 @@ from qat.data import Batches
 from qat.errors import TrainingError
 from qat.evaluate import documents_of, score_document
 from qat.losses import TopPredictions, alignment_loss, distillation_loss
-from qat.model import Mamba2LM
+from qat.model import LanguageModel
 from qat.quantizer import zero_ratios
 from qat.recipe import Recipe
 from qat.saving import load_state, save_state, trim_metrics
@@ -41,8 +41,8 @@ class Run:
     """Everything a training run needs. `held_out` is a stream of tokens, `held_out_bytes` the UTF-8 bytes of its text."""
 
     recipe: Recipe
-    student: Mamba2LM
-    teacher: Mamba2LM | None
+    student: LanguageModel
+    teacher: LanguageModel | None
     batches: Batches
     bytes_per_token: float
     folder: Path
@@ -73,7 +73,7 @@ class Step(nn.Module):
     While `aligning`, the loss is that of each layer against the teacher's, and the other two are NaN.
     """
 
-    def __init__(self, student: Mamba2LM, teacher: Mamba2LM | None, recipe: Recipe) -> None:
+    def __init__(self, student: LanguageModel, teacher: LanguageModel | None, recipe: Recipe) -> None:
         super().__init__()
         self.student = student
         self._teacher = (teacher,)  # in a tuple: not a submodule

@@ -17,10 +17,10 @@ from runtime_ref.arithmetic import Fp16, Fp32, Int8, Int16, preset_of
 from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.memory import resident_bytes
 from tmexport.config import Mamba2Config
-from tmexport.gguf.export import tensor_layout
+from tmexport.gguf.export import low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType
 
 # Ratios of the kernels' rates in cache, measured one by one on an AMD Zen 3 (AVX2). Relative to `macs`:
 PRODUCT = {Int16: 0.62, Int8: 1.0}  # a product; int16 activations have two planes
@@ -80,7 +80,7 @@ class Work:
 
 def work_of(config: Mamba2Config, body: GGMLType, head: GGMLType, group: int = 256) -> Work:
     """The work of a model of these dimensions and types."""
-    layout = tensor_layout(config, body, head)
+    layout = tensor_layout(config, low_bit_types(config, body, head))
     packed = {name: resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
     projections = sum(size for name, size in packed.items() if name.endswith(("ssm_in.weight", "ssm_out.weight")))
     return Work(config, projections, packed.get("output.weight", packed["token_embd.weight"]), head)

@@ -72,11 +72,11 @@ def test_killed_twice_and_resumed(tmp_path):
     ids=repr,
 )
 def test_a_trainers_checkpoint_that_is_none(tmp_path, content):
-    from qat.model import Mamba2LM
+    from qat.model import LanguageModel
     from qat.saving import load_state
     from qat.trainer import make_optimizer
 
     torch.save(content, tmp_path / "latest.pt")
-    model, recipe = Mamba2LM(SMALL), Recipe()
+    model, recipe = LanguageModel(SMALL), Recipe()
     with pytest.raises(UsageError, match="latest.pt: (is damaged or not a checkpoint|was made with)"):
         load_state(tmp_path / "latest.pt", model, make_optimizer(model, recipe), recipe, {}, resume=True)

@@ -16,17 +16,17 @@ import qat.evaluate
 import qat.ptq
 import qat.train
 import qat.trainer
-from qat.errors import DataError, TrainingError
+from qat.errors import TrainingError
 from qat.evaluate import evaluate
 from qat.model import load_model
 from qat.ptq import round_to_nearest
 from qat.recipe import Recipe, load_recipe
 from qat.train import train
 from qat.trainer import find_collapse
-from tmexport.checkpoint import open_checkpoint, projection_names
+from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.app import run_command
-from tmexport.errors import CheckpointError, TokenizerError, UsageError
-from tmexport.ternary import quantize_absmean
+from tmexport.errors import CheckpointError, TextError, TokenizerError, UsageError
+from tmexport.types.ternary import quantize_absmean
 
 TINY = {"d_model": 64, "n_layer": 1, "d_state": 16, "headdim": 32, "vocab_size": 300}
 TINY |= {"steps": 30, "seq_len": 32, "batch_size": 4, "lr": 1e-2, "threads": 1, "log_every": 5, "save_every": 10}
@@ -90,9 +90,9 @@ def test_qat_beats_rounding(teacher, corpus, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "qat")
     assert checkpoint.group_size == 64
     last = torch.load(tmp_path / "qat" / "checkpoints" / "latest.pt", weights_only=True)["model"]
-    for name in projection_names(checkpoint.config):
+    for name in checkpoint.config.projections:
         latent = last[name.replace(".weight", ".parametrizations.weight.original")].numpy()
-        assert np.array_equal(checkpoint.ternary(name).codes, quantize_absmean(latent, 64).codes)
+        assert np.array_equal(checkpoint.codes(name).codes, quantize_absmean(latent, 64).codes)
 
 
 def test_rtn_is_absmean(teacher, tmp_path):
@@ -330,7 +330,7 @@ def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
         round_to_nearest(teacher, teacher, 64)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(TextError, match="holds no text"):
         train(STUDENT, [empty], tmp_path / "c", teacher)
 
 
