@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from tmexport.background import in_background
 from tmexport.errors import TokenizerError, UsageError
 from tmexport.gguf.names import TOKENIZER_JSON_KEY
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.tokenizer.gguf import added_tokens, vocabulary_as_json
 from tmexport.tokenizer.parse import parse_tokenizer, read_tokenizer
 
+_LONG = 200_000  # characters that are tokenised in a fraction of a second
 _LONGEST_CHARACTER = 8  # tokens held back for an unfinished character before it is called invalid
 
 
@@ -46,9 +49,20 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
+        if len(text) > _LONG:
+            return in_background(lambda: self.encode_all([text]))[0]
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:  # surrogates, from a command line that is not UTF-8
+            raise UsageError("the text is not valid Unicode; expected UTF-8") from None
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Several texts at once; the GIL is released meanwhile."""
+        try:
+            return [
+                encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
+        except TypeError:
             raise UsageError("the text is not valid Unicode; expected UTF-8") from None
 
     def prompt(self, text: str) -> list[int]:

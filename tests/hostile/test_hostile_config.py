@@ -89,7 +89,7 @@ def test_dimensions_are_refused_before_they_are_used(tmp_path):
         ({"time_step_limit": [0, HUGE]}, "dt is clamped"),
         ({"time_step_limit": "inf"}, "dt is clamped to 'inf'"),
         ({"time_step_limit": [0, [1]]}, "dt is clamped"),
-        ({"model_type": "llama", "num_hidden_layers": 1, "hidden_size": {"\n": "\x1b[2J"}}, "d_model is"),
+        ({"hidden_size": {"\n": "\x1b[2J"}}, "d_model is"), ({"model_type": "\n\x1b[2J"}, "another type: model_type is"),
     ],
     ids=str,
 )  # fmt: skip

@@ -15,10 +15,10 @@ from tmexport.errors import UsageError
 @click.command(context_settings=HELP)
 @click.argument("checkpoint", type=PATH)
 @click.argument("output", type=PATH, required=False)
-@click.option("--type", "kind", type=click.Choice(["auto", "tq1_0", "tq2_0", "q2_0", "f16"]), default="auto", show_default=True,
-              help="Type of in_proj and out_proj; auto is the smallest that is exact.")  # fmt: skip
-@click.option("--embedding-type", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16", show_default=True,
-              help="Type of the embedding and of an untied head.")  # fmt: skip
+@click.option("--type", "kind", type=click.Choice(["auto", "tq1_0", "tq2_0", "q2_0", "q4_0", "q1_0", "f16"]), default="auto",
+              show_default=True, help="Type of in_proj and out_proj; auto is the smallest that is exact. q4_0: larger, and quick in llama.cpp on every CPU.")  # fmt: skip
+@click.option("--embedding-type", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", show_default=True,
+              help="Type of the embedding and of an untied head; auto is f16, or the smallest that holds its codes.")  # fmt: skip
 @click.option("--ptq", type=click.Choice(["rtn"]), help="Round weights that are not ternary to nearest. Loses quality.")
 @tokenizer_option
 @no_tokenizer_option
@@ -83,4 +83,5 @@ def gguf(
     else:
         shown = click.format_filename(output) if output else None
         what = f"{shown}: would be" if dry_run else f"{shown}:"
-        click.echo(f"{what} {size / 1e6:.1f} MB, {plan.n_bytes_fp16 / 1e6:.1f} MB in fp16: {ratio:.2f} x smaller")
+        compared = f", {plan.n_bytes_fp16 / 1e6:.1f} MB in fp16: {ratio:.2f} x smaller" if ratio > 1 else ""
+        click.echo(f"{what} {size / 1e6:.1f} MB{compared}")

@@ -24,6 +24,7 @@ from tmexport.types import (
     GGMLType,
     encode_codes,
     encode_values,
+    holds,
     scales_per_block,
     smallest_exact,
 )
@@ -189,13 +190,8 @@ def _embedding_type(checkpoint: Checkpoint, tensor: ModelTensor, kind: str, embe
         return EMBEDDING_TYPES[embedding]
     if form is None or kind == "f16":
         return GGMLType.F16
-    asked = TYPES.get(kind)
-    if (
-        asked
-        and form.kind in CONTAINERS[asked].kinds
-        and tensor.shape[1] % asked.block_size == 0
-        and form.group_size % asked.block_size == 0
-    ):
+    asked = TYPES.get(kind)  # not a Q4_0: outside the blocks nothing would tell its codes from rounded values
+    if asked and holds(asked, form.kind) and form.group_size % asked.block_size == 0:
         return asked
     return smallest_exact(form.kind, form.group_size, [tensor.shape[1]]) or GGMLType.F16
 
