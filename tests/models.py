@@ -93,7 +93,9 @@ def train_tokenizer(path: Path, size: int = 500) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with lzma.open(Path(__file__).parent.parent / "data" / "sotu.jsonl.xz", "rt", encoding="utf-8") as speeches:
+    with lzma.open(
+        Path(__file__).parent.parent / "scripts" / "demo" / "data" / "sotu.jsonl.xz", "rt", encoding="utf-8"
+    ) as speeches:
         tokenizer.train_from_iterator([json.loads(next(speeches))["text"] for _ in range(3)], trainer)
     tokenizer.save(str(path))
     return path

@@ -10,7 +10,11 @@ import click
 
 from tests.demo.running import ROOT
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "scripts" / "demo" / "data" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 # Other people's commands; everything else must be ours.
 FOREIGN = {"git", "pip", "source", "cd", "npm", "tar", "llama-completion", "llama-bench"}
@@ -45,7 +49,9 @@ def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
     if words[0] == "tmexport":
         return importlib.import_module("tmexport.cli").cli, words[1:]
     assert words[0] == "python", f"{words[0]}: is neither ours nor known to be someone else's"
-    module, rest = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
+    module, rest = (
+        (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py").replace("/", "."), words[2:])
+    )
     if words[1] != "-m":
         assert (ROOT / words[1]).is_file(), f"{words[1]}: no such script"
     found = importlib.import_module(module)
