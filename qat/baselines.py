@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qat.model import Mamba2LM
+from qat.model import LanguageModel
 from qat.quantizer import group_codes, group_scales
 
 _DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ's code
@@ -37,13 +37,13 @@ def ternary_of(weight: Tensor, group_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def round_to_nearest(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
+def round_to_nearest(teacher: LanguageModel, ids: Tensor, group_size: int) -> LanguageModel:
     """No data, no correction."""
     return _each_projection(teacher, lambda name, module: ternary_of(module.weight, group_size))
 
 
 @torch.no_grad()
-def sigma_delta(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
+def sigma_delta(teacher: LanguageModel, ids: Tensor, group_size: int) -> LanguageModel:
     """First-order noise shaping along the inputs of every row."""
 
     def shape(name: str, module: nn.Linear) -> Tensor:
@@ -61,10 +61,10 @@ def sigma_delta(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
 
 
 @torch.no_grad()
-def gptq(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
+def gptq(teacher: LanguageModel, ids: Tensor, group_size: int) -> LanguageModel:
     """Error feedback by second moments."""
     model = copy.deepcopy(teacher)
-    for name, module in model.ternary_modules().items():
+    for name, module in model.projections().items():
         moments = torch.zeros(module.in_features, module.in_features, dtype=torch.float64)
 
         def gather(_m: nn.Module, inputs: tuple[Tensor, ...], moments: Tensor = moments) -> None:
@@ -95,12 +95,12 @@ def gptq_weight(weight: Tensor, moments: Tensor, group_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def awq(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
+def awq(teacher: LanguageModel, ids: Tensor, group_size: int) -> LanguageModel:
     """Activation-aware scaling of input channels; exact in the norm that precedes each projection."""
     inputs = _gather_inputs(teacher, ids)
     model = copy.deepcopy(teacher)
     modules = dict(model.named_modules())
-    for name, module in model.ternary_modules().items():
+    for name, module in model.projections().items():
         x = inputs[name]
         size = x.abs().mean(0).clamp_min(1e-6)
         best_error, best = torch.inf, (torch.ones_like(size), ternary_of(module.weight, group_size))
@@ -119,12 +119,12 @@ def awq(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
 
 
 @torch.no_grad()
-def bias_correction(teacher: Mamba2LM, ids: Tensor, group_size: int, shrink: bool = False) -> Mamba2LM:
+def bias_correction(teacher: LanguageModel, ids: Tensor, group_size: int, shrink: bool = False) -> LanguageModel:
     """The mean error of every projection's output, taken back by a bias."""
     inputs = _gather_inputs(teacher, ids)
     model = round_to_nearest(teacher, ids, group_size)
-    originals = teacher.ternary_modules()
-    for name, module in model.ternary_modules().items():
+    originals = teacher.projections()
+    for name, module in model.projections().items():
         errors = inputs[name] @ (originals[name].weight - module.weight).T  # [positions, rows]
         bias = errors.mean(0)
         if shrink:
@@ -135,13 +135,13 @@ def bias_correction(teacher: Mamba2LM, ids: Tensor, group_size: int, shrink: boo
 
 
 @torch.no_grad()
-def james_stein(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
+def james_stein(teacher: LanguageModel, ids: Tensor, group_size: int) -> LanguageModel:
     """Bias correction, shrunk."""
     return bias_correction(teacher, ids, group_size, shrink=True)
 
 
 @torch.no_grad()
-def kalman(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
+def kalman(teacher: LanguageModel, ids: Tensor, group_size: int) -> LanguageModel:
     """A gain for every head's output of the scan (D x included)."""
     model = round_to_nearest(teacher, ids, group_size)
     wanted, found = _gather_scans(teacher, ids), _gather_scans(model, ids)
@@ -151,7 +151,7 @@ def kalman(teacher: Mamba2LM, ids: Tensor, group_size: int) -> Mamba2LM:
     return model
 
 
-METHODS: dict[str, Callable[[Mamba2LM, Tensor, int], Mamba2LM]] = {
+METHODS: dict[str, Callable[[LanguageModel, Tensor, int], LanguageModel]] = {
     "round to nearest": round_to_nearest,
     "GPTQ-style": gptq,
     "AWQ-like": awq,
@@ -162,25 +162,25 @@ METHODS: dict[str, Callable[[Mamba2LM, Tensor, int], Mamba2LM]] = {
 }
 
 
-def _each_projection(teacher: Mamba2LM, change: Callable[[str, nn.Linear], Tensor]) -> Mamba2LM:
+def _each_projection(teacher: LanguageModel, change: Callable[[str, nn.Linear], Tensor]) -> LanguageModel:
     model = copy.deepcopy(teacher)
-    for name, module in model.ternary_modules().items():
+    for name, module in model.projections().items():
         module.weight.copy_(change(name, module))
     return model
 
 
-def _gather_inputs(model: Mamba2LM, ids: Tensor) -> dict[str, Tensor]:
+def _gather_inputs(model: LanguageModel, ids: Tensor) -> dict[str, Tensor]:
     """What enters every projection: fp32 [positions, k]."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         return lambda _module, inputs: found.__setitem__(name, inputs[0].flatten(0, -2))
 
-    _run(model, ids, {name: keep(name) for name in model.ternary_modules()})
+    _run(model, ids, {name: keep(name) for name in model.projections()})
     return found
 
 
-def _gather_scans(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
+def _gather_scans(model: LanguageModel, ids: Tensor) -> list[Tensor]:
     """The scan's output of every layer: fp32 [batch, time, heads, headdim]."""
     found: list[Tensor] = []
     handles = [
@@ -192,8 +192,8 @@ def _gather_scans(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
     return found
 
 
-def _run(model: Mamba2LM, ids: Tensor, watchers: dict[str, Callable[..., None]]) -> None:
-    modules = model.ternary_modules()
+def _run(model: LanguageModel, ids: Tensor, watchers: dict[str, Callable[..., None]]) -> None:
+    modules = model.projections()
     handles = [modules[name].register_forward_pre_hook(watcher) for name, watcher in watchers.items()]
     try:
         model.backbone(ids)

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from qat.errors import DataError
 from tmexport.cli.progress import progress_bar
-from tmexport.errors import TokenizerError
+from tmexport.documents import read_documents as read_text_documents
+from tmexport.errors import TextError, TokenizerError
 from tmexport.files import atomic_write
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -53,7 +53,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     """The text files named, and those anywhere in the folders named, in order; names of data sets as they are.
 
     Raises:
-        DataError: a path does not exist, has another suffix, or a folder holds no text.
+        TextError: a path does not exist, has another suffix, or a folder holds no text.
     """
     found: list[Path] = []
     for path in paths:
@@ -62,12 +62,12 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
             if not inside:
-                raise DataError(f"{path}: holds no text; expected files ending in {', '.join(SUFFIXES)}")
+                raise TextError(f"{path}: holds no text; expected files ending in {', '.join(SUFFIXES)}")
             found += inside
         elif not path.is_file():
-            raise DataError(f"{path}: no such file; expected a text, JSON Lines or Parquet file, or a folder of them")
+            raise TextError(f"{path}: no such file; expected a text, JSON Lines or Parquet file, or a folder of them")
         elif path.suffix not in SUFFIXES:
-            raise DataError(f"{path}: ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+            raise TextError(f"{path}: ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
         else:
             found.append(path)
     return found
@@ -77,52 +77,34 @@ def read_documents(path: Path) -> Iterator[str]:
     """The documents of one file: a .txt is one, a .jsonl, .parquet or data set has one in each row's "text".
 
     Raises:
-        DataError: the file is not what its suffix says (line named), or pyarrow or datasets is needed and missing.
+        TextError: the file is not what its suffix says (line named), or pyarrow or datasets is needed and missing.
     """
     try:
         if is_dataset(path):
             yield from _read_dataset(path)
-        elif path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _text_of_line(path, number, line)
+        elif path.suffix in (".txt", ".jsonl"):
+            yield from read_text_documents(path)
         else:
             yield from _read_parquet(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _text_of_line(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: line {number} is not JSON: {error}") from None
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise DataError(f'{path}: line {number} has no string "text"; expected {{"text": "..."}} on every line')
-    return text
+        raise TextError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError(
+        raise TextError(
             f"{path}: reading Parquet needs pyarrow; install it with: pip install 'tmexport[data]'"
         ) from None
     try:
         file = parquet.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
-            raise DataError(f'{path}: has the columns {file.schema_arrow.names}; expected one named "text"')
+            raise TextError(f'{path}: has the columns {file.schema_arrow.names}; expected one named "text"')
         for batch in file.iter_batches(columns=["text"], batch_size=1024):
             yield from (text for text in batch.column(0).to_pylist() if text)
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: is not a Parquet file: {error}") from None
+        raise TextError(f"{path}: is not a Parquet file: {error}") from None
 
 
 def _read_dataset(path: Path) -> Iterator[str]:
@@ -130,23 +112,23 @@ def _read_dataset(path: Path) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(f"{path}: needs the datasets library; install it with: pip install 'tmexport[data]'") from None
+        raise TextError(f"{path}: needs the datasets library; install it with: pip install 'tmexport[data]'") from None
     name, config, split, *more = *str(path).removeprefix(DATASET).split(":"), "", ""
     if not name or len(more) > 2 or any(more):
-        raise DataError(
+        raise TextError(
             f"{path}: is not the name of a data set; expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"
         )
     try:
         for row in load_dataset(name, config or None, split=split or "train", streaming=True):
             text = row.get("text")
             if not isinstance(text, str):
-                raise DataError(f'{path}: has the columns {list(row)}; expected a string in one named "text"')
+                raise TextError(f'{path}: has the columns {list(row)}; expected a string in one named "text"')
             yield text
-    except DataError:
+    except TextError:
         raise
     except Exception as error:  # of the network, of a file format, of the name: the library raises many kinds
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise DataError(f"{path}: cannot be read as a data set: {reason}") from None
+        raise TextError(f"{path}: cannot be read as a data set: {reason}") from None
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -178,7 +160,7 @@ def tokenize_files(
     reaches so many tokens is the last. The tokenizers library spreads each batch of documents over all cores.
 
     Raises:
-        DataError, TokenizerError: the text or the tokenizer cannot be used.
+        TextError, TokenizerError: the text or the tokenizer cannot be used.
     """
     files = find_files(paths)
     tokenizer = load_tokenizer(tokenizer_path, vocab_size)
@@ -205,7 +187,7 @@ def tokenize_files(
                 if 0 < limit <= count:
                     break
             if count <= documents:
-                raise DataError(
+                raise TextError(
                     f"{', '.join(map(str, paths))}: holds no text; expected at least one document that is not empty"
                 )
         meta = {"tokens": count, "text_bytes": text_bytes, "documents": documents, "digest": digest.hexdigest()[:16]}
@@ -238,7 +220,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         if len(self.tokens) < self.seq_len + 1:
-            raise DataError(
+            raise TextError(
                 f"the text has {len(self.tokens)} tokens; one sequence needs {self.seq_len + 1}; "
                 "give more --data or a smaller --seq-len"
             )

@@ -2,9 +2,7 @@
 
     python -m qat.evaluate CHECKPOINT --data heldout.jsonl --json
 
-Every document starts from an empty state with the end-of-text token before it; the state is carried through the whole
-document, whatever its length, and every token of the document is scored. bits_per_byte is the sum of the tokens' nats /
-ln 2 / the UTF-8 bytes of the text, so it compares models with different tokenizers; perplexity is exp(nats / token).
+`tmexport.documents` says what is scored; `runtime_ref.perplexity` gives the same for an exported file.
 """
 
 from __future__ import annotations
@@ -15,10 +13,7 @@ if __name__ == "__main__":
     run_verb("evaluate", "python -m qat.evaluate")
 
 import json
-import math
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -26,34 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.data import tokenize_files
-from qat.errors import DataError
+from qat.data import find_files, is_dataset, load_tokenizer, read_documents
 from qat.losses import distillation_loss
-from qat.model import Mamba2LM, load_model
+from qat.model import LanguageModel, load_model
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.progress import progress_bar
-from tmexport.config import Mamba2Config
+from tmexport.documents import Score, encode_documents, score_documents, start_token
 from tmexport.errors import UsageError
+from tmexport.model import Model
 from tmexport.threads import default_threads
 
 _SEGMENT = 2048  # tokens a forward pass; the state goes from one to the next
-
-
-@dataclass(frozen=True)
-class Score:
-    """tokens: how many were scored; nats: their sum."""
-
-    tokens: int
-    nats: float
-    text_bytes: int
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.text_bytes
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(700.0, self.nats / self.tokens))
 
 
 def documents_of(tokens: np.ndarray, eos: int) -> Iterator[np.ndarray]:
@@ -65,19 +43,19 @@ def documents_of(tokens: np.ndarray, eos: int) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def score_document(model: Mamba2LM, ids: np.ndarray) -> float:
+def score_document(model: LanguageModel, ids: np.ndarray) -> float:
     """The sum of the nats of ids[1:], each given everything before it."""
     nats, states = 0.0, model.fresh_states()
     device = model.head_weight.device
     for start in range(0, len(ids) - 1, _SEGMENT):
         part = torch.from_numpy(ids[start : start + _SEGMENT + 1].astype(np.int64)).to(device)[None]
-        hidden: Tensor = model.backbone(part[:, :-1], states)
+        hidden: Tensor = model.hidden(part[:, :-1], states)
         loss = distillation_loss(hidden, model.head_weight, part[:, 1:])
         nats += loss.cross_entropy.item() * (part.shape[1] - 1)
     return nats
 
 
-def end_of_text_id(config: Mamba2Config, tokenizer: Path) -> int:
+def end_of_text_id(config: Model, tokenizer: Path) -> int:
     """The model's end-of-text token, from its config or else from its tokenizer."""
     if config.eos_token_id is not None:
         return config.eos_token_id
@@ -96,22 +74,28 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
 
 
 def evaluate(folder: Path, data: list[Path], tokenizer: Path | None = None) -> Score:
-    """Score all documents of `data` with the checkpoint in `folder`."""
+    """Score all documents of `data` with the checkpoint in `folder`, as `tmexport.documents` says."""
     config = open_checkpoint(folder).config
-    tokenizer = find_tokenizer(folder, tokenizer)
-    eos = end_of_text_id(config, tokenizer)
-    with tempfile.TemporaryDirectory() as cache:
-        stream = tokenize_files(data, tokenizer, config.vocab_size, eos, Path(cache))
-        model = load_model(folder)
-        count, nats = 0, 0.0
-        with progress_bar("evaluating", len(stream.tokens), unit="tokens") as bar:
-            for ids in documents_of(stream.tokens, eos):
-                nats += score_document(model, ids)
-                count += len(ids) - 1
-                bar.advance(len(ids))
-    if not count:
-        raise DataError("the text holds no token to score")
-    return Score(count, nats, stream.text_bytes)
+    known = load_tokenizer(find_tokenizer(folder, tokenizer), config.vocab_size)
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in known.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    start = start_token(config.eos_token_id, known.token_to_id)
+    files = find_files(data)
+    texts = (text for path in files for text in read_documents(path))
+    total = sum(path.stat().st_size for path in files) if not any(map(is_dataset, files)) else None
+    with progress_bar("tokenising", total, unit="bytes") as bar:
+        documents = list(encode_documents(texts, encode, start, bar.advance))
+    model = load_model(folder)
+    with progress_bar("evaluating", sum(d.scored for d in documents), unit="tokens") as bar:
+
+        def nats_of(ids: np.ndarray) -> float:
+            nats = score_document(model, ids)
+            bar.advance(len(ids) - 1)
+            return nats
+
+        return score_documents(documents, nats_of)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -133,8 +117,7 @@ def main(checkpoint: Path, data: tuple[Path, ...], tokenizer: Path | None, threa
     """
     torch.set_num_threads(threads or default_threads())
     score = evaluate(checkpoint, list(data), tokenizer)
-    result = {**asdict(score), "bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
     if as_json:
-        click.echo(json.dumps(result))
+        click.echo(json.dumps(score.as_dict()))
     else:
         click.echo(f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f}, {score.tokens} tokens")

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.model import Block, Mamba2LM, default_chunk
+from qat.model import LanguageModel, ResidualBlock
 from qat.quantizer import make_ternary
 from qat.recipe import Recipe
-from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
+from tmexport.model import Model, mamba2_model
 
 UTILISATION = (
     0.25  # share of the peak that a plain-torch scan is assumed to reach; measure your own and scale the hours
@@ -60,9 +60,9 @@ class Plan:
     hours: float
 
 
-def config_of(recipe: Recipe, tied: bool = True) -> Mamba2Config:
+def config_of(recipe: Recipe, tied: bool = True) -> Model:
     """The dimensions a recipe states."""
-    return Mamba2Config(
+    return mamba2_model(
         d_model=recipe.d_model,
         n_layer=recipe.n_layer,
         vocab_size=recipe.vocab_size,
@@ -74,7 +74,7 @@ def config_of(recipe: Recipe, tied: bool = True) -> Mamba2Config:
     )
 
 
-def make_plan(recipe: Recipe, config: Mamba2Config, accelerator: str, with_teacher: bool) -> Plan:
+def make_plan(recipe: Recipe, config: Model, accelerator: str, with_teacher: bool) -> Plan:
     """The cost of `recipe` on one accelerator of a kind in ACCELERATORS.
 
     Raises:
@@ -84,21 +84,28 @@ def make_plan(recipe: Recipe, config: Mamba2Config, accelerator: str, with_teach
         raise UsageError(f"accelerator {accelerator!r} is not known; expected one of {', '.join(ACCELERATORS)}")
     machine = ACCELERATORS[accelerator]
     with torch.device("meta"):
-        model = Mamba2LM(config)
+        model = LanguageModel(config)
     if with_teacher:
         make_ternary(model, recipe.group_size)
     parameters = sum(p.numel() for p in model.parameters())
-    ternary = sum(m.in_features * m.out_features for m in model.ternary_modules().values())
+    ternary = sum(m.in_features * m.out_features for m in model.projections().values())
     head = config.vocab_size * config.d_model
     tokens = recipe.steps * recipe.tokens_per_step
 
     sequences = max(1, recipe.batch_size // recipe.accumulate)
     low = recipe.dtype == "bfloat16"
-    entering, kept = layer_activations(model.backbone.layers[0], sequences, recipe.seq_len, config.d_model, low)
+    kinds = {block: layer for block, layer in zip(config.blocks, model.backbone.layers, strict=True)}
+    measured = {
+        block: layer_activations(layer, sequences, recipe.seq_len, config.d_model, low)
+        for block, layer in kinds.items()
+    }
+    entering, largest = (max(pair[i] for pair in measured.values()) for i in (0, 1))
     if recipe.checkpoint_activations:
-        activations = config.n_layer * entering + 2 * kept  # one layer's tensors, and as much again of their gradients
+        activations = (
+            config.n_layer * entering + 2 * largest
+        )  # one block's tensors, and as much again of their gradients
     else:
-        activations = config.n_layer * kept + kept
+        activations = sum(measured[block][1] for block in config.blocks) + largest
     memory = {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
@@ -108,7 +115,8 @@ def make_plan(recipe: Recipe, config: Mamba2Config, accelerator: str, with_teach
         "loss": 4 * head + 6 * 4 * 2**21 + 2 * entering,  # gradient of the head, logits of one chunk, hidden states
     }
     total = sum(memory.values())
-    forward = config.n_layer * scan_flops(config, recipe) + 2 * (ternary + head)
+    branches = [branch for layer in model.backbone.layers for branch in layer.branches]
+    forward = sum(branch.operations(recipe.seq_len) for branch in branches) + 2 * (ternary + head)
     passes = 3 + (1 if with_teacher and recipe.kd_weight > 0 else 0) + (1 if recipe.checkpoint_activations else 0)
     flops = float(forward) * passes * tokens
     return Plan(
@@ -126,19 +134,12 @@ def make_plan(recipe: Recipe, config: Mamba2Config, accelerator: str, with_teach
     )
 
 
-def scan_flops(config: Mamba2Config, recipe: Recipe) -> int:
-    """Multiplications and additions of the scan and the convolution, a token and layer, forward."""
-    chunk = min(recipe.seq_len, default_chunk(torch.device("cuda")))
-    products = chunk * config.n_groups * config.d_state + chunk * config.d_inner + 2 * config.d_state * config.d_inner
-    return 2 * (products + config.d_conv * config.conv_dim)
-
-
 def layer_activations(layer: nn.Module, sequences: int, seq_len: int, d_model: int, low: bool) -> tuple[int, int]:
     """(bytes of the layer's input, bytes of the other tensors that autograd keeps until the layer's backward pass).
 
     `layer` must be on the meta device; parameters are not counted.
     """
-    assert isinstance(layer, Block)
+    assert isinstance(layer, ResidualBlock)
     own = {p.untyped_storage()._cdata for p in layer.parameters()}
     kept: dict[int, Tensor] = {}
 

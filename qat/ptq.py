@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from tmexport.checkpoint import open_checkpoint, projection_names, write_checkpoint
+from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
-from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
+from tmexport.types.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
 
 
 def round_to_nearest(folder: Path, out: Path, group_size: int = 256) -> float:
@@ -39,7 +39,7 @@ def round_to_nearest(folder: Path, out: Path, group_size: int = 256) -> float:
             f"group size {group_size} does not fit rows of {checkpoint.config.d_model} and {checkpoint.config.d_inner}; "
             "expected 64, 128 or 256, and a divisor of both"
         )
-    projections = set(projection_names(checkpoint.config))
+    projections = set(checkpoint.config.projections)
     tensors: dict[str, np.ndarray | TernaryTensor] = {}
     zeros = total = 0
     with progress_bar("rounding", len(checkpoint.names), unit="tensors") as bar:

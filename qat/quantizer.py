@@ -2,18 +2,20 @@
 
 scale = mean|w| of the group, recomputed at every forward and rounded to fp16; code = round(clip(w / scale, -1, 1)); the
 gradient passes straight through to the latent weight (Ternary Mamba, arXiv 2606.18114; BitNet b1.58, arXiv 2402.17764).
-The same convention as `tmexport.ternary.quantize_absmean`, so what is exported is bit for bit what was trained.
+The same convention as `tmexport.types.ternary.quantize_absmean`, so what is exported is bit for bit what was trained.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qat.model import Mamba2LM
+from qat.model import LanguageModel
 from tmexport.errors import UsageError
-from tmexport.ternary import GROUP_SIZES, LARGEST_SCALE, SMALLEST_SCALE, TernaryTensor
+from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE
+from tmexport.types.ternary import GROUP_SIZES, TernaryTensor
 
 
 def group_scales(weight: Tensor, group_size: int) -> Tensor:
@@ -97,7 +99,7 @@ class LearnedTernaryWeight(TernaryWeight):
         return TernaryTensor(codes.cpu().numpy(), scales.cpu().numpy(), self.group_size)
 
 
-def make_ternary(model: Mamba2LM, group_size: int, learned_scale: bool = False) -> Mamba2LM:
+def make_ternary(model: LanguageModel, group_size: int, learned_scale: bool = False) -> LanguageModel:
     """Put a fake-quantiser on every in_proj and out_proj of `model`, in place.
 
     Raises:
@@ -105,7 +107,7 @@ def make_ternary(model: Mamba2LM, group_size: int, learned_scale: bool = False) 
     """
     if group_size not in GROUP_SIZES:
         raise UsageError(f"group size {group_size} is not supported; expected 64, 128 or 256")
-    for name, module in model.ternary_modules().items():
+    for name, module in model.projections().items():
         if module.in_features % group_size:
             raise UsageError(
                 f"{name} has rows of {module.in_features} weights, not a multiple of the group size {group_size}; "
@@ -116,20 +118,29 @@ def make_ternary(model: Mamba2LM, group_size: int, learned_scale: bool = False) 
     return model
 
 
-def quantized_weights(model: Mamba2LM) -> dict[str, TernaryTensor]:
+def quantized_weights(model: LanguageModel) -> dict[str, TernaryTensor]:
     """Codes and scales of every ternary weight of `model`, by its Hugging Face name."""
     return {
         f"{name}.weight": module.parametrizations.weight[0].quantize(module.parametrizations.weight.original)  # type: ignore[union-attr,index,operator,arg-type]
-        for name, module in model.ternary_modules().items()
+        for name, module in model.projections().items()
         if parametrize.is_parametrized(module, "weight")
     }
 
 
 @torch.no_grad()
-def zero_ratios(model: Mamba2LM) -> dict[str, float]:
+def zero_ratios(model: LanguageModel) -> dict[str, float]:
     """Share of zero codes of every ternary weight, by the name of its module."""
     ratios = {}
-    for name, module in model.ternary_modules().items():
+    for name, module in model.projections().items():
         if parametrize.is_parametrized(module, "weight"):
             ratios[name] = 1.0 - torch.count_nonzero(module.weight).item() / module.weight.numel()
     return ratios
+
+
+def model_tensors(model: LanguageModel) -> dict[str, np.ndarray | TernaryTensor]:
+    """Every tensor of a model by its Hugging Face name: codes and scales where it is fake-quantised, else fp32."""
+    tensors: dict[str, np.ndarray | TernaryTensor] = {**quantized_weights(model)}
+    for name in model.config.tensors:
+        if name not in tensors:
+            tensors[name] = model.get_parameter(name).detach().float().cpu().numpy()
+    return tensors

@@ -28,6 +28,8 @@ from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.tokenizer import Tokenizer
 from tmexport.errors import UsageError
+from tmexport.gguf.reader import open_gguf
+from tmexport.tokenizer.gguf import stop_ids
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +47,8 @@ from tmexport.errors import UsageError
 @click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
 @click.option("--profile", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
               help="exact: 16-bit activations; fast: 8-bit activations and a 16-bit state.")  # fmt: skip
+@click.option("--tokenizer", "tokenizer_path", type=click.Path(path_type=Path),
+              help="A tokenizer.json. Default: the one in the file, or else the file's own vocabulary.")  # fmt: skip
 @click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a saved state.")
 @click.option("--save-state", type=click.Path(path_type=Path), help="Save the state when done.")
 @click.option("--max-memory", type=MemorySize(), help="Refuse a model that needs more, before loading it: 512M, 1.5G.")
@@ -59,6 +63,7 @@ def generate(
     seed: int,
     threads: int | None,
     profile: str,
+    tokenizer_path: Path | None,
     load_state: Path | None,
     save_state: Path | None,
     max_memory: int | None,
@@ -76,14 +81,15 @@ def generate(
     if max_memory is not None:
         check_memory(model_path, max_memory, profile, states=4 if load_state or save_state else 1)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    tokenizer = Tokenizer.from_gguf(model_path)
-    ids = tokenizer.encode(prompt)
+    file = open_gguf(model_path)
+    tokenizer = Tokenizer.from_gguf(file, tokenizer_path)
+    ids = tokenizer.prompt(prompt)
     if not ids:
         raise UsageError("--prompt has no tokens; give at least one character")
     model = Model.load(model_path, profile, threads)
     state = model.load_state(load_state) if load_state else model.new_state()
     compile_kernels(model)
-    stop = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
+    stop = stop_ids(file.metadata)
     digest, stream = hashlib.sha256(), tokenizer.stream()
     tokens: list[int] = []
     times = [time.perf_counter()]

@@ -10,10 +10,9 @@ import numpy as np
 
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix
 from tmexport.errors import GGUFError
-from tmexport.gguf.decode import decode_ternary, dequantize
-from tmexport.gguf.names import config_from_metadata, group_size_of
+from tmexport.gguf.names import config_from_metadata, group_sizes_of
 from tmexport.gguf.reader import GGUFFile, open_gguf
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType, decode_codes, decode_values, joined_scales
 
 if TYPE_CHECKING:
     from runtime_ref.kernels.pack import Packed
@@ -32,31 +31,34 @@ def gguf_source(path: Path | str) -> Source:
 def source_of(gguf: GGUFFile) -> Source:
     """A validated file as a source."""
     config = config_from_metadata(gguf)
-    group = group_size_of(gguf)
+    groups = group_sizes_of(gguf)
 
     def matrix(name: str) -> Matrix:
-        return read_matrix(gguf, name, group)
+        return read_matrix(gguf, name, groups.get(name))
 
     def vector(name: str) -> np.ndarray:
         info = gguf.tensors[name]
-        values = dequantize(gguf.blocks(name), info.type, info.shape[-1], name)
+        values = decode_values(gguf.blocks(name), info.type, info.shape[-1], name)
         return values.reshape(info.shape)
 
     def packed(name: str) -> Packed:
         from runtime_ref.kernels.repack import read_packed
 
-        result = read_packed(gguf, name, group)
+        result = read_packed(gguf, name, groups.get(name))
         _forget(gguf, name)
         return result
 
     def activation_block(name: str, profile: str) -> int:
-        kind = gguf.tensors[name].type
-        if not kind.is_ternary:
+        group = groups.get(name)
+        if group is None:
             return 32
-        assert group is not None
-        return group if profile == "exact" else fast_block(kind)
+        return group if profile == "exact" else fast_block(gguf.tensors[name].type)
 
     return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
+
+
+_BLOCK_BITS = {GGMLType.Q8_0: 8, GGMLType.Q4_0: 4}  # of values rounded in blocks of 32
+_FAST_BLOCKS = {GGMLType.TQ1_0: 256, GGMLType.TQ2_0: 256, GGMLType.Q2_0: 32, GGMLType.Q1_0: 32, GGMLType.Q4_0: 32}
 
 
 def _forget(gguf: GGUFFile, name: str) -> None:
@@ -77,32 +79,34 @@ def read_matrix(gguf: GGUFFile, name: str, group: int | None) -> Matrix:
     Args:
         gguf: the file.
         name: of the tensor.
-        group: the file's group size; a ternary tensor's scales are joined to it.
+        group: the group size of a tensor that holds codes, to which its blocks' scales are joined; None for values.
 
     Raises:
         GGUFError: damaged blocks, or scales that differ inside a group.
     """
     info = gguf.tensors[name]
     blocks, k = gguf.blocks(name), info.shape[-1]
-    if info.type.is_ternary:
-        assert group is not None
-        codes, scales = decode_ternary(blocks, info.type, k, name)
+    if group is not None:
+        codes, scales = decode_codes(blocks, info.type, k, name)
         return TernaryMatrix(codes, join_scales(scales, k, group, name), fast_block(info.type))
-    if info.type in (GGMLType.Q8_0, GGMLType.Q4_0):
-        grid = blocks.reshape(len(blocks), k // 32, info.type.block_bytes)
-        scales = np.ascontiguousarray(grid[:, :, :2]).view(np.float16)[:, :, 0]
-        if info.type is GGMLType.Q8_0:
-            return BlockMatrix(np.ascontiguousarray(grid[:, :, 2:]).view(np.int8).reshape(len(blocks), k), scales)
-        nibbles = np.concatenate([grid[:, :, 2:] & 15, grid[:, :, 2:] >> 4], axis=2).astype(np.int8) - np.int8(8)
-        return BlockMatrix(nibbles.reshape(len(blocks), k), scales, bits=4)
+    if info.type in _BLOCK_BITS:
+        return BlockMatrix(*decode_codes(blocks, info.type, k, name), bits=_BLOCK_BITS[info.type])
     if info.type is GGMLType.F16:
         return DenseMatrix(np.ascontiguousarray(blocks).view(np.float16))
-    return DenseMatrix(dequantize(blocks, info.type, k, name))
+    return DenseMatrix(decode_values(blocks, info.type, k, name))
 
 
 def fast_block(kind: GGMLType) -> int:
-    """Activations a block in profile `fast`: llama.cpp's Q8_K for TQ1_0 and TQ2_0, Q8_0 for Q2_0."""
-    return 32 if kind is GGMLType.Q2_0 else 256
+    """Activations a block in profile `fast`: as llama.cpp multiplies the container, in Q8_K (256) or Q8_0 (32).
+
+    Raises:
+        GGUFError: this runtime multiplies no codes in such a container.
+    """
+    if kind not in _FAST_BLOCKS:
+        raise GGUFError(
+            f"codes in {kind.name} cannot be multiplied; expected one of {', '.join(k.name for k in _FAST_BLOCKS)}"
+        )
+    return _FAST_BLOCKS[kind]
 
 
 def join_scales(scales: np.ndarray, k: int, group: int, name: str) -> np.ndarray:
@@ -111,8 +115,7 @@ def join_scales(scales: np.ndarray, k: int, group: int, name: str) -> np.ndarray
     Raises:
         GGUFError: the blocks of a group have different scales.
     """
-    per_group = scales.shape[1] * group // k
-    joined = scales[:, ::per_group]
-    if (np.repeat(joined, per_group, axis=1) != scales).any():
+    joined, differs = joined_scales(scales, scales.shape[1] * group // k)
+    if differs.any():
         raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
-    return np.ascontiguousarray(joined)
+    return joined

@@ -21,10 +21,10 @@ import numpy as np
 from runtime_ref.kernels.scratch import CHUNK
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
-from tmexport.gguf.export import EMBEDDING_TYPES, tensor_layout
+from tmexport.gguf.export import EMBEDDING_TYPES, low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile, open_gguf
-from tmexport.gguf.types import GGMLType
+from tmexport.types import KINDS, GGMLType, container, holds
 
 FIXED = 165_000_000
 COMPILER = 75_000_000
@@ -111,13 +111,13 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int
     """The smallest change that fits: the other profile, else a smaller type."""
     config = config_from_metadata(gguf)
     body, embedding = (gguf.tensors[name].type for name in ("blk.0.ssm_in.weight", "token_embd.weight"))
-    smaller = body if body.is_ternary else _ternary_type(config)
+    smaller = body if holds(body, "ternary") or holds(body, "binary") else _ternary_type(config)
     kinds = [(body, embedding)] + [(smaller, EMBEDDING_TYPES[name]) for name in ("f16", "q8_0", "q4_0")]
     options = []
     for kind, of_embedding in kinds:
         if config.d_model % of_embedding.block_size:
             continue
-        layout = tensor_layout(config, kind, of_embedding)
+        layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
         for how in dict.fromkeys((profile, "fast")):
             option = _need(gguf, config, layout, how, states, compiles)
             name = (
@@ -142,9 +142,8 @@ def _ternary_type(config: Mamba2Config) -> GGMLType:
 
 def _need(gguf: GGUFFile, config: Mamba2Config, layout: Layout, profile: str, states: int, compiles: int) -> Need:
     c = config
-    default = 64 if layout["blk.0.ssm_in.weight"][1] is GGMLType.Q2_0 else 256
-    recorded = gguf.metadata.get(GROUP_SIZE_KEY)
-    group = recorded if recorded in (64, 128, 256) else default
+    recorded, block = gguf.metadata.get(GROUP_SIZE_KEY), layout["blk.0.ssm_in.weight"][1].block_size
+    group = recorded if recorded in KINDS["ternary"].group_sizes else max(64, block)
     packed = {name: resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
     stored = {name: _stored_bytes(shape, kind) for name, (shape, kind) in layout.items()}
     weights = sum(packed.values())
@@ -162,11 +161,11 @@ def resident_bytes(shape: tuple[int, ...], kind: GGMLType, group: int) -> int:
     """Bytes of a tensor in memory (`kernels.pack`): 16 rows side by side; TQ1_0 is unpacked to two bits a weight."""
     n, k = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
     rows = -(-n // 16) * 16
-    if kind.is_ternary:
+    if any(holds(kind, codes) for codes in KINDS):
         return rows * (k // 4 + 2 * (k // group))
-    if kind in (GGMLType.Q8_0, GGMLType.Q4_0):
+    if container(kind).decode_codes is not None:
         return rows * kind.row_bytes(k)
-    return n * k * (2 if kind is GGMLType.F16 and k >= 16 else 4)  # small tensors become fp32
+    return n * k * (2 if kind is GGMLType.F16 and k >= 16 else 4)  # small tensors become fp32, and BF16 does
 
 
 def _stored_bytes(shape: tuple[int, ...], kind: GGMLType) -> int:

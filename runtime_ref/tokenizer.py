@@ -1,43 +1,73 @@
-"""Text to tokens and back, with the tokenizer.json inside the GGUF; text is streamed only in whole characters."""
+"""Text to tokens and back, with the tokenizer that a GGUF holds; text is streamed only in whole characters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from tmexport.background import in_background
 from tmexport.errors import TokenizerError, UsageError
 from tmexport.gguf.names import TOKENIZER_JSON_KEY
 from tmexport.gguf.reader import GGUFFile, open_gguf
-from tmexport.gguf.tokenizer import parse_tokenizer
+from tmexport.tokenizer.gguf import added_tokens, vocabulary_as_json
+from tmexport.tokenizer.parse import parse_tokenizer, read_tokenizer
 
+_LONG = 200_000  # characters that are tokenised in a fraction of a second
 _LONGEST_CHARACTER = 8  # tokens held back for an unfinished character before it is called invalid
 
 
 class Tokenizer:
     """encode: text -> token ids; decode: ids -> text, special tokens left out."""
 
-    def __init__(self, text: str, where: str) -> None:
+    def __init__(self, text: str, where: str, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> None:
         self._tokenizer = parse_tokenizer(text, where)
+        self._before, self._after = before, after
 
     @classmethod
-    def from_gguf(cls, gguf: GGUFFile | Path | str) -> Tokenizer:
-        """The tokenizer stored under tokenizer.huggingface.json.
+    def from_gguf(cls, gguf: GGUFFile | Path | str, given: Path | None = None) -> Tokenizer:
+        """The tokenizer of a file: `given`, or tokenizer.huggingface.json in it, or else llama.cpp's vocabulary in it.
 
         Raises:
-            TokenizerError: there is none, or it is damaged.
+            TokenizerError: there is none, or it is damaged, or has tokens that the model has no embedding for.
         """
         file = gguf if isinstance(gguf, GGUFFile) else open_gguf(gguf)
-        text = file.metadata.get(TOKENIZER_JSON_KEY)
+        text, where = file.metadata.get(TOKENIZER_JSON_KEY), str(file.path)
+        if given is not None:
+            text, where = read_tokenizer(given), str(given)
         if not isinstance(text, str):
+            text = vocabulary_as_json(file.metadata, where)
+        tokenizer = cls(text, where, *added_tokens(file.metadata))
+        tokenizer._check(file, where)
+        return tokenizer
+
+    def _check(self, file: GGUFFile, where: str) -> None:
+        embedding = file.tensors.get("token_embd.weight")
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if embedding is not None and largest >= embedding.shape[0]:
             raise TokenizerError(
-                f"{file.path}: has no {TOKENIZER_JSON_KEY}; export it again with `tmexport gguf --tokenizer tokenizer.json`"
+                f"{where}: has the token id {largest}, but {file.path} has {embedding.shape[0]} embeddings; it is another model's"
             )
-        return cls(text, str(file.path))
 
     def encode(self, text: str) -> list[int]:
+        if len(text) > _LONG:
+            return in_background(lambda: self.encode_all([text]))[0]
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:  # surrogates, from a command line that is not UTF-8
             raise UsageError("the text is not valid Unicode; expected UTF-8") from None
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Several texts at once; the GIL is released meanwhile."""
+        try:
+            return [
+                encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
+        except TypeError:
+            raise UsageError("the text is not valid Unicode; expected UTF-8") from None
+
+    def prompt(self, text: str) -> list[int]:
+        """`encode`, with the tokens before and after a prompt that the file asks for (add_bos_token, add_eos_token)."""
+        return [*self._before, *self.encode(text), *self._after]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tmexport.checkpoint import EMBEDDING, expected_shapes, projection_names, write_checkpoint
+from tmexport.checkpoint import EMBEDDING, expected_shapes, write_checkpoint
 from tmexport.config import Mamba2Config
-from tmexport.ternary import TernaryTensor
+from tmexport.model import Model
+from tmexport.types import Coded
+from tmexport.types.binary import BinaryTensor
+from tmexport.types.ternary import TernaryTensor
 
 SMALL = Mamba2Config(d_model=256, n_layer=2, vocab_size=512, d_state=64, tie_embeddings=False)
 
@@ -42,12 +45,32 @@ def random_ternary(n: int, k: int, group_size: int, seed: int = 0) -> TernaryTen
     return TernaryTensor(codes, scales, group_size)
 
 
+def random_binary(n: int, k: int, seed: int = 0) -> BinaryTensor:
+    """Signs, and positive normal fp16 scales a group of 128."""
+    ternary = random_ternary(n, k, 128, seed)
+    signs = np.where(np.random.default_rng(seed + 1).random((n, k)) < 0.5, -1, 1).astype(np.int8)
+    return BinaryTensor(signs, ternary.scales, 128)
+
+
+def coded_tensors(
+    config: Model, projections: str, embedding: str = "dense", seed: int = 0
+) -> dict[str, np.ndarray | Coded]:
+    """`random_tensors` with codes: of the projections and, unless it is dense, of the embedding and an untied head."""
+    make = {"ternary": lambda n, k, at: random_ternary(n, k, 256, at), "binary": random_binary}
+    tensors: dict[str, np.ndarray | Coded] = dict(random_tensors(config, seed))
+    for index, (name, tensor) in enumerate(config.tensors.items()):
+        kind = (projections if tensor.block is not None else embedding) if tensor.low_bit else "dense"
+        if kind != "dense":
+            tensors[name] = make[kind](*tensor.shape, seed + index + 1)
+    return tensors
+
+
 def ternary_tensors(
     config: Mamba2Config, group_size: int = 256, seed: int = 0
 ) -> dict[str, np.ndarray | TernaryTensor]:
     """`random_tensors` with exactly ternary projections."""
     tensors: dict[str, np.ndarray | TernaryTensor] = dict(random_tensors(config, seed))
-    for index, name in enumerate(projection_names(config)):
+    for index, name in enumerate(config.projections):
         tensors[name] = random_ternary(*tensors[name].shape, group_size, seed + index + 1)
     return tensors
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +17,14 @@ import numpy as np
 from tmexport.errors import CheckpointError
 from tmexport.files import atomic_write, file_in, read_text
 from tmexport.model import Model, load_config
+from tmexport.quantization import Stored, read_quantization, write_quantization
 from tmexport.safetensors_io import StoredTensor, index_safetensors
-from tmexport.ternary import GROUP_SIZES, TernaryTensor, pack_codes, unpack_codes, widest_exact
 from tmexport.torch_bin import index_torch_bin
+from tmexport.types import KINDS, Coded, widest_exact, widest_group
 
-FORMAT_VERSION = 1
 _LARGEST_INDEX = 2**22
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 _STATE_SPACES_EMBEDDING = "backbone.embedding.weight"
-
-
-def projection_names(model: Model) -> list[str]:
-    """The weights that are ternary in a ternary checkpoint, in the order of the layers."""
-    return list(model.projections)
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -41,44 +36,69 @@ def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 class Checkpoint:
     """A checkpoint folder whose tensors are all there with the right shapes; the data is read on demand.
 
-    group_size is None unless the folder is a ternary checkpoint. `tokenizer` is the tokenizer.json, if there is one.
+    coded: how the weights of each role that is not dense are stored. `tokenizer` is the tokenizer.json, if there is one.
     """
 
     path: Path
     config: Model
-    group_size: int | None
+    coded: Mapping[str, Stored]
     tokenizer: Path | None
     stored: Mapping[str, StoredTensor]
 
     @property
+    def group_size(self) -> int | None:
+        """Of the blocks' projections, where all are stored as codes in groups of one size; else None."""
+        forms = {self.coded.get(self.config.tensors[name].role) for name in self.config.projections}
+        form = forms.pop()
+        return form.group_size if form is not None and not forms else None
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return tuple(expected_shapes(self.config))
+        return tuple(self.config.tensors)
 
-    def is_stored_ternary(self, name: str) -> bool:
-        return name + ".codes" in self.stored
+    def form(self, name: str) -> Stored | None:
+        """How a tensor is stored: None if it is dense."""
+        return self.coded.get(self.config.tensors[name].role)
 
-    def ternary(self, name: str) -> TernaryTensor:
-        """The codes and scales of a weight: as stored, or read exactly from a dense tensor with the widest group.
+    def codes(self, name: str, kind: str = "ternary") -> Coded:
+        """The codes and scales of a weight: as stored, or of this kind read exactly from a dense tensor, in its widest groups.
 
         Raises:
-            NotTernaryError: the dense tensor is not ternary in groups.
+            NotTernaryError: the dense tensor is not of this kind.
             CheckpointError: the stored codes or scales are damaged.
         """
-        if not self.is_stored_ternary(name):
-            return widest_exact(self.stored[name].read(), name)
-        assert self.group_size is not None
-        codes = unpack_codes(self.stored[name + ".codes"].read(), name)
-        return TernaryTensor(codes, self.stored[name + ".scales"].read(), self.group_size).check(name)
+        form = self.form(name)
+        if form is None:
+            return widest_exact(self.stored[name].read(), name, kind)
+        known = KINDS[form.kind]
+        codes = known.unpack(self.stored[name + ".codes"].read(), name)
+        return known.tensor(codes, self.stored[name + ".scales"].read(), form.group_size).check(name)
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor as it is stored, fp16 or fp32 (bf16 arrives as fp32); a ternary weight is dequantised. All exact."""
-        if self.is_stored_ternary(name):
-            return self.ternary(name).dense()
-        return self.stored[name].read()
+        """A tensor as it is stored, fp16 or fp32 (bf16 arrives as fp32); codes are multiplied out. All exact."""
+        return self.codes(name).dense() if self.form(name) is not None else self.stored[name].read()
 
     def dense(self, name: str) -> np.ndarray:
         """A tensor in fp32, exactly."""
         return self.values(name).astype(np.float32, copy=False)
+
+
+def shared_group_size(checkpoint: Checkpoint, names: Iterable[str], kind: str = "ternary") -> int:
+    """The widest group for which every one of these weights is exactly of a kind: scales that agree count as one.
+
+    Raises:
+        NotTernaryError: one of them is not.
+    """
+    sizes = KINDS[kind].group_sizes
+    widest = sizes[0]
+    for name in names:
+        form = checkpoint.form(name)
+        if form is not None and form.group_size == sizes[0]:
+            continue
+        tensor = checkpoint.codes(name, kind)
+        found = next(s for s in sizes if s <= widest_group(tensor) and tensor.shape[1] % s == 0)
+        widest = min(widest, found)
+    return widest
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
@@ -92,24 +112,24 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder with config.json and weights")
     config, raw = load_config(folder)
-    group_size = _group_size(folder, raw)
+    coded = read_quantization(raw, config, folder)
     stored = _index(folder)
     if _STATE_SPACES_EMBEDDING in stored:
         stored[EMBEDDING] = stored.pop(_STATE_SPACES_EMBEDDING)
     stored = _drop_tied_head(folder, config, stored)
-    _check_tensors(folder, config, group_size, stored)
+    _check_tensors(folder, config, coded, stored)
     has_tokenizer = os.path.lexists(folder / "tokenizer.json")
     tokenizer = file_in(folder, "tokenizer.json") if has_tokenizer else None
-    return Checkpoint(folder, config, group_size, tokenizer, stored)
+    return Checkpoint(folder, config, coded, tokenizer, stored)
 
 
 def write_checkpoint(
     folder: Path | str,
     config: Model,
-    tensors: Mapping[str, np.ndarray | TernaryTensor],
+    tensors: Mapping[str, np.ndarray | Coded],
     tokenizer: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder in the Hugging Face layout; TernaryTensors make it a ternary checkpoint.
+    """Write a checkpoint folder in the Hugging Face layout; codes with scales make it a low-bit checkpoint.
 
     Each file appears complete or not at all; model.safetensors comes last.
 
@@ -120,16 +140,13 @@ def write_checkpoint(
         tokenizer: a tokenizer.json to copy.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or misshapen, or ternary ones differ in group size.
+        CheckpointError: tensors are missing, unexpected or misshapen, or those of one role differ in kind or group size.
         TmexportError: the folder cannot be written.
     """
     from safetensors.numpy import save
 
     folder = Path(folder)
     flat: dict[str, np.ndarray] = {}
-    group_sizes = {tensor.group_size for tensor in tensors.values() if isinstance(tensor, TernaryTensor)}
-    if len(group_sizes) > 1:
-        raise CheckpointError(f"{folder}: ternary weights have group sizes {sorted(group_sizes)}; expected one")
     shapes = expected_shapes(config)
     for name in shapes | dict.fromkeys(tensors):
         if name not in tensors or name not in shapes or tuple(tensors[name].shape) != shapes[name]:
@@ -137,18 +154,15 @@ def write_checkpoint(
             wanted = list(shapes[name]) if name in shapes else "no such tensor"
             raise CheckpointError(f"{folder}: {name}: found {found}, expected {wanted}")
         tensor = tensors[name]
-        if isinstance(tensor, TernaryTensor):
+        if isinstance(tensor, Coded):
             tensor.check(name)
-            flat[name + ".codes"], flat[name + ".scales"] = pack_codes(tensor.codes), tensor.scales
+            flat[name + ".codes"], flat[name + ".scales"] = KINDS[tensor.kind].pack(tensor.codes), tensor.scales
         else:
             flat[name] = np.ascontiguousarray(tensor)
     raw = config.to_hf()
-    if group_sizes:
-        raw["quantization_config"] = {
-            "quant_method": "ternary",
-            "group_size": group_sizes.pop(),
-            "version": FORMAT_VERSION,
-        }
+    quantization = write_quantization(_stored_forms(folder, config, tensors), config)
+    if quantization is not None:
+        raw["quantization_config"] = quantization
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,22 +182,23 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _group_size(folder: Path, raw: Mapping[str, object]) -> int | None:
-    quantization = raw.get("quantization_config")
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "ternary":
-        raise CheckpointError(
-            f"{folder}: quantization_config is {quantization!r}; expected none, or quant_method 'ternary'"
-        )
-    if quantization.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder}: ternary checkpoint version {quantization.get('version')!r}; this release reads {FORMAT_VERSION}; "
-            "install a newer tmexport"
-        )
-    if quantization.get("group_size") not in GROUP_SIZES:
-        raise CheckpointError(f"{folder}: group_size is {quantization.get('group_size')!r}; expected 64, 128 or 256")
-    return quantization["group_size"]
+def _stored_forms(folder: Path, config: Model, tensors: Mapping[str, np.ndarray | Coded]) -> dict[str, Stored]:
+    """How the tensors of each role are stored, which must be one way."""
+    forms: dict[str, set[Stored | None]] = {}
+    for name, tensor in tensors.items():
+        form = Stored(tensor.kind, tensor.group_size) if isinstance(tensor, Coded) else None
+        if form is not None and not config.tensors[name].low_bit:
+            raise CheckpointError(
+                f"{folder}: {name} is {form.kind}; expected codes for matrices that may be low-bit alone"
+            )
+        forms.setdefault(config.tensors[name].role, set()).add(form)
+    for role, found in forms.items():
+        if len(found) > 1:
+            shown = sorted(f"{f.kind} in groups of {f.group_size}" if f else "dense" for f in found)
+            raise CheckpointError(
+                f"{folder}: the weights of {role} are {' and '.join(shown)}; expected one form for a role"
+            )
+    return {role: form for role, (form,) in forms.items() if form is not None}
 
 
 def _index(folder: Path) -> dict[str, StoredTensor]:
@@ -237,17 +252,19 @@ def _drop_tied_head(folder: Path, config: Model, stored: dict[str, StoredTensor]
     return {name: tensor for name, tensor in stored.items() if name != LM_HEAD}
 
 
-def _check_tensors(folder: Path, config: Model, group_size: int | None, stored: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(
+    folder: Path, config: Model, coded: Mapping[str, Stored], stored: Mapping[str, StoredTensor]
+) -> None:
     wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-    projections = set(projection_names(config)) if group_size else set()
-    for name, shape in expected_shapes(config).items():
-        if name in projections and group_size:
-            if shape[1] % group_size:
+    for name, tensor in config.tensors.items():
+        form, shape = coded.get(tensor.role), tensor.shape
+        if form is not None:
+            if shape[1] % form.group_size:
                 raise CheckpointError(
-                    f"{folder}: {name} has rows of {shape[1]}, not a multiple of the group size {group_size}"
+                    f"{folder}: {name} has rows of {shape[1]}, not a multiple of the group size {form.group_size}"
                 )
-            wanted[name + ".codes"] = ((shape[0], shape[1] // 4), ("U8",))
-            wanted[name + ".scales"] = ((shape[0], shape[1] // group_size), ("F16",))
+            wanted[name + ".codes"] = ((shape[0], shape[1] // KINDS[form.kind].per_byte), ("U8",))
+            wanted[name + ".scales"] = ((shape[0], shape[1] // form.group_size), ("F16",))
         else:
             wanted[name] = (shape, ("F32", "F16", "BF16"))
     for name, (shape, dtypes) in wanted.items():

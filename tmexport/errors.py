@@ -31,6 +31,10 @@ class UsageError(TmexportError):
     exit_code = 2
 
 
+class TextError(UsageError):
+    """A text to train on, to score or to continue cannot be used."""
+
+
 class ConfigError(TmexportError):
     """A config.json, or a file's metadata, does not describe a Mamba-2 model we can represent."""
 

@@ -50,7 +50,7 @@ def read_text(path: Path, largest: int) -> str:
         if size > largest:
             raise ValueError(f"has {size} bytes; expected at most {largest}")
         data = file.read(size)
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")  # a byte order mark is not part of the text
 
 
 def silence_stdout() -> None:

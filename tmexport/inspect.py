@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tmexport.checkpoint import expected_shapes, open_checkpoint, projection_names
-from tmexport.config import Mamba2Config
+from tmexport.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from tmexport.errors import NotTernaryError
 from tmexport.extras import import_with
-from tmexport.gguf.decode import decode_ternary
-from tmexport.gguf.names import config_from_metadata, group_size_of
+from tmexport.gguf.names import coded_kind, config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
+from tmexport.model import Model
+from tmexport.types import decode_codes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Summary:
 
     path: str
     format: str
-    config: Mamba2Config
+    config: Model
     group_size: int | None
     bytes: int
     parameters: int
@@ -76,8 +76,8 @@ def _inspect_gguf(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
     tensors = []
     for name, info in gguf.tensors.items():
         ratio = None
-        if info.type.is_ternary:
-            codes, _ = decode_ternary(gguf.blocks(name), info.type, info.shape[-1], name)
+        if coded_kind(gguf, name) is not None:
+            codes, _ = decode_codes(gguf.blocks(name), info.type, info.shape[-1], name)
             ratio = 1.0 - np.count_nonzero(codes) / codes.size
         tensors.append(TensorSummary(name, info.shape, info.type.name, info.nbytes, ratio))
         on_tensor(name, len(gguf.tensors))
@@ -87,24 +87,29 @@ def _inspect_gguf(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
 
 def _inspect_checkpoint(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
     checkpoint = open_checkpoint(path)
-    projections = set(projection_names(checkpoint.config))
     shapes = expected_shapes(checkpoint.config)
     tensors, group_sizes = [], set()
     for name, shape in shapes.items():
         ratio = None
         parts = [name] if name in checkpoint.stored else [name + ".codes", name + ".scales"]
         kind, size = checkpoint.stored[parts[0]].dtype, sum(checkpoint.stored[part].n_bytes for part in parts)
-        if name in projections:
+        if name in checkpoint.config.projections or len(parts) == 2:
             try:
-                tensor = checkpoint.ternary(name)
+                tensor = checkpoint.codes(name)
                 ratio = tensor.zero_ratio
-                group_sizes.add(tensor.group_size)
-                kind = "ternary" if len(parts) == 2 else f"{kind} (ternary)"
+                if name in checkpoint.config.projections:
+                    group_sizes.add(tensor.group_size)
+                kind = tensor.kind if len(parts) == 2 else f"{kind} (ternary)"
             except NotTernaryError:
                 group_sizes.add(0)
         tensors.append(TensorSummary(name, shape, kind, size, ratio))
         on_tensor(name, len(shapes))
-    label = "ternary checkpoint" if checkpoint.group_size else "checkpoint"
+    label = f"{_kinds(checkpoint)} checkpoint".strip()
     parameters = sum(int(np.prod(shape)) for shape in shapes.values())
     total = sum(t.bytes for t in tensors)
     return Summary(str(path), label, checkpoint.config, min(group_sizes) or None, total, parameters, tensors)
+
+
+def _kinds(checkpoint: Checkpoint) -> str:
+    """The kinds of codes it holds: "ternary", "binary and ternary"; nothing for full precision."""
+    return " and ".join(sorted({form.kind for form in checkpoint.coded.values()}))

@@ -1,25 +1,23 @@
 """Compare a checkpoint with the GGUF that was exported from it, bit for bit where the format allows.
 
-Codes and scales come back through `gguf.decode`, which shares nothing with the writer's packing.
+Codes and scales come back through decoders that share nothing with the encoders (`tmexport.types`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from tmexport.checkpoint import Checkpoint
 from tmexport.errors import NotTernaryError
-from tmexport.gguf.decode import decode_ternary, dequantize
-from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata
+from tmexport.gguf.names import TOKENIZER_JSON_KEY, coded_kind, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
-from tmexport.gguf.types import GGMLType
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
-from tmexport.ternary import first_true
+from tmexport.tokenizer.gguf import export_tokenizer, has_vocabulary
+from tmexport.types import GGMLType, container, decode_codes, decode_values, encode_values, first_true
 
 # A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}
@@ -66,8 +64,9 @@ def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str
     n_ternary = n_codes = n_scales = n_other = 0
     for tensor in checkpoint.config.tensors.values() if difference is None else ():
         kind = gguf.tensors[tensor.gguf].type
-        if kind.is_ternary:
-            difference, codes, scales = _compare_ternary(checkpoint, gguf, tensor)
+        codes_of = coded_kind(gguf, tensor.gguf)
+        if codes_of is not None:
+            difference, codes, scales = _compare_codes(checkpoint, gguf, tensor, codes_of)
             n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales
         else:
             difference = _compare_float(checkpoint, gguf, tensor, kind)
@@ -83,22 +82,37 @@ def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
     for field in (name for name in expected | found if name not in _NOT_COMPARED):
         if found.get(field) != expected.get(field):
             return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
-    stored = gguf.metadata.get(TOKENIZER_JSON_KEY)
-    if checkpoint.tokenizer is not None and (
-        not isinstance(stored, str) or stored.encode() != Path(checkpoint.tokenizer).read_bytes()
-    ):
+    return _compare_tokenizer(checkpoint, gguf)
+
+
+def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
+    """Every tokenizer.* key; a file that says it has no tokenizer takes token ids only, and nothing is compared."""
+    if checkpoint.tokenizer is None or not has_vocabulary(gguf.metadata):
+        return None
+    wanted = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).metadata
+    if gguf.metadata.get(TOKENIZER_JSON_KEY) != wanted[TOKENIZER_JSON_KEY]:
         return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
+    for key, expected in wanted.items():
+        if gguf.metadata.get(key) != expected:
+            return Difference(key, None, None, _shown(expected), _shown(gguf.metadata.get(key)))
     return None
 
 
-def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor) -> tuple[Difference | None, int, int]:
+def _shown(value: object) -> str:
+    text = repr(value if not isinstance(value, list) else value[:4])
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _compare_codes(
+    checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor, kind: str
+) -> tuple[Difference | None, int, int]:
     target = tensor.gguf
     info = gguf.tensors[target]
-    codes, scales = decode_ternary(gguf.blocks(target), info.type, info.shape[-1], target)
+    codes, scales = decode_codes(gguf.blocks(target), info.type, info.shape[-1], target)
     try:
-        expected = checkpoint.ternary(tensor.hf)
+        expected = checkpoint.codes(tensor.hf, kind)
     except NotTernaryError as error:
-        return Difference(target, None, None, "an exactly ternary weight in the checkpoint", str(error)), 0, 0
+        return Difference(target, None, None, f"an exactly {kind} weight in the checkpoint", str(error)), 0, 0
     # Both sides at the finer of group and block, so that either may be the wider one.
     step = min(expected.group_size, info.type.block_size)
     want = np.repeat(expected.scales, expected.group_size // step, axis=1)
@@ -119,26 +133,18 @@ def _compare_ternary(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor
 def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor, kind: GGMLType) -> Difference | None:
     target = tensor.gguf
     k = gguf.tensors[target].shape[-1]
-    found = dequantize(gguf.blocks(target), kind, k, target)
+    found = decode_values(gguf.blocks(target), kind, k, target)
     expected = checkpoint.dense(tensor.hf).astype(np.float32, copy=False)
     if tensor.transform == NEG_EXP:
         expected = (-np.exp(expected.astype(np.float64))).astype(np.float32)
     expected = expected.reshape(found.shape)
-    if kind is GGMLType.F32:
-        ok = expected.view(np.uint32) == found.view(np.uint32)
-    elif kind is GGMLType.F16:
-        ok = expected.astype(np.float16).astype(np.float32) == found
-    else:
-        ok = np.abs(expected - found) <= _largest_error(expected, kind)
+    of = container(kind)
+    if of.error is not None:
+        ok = np.abs(expected - found) <= of.error(expected)
+    else:  # what rounding into the type gives, and nothing else
+        rounded = decode_values(encode_values(expected, kind, target), kind, k, target)
+        ok = rounded.view(np.uint32) == found.view(np.uint32)
     if ok.all():
         return None
     row, column = first_true(~ok)
     return Difference(target, row, None, f"{expected[row, column]!r} in column {column}", f"{found[row, column]!r}")
-
-
-def _largest_error(expected: np.ndarray, kind: GGMLType) -> np.ndarray:
-    """Half a step of each block of 32 (a whole step in Q4_0, whose 16 levels are not symmetric), and the scale's fp16 rounding."""
-    magnitude = np.abs(expected).reshape(expected.shape[0], -1, 32).max(axis=2)
-    steps, share = (127, 0.5) if kind is GGMLType.Q8_0 else (8, 1.0)
-    bound = magnitude / steps * share + magnitude * 2.0**-11 + 2.0**-24 * steps
-    return np.repeat(bound, 32, axis=1)

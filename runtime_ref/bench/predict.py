@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.memory import resident_bytes
 from tmexport.config import Mamba2Config
-from tmexport.gguf.export import tensor_layout
+from tmexport.gguf.export import low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType
 
 # Ratios of the kernels' rates in cache, measured one by one on an AMD Zen 3 (AVX2). Relative to `macs`:
 EXACT = 0.62  # a product in profile exact, which has two planes of activations
@@ -79,7 +79,7 @@ class Work:
 
 def work_of(config: Mamba2Config, body: GGMLType, head: GGMLType, group: int = 256) -> Work:
     """The work of a model of these dimensions and types."""
-    layout = tensor_layout(config, body, head)
+    layout = tensor_layout(config, low_bit_types(config, body, head))
     packed = {name: resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
     projections = sum(size for name, size in packed.items() if name.endswith(("ssm_in.weight", "ssm_out.weight")))
     return Work(config, projections, packed.get("output.weight", packed["token_embd.weight"]), head)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import UsageError
-from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, tensor_layout
+from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata, model_metadata
 from tmexport.gguf.reader import GGUFFile
-from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, file_bytes
+from tmexport.types import FILE_TYPES, GGMLType
 
 COMBINATIONS = [("f16", "f16"), *((kind, e) for kind in ("tq1_0", "tq2_0", "q2_0") for e in ("f16", "q8_0"))]
 
@@ -38,7 +38,7 @@ def _size(gguf: GGUFFile, kind: GGMLType, embedding: GGMLType) -> int | None:
     if kind.block_size == 256 and group != 256:
         return None
     try:
-        layout = tensor_layout(config, kind, embedding)
+        layout = tensor_layout(config, low_bit_types(config, kind, embedding))
     except UsageError:
         return None
     tensors = [PlannedTensor(name, shape, of, _nothing) for name, (shape, of) in layout.items()]

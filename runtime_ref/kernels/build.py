@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime_ref.kernels.isa import Isa, select
-from runtime_ref.kernels.pack import Packed, PackedTernary, empty_stack, expect, put
+from runtime_ref.kernels.pack import Packed, empty_stack, expect, put
 from runtime_ref.kernels.profiles import PROFILES, Exact, Fast
 from runtime_ref.kernels.scratch import Dims, dims_of
 from runtime_ref.weights import Source, small_tensors
@@ -55,11 +55,11 @@ def build(source: Source, profile: str) -> Built:
     isa = select()
     small = Small(**small_tensors(source))
     # The embedding first: while it is copied both copies count, and nothing else is there yet.
-    embedding = _one(source, "token_embd.weight")
-    head = embedding if source.tied else _one(source, "output.weight")
+    embedding, head_block = _one(source, "token_embd.weight", profile)
+    head, head_block = (embedding, head_block) if source.tied else _one(source, "output.weight", profile)
     in_proj, in_block = _layers(source, "ssm_in", c.d_in_proj, c.d_model, profile)
     out_proj, out_block = _layers(source, "ssm_out", c.d_model, c.d_inner, profile)
-    dims = dims_of(c, in_block, out_block)
+    dims = dims_of(c, in_block, out_block, head_block)
     return Built(isa, PROFILES[profile], dims, small, embedding, in_proj, out_proj, head)
 
 
@@ -88,12 +88,11 @@ def _layers(source: Source, suffix: str, n: int, k: int, profile: str) -> tuple[
     return stacked, block
 
 
-def _one(source: Source, name: str) -> Packed:
-    packed = source.packed(name)
-    if isinstance(packed, PackedTernary):
-        raise GGUFError(f"{name}: is ternary; expected F16, F32, BF16, Q8_0 or Q4_0 for an embedding or head")
+def _one(source: Source, name: str, profile: str) -> tuple[Packed, int]:
+    """The embedding or the head, and how many activations share a scale when it is multiplied."""
+    packed, c, block = source.packed(name), source.config, source.activation_block(name, profile)
     try:
-        expect(packed, source.config.vocab_size, source.config.d_model, 32, name)
+        expect(packed, c.vocab_size, c.d_model, block, name)
     except ValueError as error:
         raise GGUFError(str(error)) from None
-    return type(packed)(*(array[None] for array in packed))
+    return type(packed)(*(array[None] for array in packed)), block

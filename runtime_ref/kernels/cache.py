@@ -152,8 +152,9 @@ def _folders() -> list[Path]:
     found = [Path(config.CACHE_DIR)] if config.CACHE_DIR else []
     found.append(_PACKAGE / "__pycache__")
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        found.append((given if given.is_absolute() else Path.home() / ".cache") / "tmexport" / own)
+    with contextlib.suppress(RuntimeError, OSError):  # a user without a home
+        if given.is_absolute() or Path.home().is_dir():
+            found.append((given if given.is_absolute() else Path.home() / ".cache") / "tmexport" / own)
     with contextlib.suppress(OSError):  # no temporary folder can be written
         user = os.getuid() if hasattr(os, "getuid") else "user"
         found.append(Path(tempfile.gettempdir()) / f"tmexport-{user}" / own)

@@ -107,13 +107,13 @@ def _compiled(digest: int) -> Callable[..., None]:
             if all_logits or r % length == length - 1:
                 target = r if all_logits else r // length
                 finite = rms_norm(s.x[r], small.norm_f, s.wide[target, :d], dims.eps)
-                prepare(profile, head, s, target, d, 32)
+                prepare(profile, head, s, target, d, dims.head_block)
             else:
                 finite = rms_norm(s.x[r], small.norm_f, s.x[r], dims.eps)
             if not finite and s.bad[r] < 0:
                 s.bad[r] = dims.n_layer
         barrier(sync, threads)
-        multiply(isa, profile, head, 0, s, wanted, d, 32, logits, False, tid, threads)
+        multiply(isa, profile, head, 0, s, wanted, d, dims.head_block, logits, False, tid, threads)
         barrier(sync, threads)
 
     return run

@@ -89,14 +89,13 @@ def multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, thre
 @overload(multiply)
 def _multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
     primitives = PRIMITIVES[isa.instance_class]
-    kind = packed.instance_class
-    if kind is PackedTernary:
-        return _ternary(primitives.bytes.in_flight // (2 if profile.instance_class is Exact else 1))
-    if kind is PackedQ8:
-        return _blocks(q8_tile, primitives.pairs.in_flight)
-    if kind is PackedQ4:
-        return _blocks(q4_tile, primitives.pairs.in_flight)
-    return _dense
+    return {
+        PackedTernary: lambda: _ternary(primitives.bytes.in_flight // (2 if profile.instance_class is Exact else 1)),
+        PackedQ8: lambda: _blocks(q8_tile, primitives.pairs.in_flight),
+        PackedQ4: lambda: _blocks(q4_tile, primitives.pairs.in_flight),
+        PackedHalf: lambda: _dense,
+        PackedFloat: lambda: _dense,
+    }[packed.instance_class]()
 
 
 @njit
@@ -206,9 +205,22 @@ def embed(packed, token, out):
 
 @overload(embed)
 def _embed(packed, token, out):
-    return {PackedQ8: _embed_q8, PackedQ4: _embed_q4, PackedHalf: _embed_half, PackedFloat: _embed_float}[
-        packed.instance_class
-    ]
+    return {
+        PackedTernary: _embed_ternary,
+        PackedQ8: _embed_q8,
+        PackedQ4: _embed_q4,
+        PackedHalf: _embed_half,
+        PackedFloat: _embed_float,
+    }[packed.instance_class]
+
+
+def _embed_ternary(packed, token, out):
+    tile, row = token // 16, token % 16
+    group = out.shape[0] // packed.scales.shape[2]
+    for i in range(out.shape[0]):
+        byte = packed.codes[0, tile, i >> 4, row, i & 3]
+        code = np.int32((byte >> np.uint8(2 * ((i & 15) >> 2))) & np.uint8(3)) - 1
+        out[i] = np.float32(code) * half_to_float(packed.scales[0, tile, i // group, row])
 
 
 def _embed_q8(packed, token, out):

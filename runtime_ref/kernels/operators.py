@@ -23,7 +23,7 @@ from runtime_ref.kernels.profiles import PROFILES
 from runtime_ref.kernels.repack import pack_blocks
 from runtime_ref.kernels.scratch import CHUNK, Dims, Scratch, activations
 from tmexport.errors import UsageError
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
@@ -125,7 +125,7 @@ def selective_scan(
     for what, size in (("the channels of a head", width), ("a channel's states", n)):
         _sixteens(what, size)
     groups = (channels - d_inner) // (2 * n)
-    dims = Dims(0, d_inner, channels, d_in_proj, heads, width, n, groups, taps, 1, 0, float(np.float32(eps)), 0, 0)
+    dims = Dims(0, d_inner, channels, d_in_proj, heads, width, n, groups, taps, 1, 0, float(np.float32(eps)), 0, 0, 0)
     y = np.empty((batch, time, d_inner), np.float32)
     conv, ssm = np.empty_like(past_conv), np.empty_like(past_ssm)
     for b in range(batch):

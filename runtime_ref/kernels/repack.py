@@ -1,6 +1,6 @@
 """From a GGUF tensor's blocks straight to the kernels' layout (`pack.py`), without decoding to one byte a weight.
 
-The blocks are checked on the way as `tmexport.gguf.decode` checks them: codes 0..2, scales +0 or positive normal fp16,
+The blocks are checked on the way as `tmexport.types` checks them: codes 0..2, scales +0 or positive normal fp16,
 one scale a group.
 """
 
@@ -11,9 +11,8 @@ import numpy as np
 from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.pack import ROWS, Packed, PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary, aligned
 from tmexport.errors import GGUFError
-from tmexport.gguf.decode import decode_ternary, dequantize
 from tmexport.gguf.reader import GGUFFile
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType, decode_codes, decode_values
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
@@ -36,42 +35,58 @@ def pack_blocks(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, n
 
     Raises: as `read_packed`.
     """
-    n = len(blocks)
-    tiles = -(-n // ROWS)
-    if kind.is_ternary:
-        assert group is not None
-        codes = np.zeros((tiles, k // 16, ROWS), np.uint32)
-        codes[-1] = 0x55555555  # rows beyond the last: code 0
-        scales = np.zeros((tiles, k // group, ROWS), np.uint16)
-        if kind is GGMLType.TQ1_0:
-            ok = _tq1(blocks, codes, scales, _BASE3, k // group)
-        elif kind is GGMLType.TQ2_0:
-            ok = _tq2(blocks, codes, scales, k // group)
-        else:
-            ok = _q2(blocks, codes, scales, k // group)
-        if not ok:
-            decode_ternary(blocks, kind, k, name)  # says which row and block
-            raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
-        return PackedTernary(codes.view(np.uint8).reshape(tiles, k // 16, ROWS, 4), scales)
-    if kind is GGMLType.Q8_0:
-        packed = PackedQ8(_blank((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-        _q8(blocks, packed.codes.view(np.uint8), packed.scales)
-        _finite(packed.scales, name)
-        return packed
-    if kind is GGMLType.Q4_0:
-        packed4 = PackedQ4(_blank((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-        packed4.codes[-1] = 0x88
-        _q4(blocks, packed4.codes, packed4.scales)
-        _finite(packed4.scales, name)
-        return packed4
-    width = -(-k // 16) * 16
-    if kind is GGMLType.F16:
-        half = np.zeros((n, width), np.uint16)
-        half[:, :k] = blocks.view(np.uint16)
-        _finite(half, name)
-        return PackedHalf(half)
-    values = np.zeros((n, width), np.float32)
-    values[:, :k] = dequantize(blocks, kind, k, name)
+    if group is not None:
+        return _pack_codes(blocks, kind, k, group, name)
+    if kind not in _VALUES:
+        raise GGUFError(f"{name}: is {kind.name}, which this runtime cannot multiply as values")
+    return _VALUES[kind](blocks, kind, k, name)
+
+
+def _pack_codes(blocks: np.ndarray, kind: GGMLType, k: int, group: int, name: str) -> PackedTernary:
+    """Codes -1, 0, 1 of any kind: two bits a weight, and the scales joined to groups."""
+    if kind not in _CODES:
+        raise GGUFError(f"{name}: is {kind.name}, which this runtime cannot multiply as codes")
+    tiles = -(-len(blocks) // ROWS)
+    codes = np.zeros((tiles, k // 16, ROWS), np.uint32)
+    codes[-1] = 0x55555555  # rows beyond the last: code 0
+    scales = np.zeros((tiles, k // group, ROWS), np.uint16)
+    if not _CODES[kind](blocks, codes, scales):
+        found, _ = decode_codes(blocks, kind, k, name)  # says which row and block
+        if np.abs(found).max(initial=0) > 1:
+            raise GGUFError(
+                f"{name}: holds codes beyond -1, 0 and 1, but the file records a group size of ternary weights"
+            )
+        raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
+    return PackedTernary(codes.view(np.uint8).reshape(tiles, k // 16, ROWS, 4), scales)
+
+
+def _pack_q8(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedQ8:
+    tiles = -(-len(blocks) // ROWS)
+    packed = PackedQ8(_blank((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
+    _q8(blocks, packed.codes.view(np.uint8), packed.scales)
+    _finite(packed.scales, name)
+    return packed
+
+
+def _pack_q4(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedQ4:
+    tiles = -(-len(blocks) // ROWS)
+    packed = PackedQ4(_blank((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
+    packed.codes[-1] = 0x88
+    _q4(blocks, packed.codes, packed.scales)
+    _finite(packed.scales, name)
+    return packed
+
+
+def _pack_half(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedHalf:
+    half = np.zeros((len(blocks), -(-k // 16) * 16), np.uint16)
+    half[:, :k] = blocks.view(np.uint16)
+    _finite(half, name)
+    return PackedHalf(half)
+
+
+def _pack_float(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedFloat:
+    values = np.zeros((len(blocks), -(-k // 16) * 16), np.float32)
+    values[:, :k] = decode_values(blocks, kind, k, name)
     return PackedFloat(values)
 
 
@@ -112,7 +127,7 @@ def _put_scale(row, at, scales, tile, lane, block, blocks):
 
 
 @_compiled
-def _tq2(blocks, codes, scales, groups):
+def _tq2(blocks, codes, scales):
     n, count = blocks.shape[0], codes.shape[1] // 16
     ok = True
     for r in range(n):
@@ -134,7 +149,7 @@ def _tq2(blocks, codes, scales, groups):
 
 
 @_compiled
-def _q2(blocks, codes, scales, groups):
+def _q2(blocks, codes, scales):
     n, count = blocks.shape[0], codes.shape[1] // 4
     ok = True
     for r in range(n):
@@ -171,7 +186,7 @@ _BASE3 = _base3_table()
 
 
 @_compiled
-def _tq1(blocks, codes, scales, table, groups):
+def _tq1_by(blocks, codes, scales, table):
     n, count = blocks.shape[0], codes.shape[1] // 16
     digits = np.empty(256, np.uint32)
     ok = True
@@ -183,8 +198,6 @@ def _tq1(blocks, codes, scales, table, groups):
             for at in range(52):
                 entry = table[row[base + at]]
                 bad |= entry >> np.uint64(56)
-                if at >= 48:  # four digits, padded with a 0
-                    bad |= entry >> np.uint64(32) & np.uint64(3)
                 if at >= 48:  # four digits, padded with a 0
                     bad |= (entry >> np.uint64(32)) & np.uint64(3)
                 first, stride, held = (
@@ -232,3 +245,65 @@ def _q4(blocks, codes, scales):
                         first = 8 * step + 4 * pair + upper
                         byte = columns[first] | np.uint8(columns[first + 2] << np.uint8(4))
                         codes[tile, block * 4 + step, lane, 2 * upper + pair] = byte
+
+
+@_compiled
+def _q1(blocks, codes, scales):
+    """Signs, a bit each: the codes -1 and 1 are stored as 0 and 2."""
+    n, count = blocks.shape[0], codes.shape[1] // 8
+    ok = True
+    for r in range(n):
+        tile, lane, row = r // 16, r % 16, blocks[r]
+        for block in range(count):
+            base = block * 18
+            for step in range(8):
+                word = np.uint32(0)
+                for half in range(2):
+                    byte = np.uint32(row[base + 2 + 2 * step + half])
+                    for bit in range(8):
+                        column = 8 * half + bit
+                        place = np.uint32(8 * (column % 4) + 2 * (column // 4) + 1)
+                        word |= ((byte >> np.uint32(bit)) & np.uint32(1)) << place
+                codes[tile, block * 8 + step, lane] = word
+            ok &= _put_scale(row, base, scales, tile, lane, block, count)
+    return ok
+
+
+@_compiled
+def _q4_ternary(blocks, codes, scales):
+    """Ternary codes with 8 added, in nibbles."""
+    n, count = blocks.shape[0], codes.shape[1] // 2
+    ok = True
+    for r in range(n):
+        tile, lane, row = r // 16, r % 16, blocks[r]
+        for block in range(count):
+            base = block * 18
+            for step in range(2):  # columns 0..15 are the low nibbles, 16..31 the high ones
+                word = np.uint32(0)
+                for column in range(16):
+                    code = (np.uint32(row[base + 2 + column]) >> np.uint32(4 * step)) & np.uint32(15)
+                    ok &= 7 <= code <= 9
+                    word |= ((code - np.uint32(7)) & np.uint32(3)) << np.uint32(8 * (column % 4) + 2 * (column // 4))
+                codes[tile, block * 2 + step, lane] = word
+            ok &= _put_scale(row, base, scales, tile, lane, block, count)
+    return ok
+
+
+def _tq1(blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> bool:
+    return _tq1_by(blocks, codes, scales, _BASE3)
+
+
+_CODES = {
+    GGMLType.TQ1_0: _tq1,
+    GGMLType.TQ2_0: _tq2,
+    GGMLType.Q2_0: _q2,
+    GGMLType.Q1_0: _q1,
+    GGMLType.Q4_0: _q4_ternary,
+}
+_VALUES = {
+    GGMLType.Q8_0: _pack_q8,
+    GGMLType.Q4_0: _pack_q4,
+    GGMLType.F16: _pack_half,
+    GGMLType.F32: _pack_float,
+    GGMLType.BF16: _pack_float,
+}

@@ -28,6 +28,7 @@ class Dims(NamedTuple):
     eps: float
     in_block: int
     out_block: int
+    head_block: int
 
 
 class Scratch(NamedTuple):
@@ -48,10 +49,10 @@ class Scratch(NamedTuple):
     bad: np.ndarray
 
 
-def dims_of(c: Mamba2Config, in_block: int, out_block: int) -> Dims:
+def dims_of(c: Mamba2Config, in_block: int, out_block: int, head_block: int) -> Dims:
     return Dims(
         c.d_model, c.d_inner, c.conv_dim, c.d_in_proj, c.n_heads, c.headdim, c.d_state, c.n_groups, c.d_conv, c.n_layer,
-        c.vocab_size, float(np.float32(c.rms_eps)), in_block, out_block,
+        c.vocab_size, float(np.float32(c.rms_eps)), in_block, out_block, head_block,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from tests.models import random_tensors, random_ternary, write_state_spaces
-from tmexport.checkpoint import projection_names, write_checkpoint
+from tmexport.checkpoint import write_checkpoint
 from tmexport.cli.app import run_command
 from tmexport.config import Mamba2Config
 
@@ -49,7 +49,7 @@ def prepare(folder: Path, layers: int) -> int:
     write_checkpoint(folder / "float", config, dense)
     write_state_spaces(folder / "state-spaces", config, dense, vocab_size=50277)
     ternary = {p: random_ternary(*layer[f"{prefix}mixer.{p}_proj.weight"].shape, 256) for p in ("in", "out")}
-    projections = set(projection_names(config))
+    projections = set(config.projections)
     tensors = {n: ternary[n.split("_proj")[0].rsplit(".", 1)[1]] if n in projections else v for n, v in dense.items()}
     write_checkpoint(folder / "ternary", config, tensors)
     halves = {p: t.dense().astype(np.float16) for p, t in ternary.items()}

@@ -16,11 +16,10 @@ import numpy as np
 
 from tmexport.cli.app import run_command
 from tmexport.config import Mamba2Config
-from tmexport.gguf.encode import encode_float, encode_ternary
 from tmexport.gguf.names import model_metadata, tensor_shapes
-from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, write_gguf
-from tmexport.ternary import TernaryTensor
+from tmexport.types import FILE_TYPES, GGMLType, encode_codes, encode_values
+from tmexport.types.ternary import TernaryTensor
 
 # d_model, layers; vocabulary 50288, d_state 128, headdim 64 in all (state-spaces/mamba2-*)
 SIZES = {
@@ -75,12 +74,12 @@ def main(output: Path, size: str, kind: str, embedding_type: str, group_size: st
     def planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
         if name.endswith(("ssm_in.weight", "ssm_out.weight")):
             return PlannedTensor(
-                name, shape, BODY[kind], lambda: encode_ternary(random_ternary(shape, group, rng), BODY[kind], name)
+                name, shape, BODY[kind], lambda: encode_codes(random_ternary(shape, group, rng), BODY[kind], name)
             )
         stored = EMBEDDING[embedding_type] if name == "token_embd.weight" else GGMLType.F32
         return PlannedTensor(
             name, shape, stored,
-            lambda: encode_float(random_values(name, shape, rng).reshape(-1, shape[-1]), stored, name),
+            lambda: encode_values(random_values(name, shape, rng).reshape(-1, shape[-1]), stored, name),
         )  # fmt: skip
 
     tensors = [planned(name, shape) for name, shape in tensor_shapes(config).items()]

@@ -17,11 +17,12 @@ import click
 import torch
 from torch import Tensor
 
-from qat.model import Mamba2LM, default_chunk
+from qat.model import LanguageModel
+from qat.model.mamba2 import default_chunk
 from qat.plan import config_of, describe, layer_activations, make_plan
 from qat.quantizer import make_ternary
 from qat.recipe import load_recipe
-from qat.trainer import Step, make_optimizer
+from qat.train.step import Step, make_optimizer
 from tmexport.cli.app import run_command
 
 
@@ -37,9 +38,9 @@ def main(name: str, layers: int, seq_len: int, threads: int) -> None:
     recipe = load_recipe(name, "student", {})
     full = config_of(recipe)
     small = replace(recipe, dtype="float32", batch_size=1, accumulate=1, seq_len=seq_len, checkpoint_activations=False)
-    config = replace(full, n_layer=layers)
-    teacher = Mamba2LM(config).requires_grad_(False)
-    student = Mamba2LM(config)
+    config = replace(full, blocks=full.blocks[:layers])
+    teacher = LanguageModel(config).requires_grad_(False)
+    student = LanguageModel(config)
     student.load_state_dict(teacher.state_dict())
     make_ternary(student, recipe.group_size)
     optimizer = make_optimizer(student, small)
@@ -63,7 +64,7 @@ def main(name: str, layers: int, seq_len: int, threads: int) -> None:
     seconds = time.perf_counter() - began
 
     with torch.device("meta"):
-        shapes = make_ternary(Mamba2LM(config), recipe.group_size)
+        shapes = make_ternary(LanguageModel(config), recipe.group_size)
     _, planned = layer_activations(shapes.backbone.layers[0], 1, seq_len, config.d_model, False)
     head = 4 * config.vocab_size * config.d_model  # the gradient of the head, which the loss keeps
     plan = make_plan(recipe, full, "h100", True)

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat.memory import keep_freed_memory
-from qat.model import Mamba2LM
+from qat.model import LanguageModel
 from qat.plan import config_of
 from qat.recipe import load_recipe
-from qat.trainer import Step, make_optimizer
+from qat.train.step import Step, make_optimizer
 from tmexport.cli.app import run_command
 
 
@@ -39,7 +39,7 @@ def main(rounds: int, threads: int) -> None:
     torch.manual_seed(0)
     recipe = load_recipe("demo-cpu", "teacher", {})
     config = config_of(recipe)
-    ours, peer = Mamba2LM(config), transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config.to_hf()))
+    ours, peer = LanguageModel(config), transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config.to_hf()))
     peer.load_state_dict(ours.state_dict() | {"lm_head.weight": ours.head_weight})
     ids = torch.randint(0, config.vocab_size, (recipe.batch_size, recipe.seq_len + 1))
     step = Step(ours, None, recipe)

@@ -45,8 +45,14 @@ def growth(points: list[tuple[int, int, int]]) -> dict[str, float]:
 @click.argument(
     "model_path", metavar="[MODEL.gguf]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@click.option("--cycles", default=1000, show_default=True, help="Cycles of loading, decoding one token and unloading.")
-@click.option("--tokens", default=1_000_000, show_default=True, help="Tokens to decode.")
+@click.option(
+    "--cycles",
+    type=click.IntRange(POINTS),
+    default=1000,
+    show_default=True,
+    help="Cycles of loading, decoding one token and unloading.",
+)
+@click.option("--tokens", type=click.IntRange(POINTS), default=1_000_000, show_default=True, help="Tokens to decode.")
 @click.option("--threads", "-t", default=1, show_default=True, help="CPU threads.")
 def main(model_path: Path | None, cycles: int, tokens: int, threads: int) -> None:
     """Load and unload MODEL.gguf (default: a small random one), then decode: memory must stay flat."""

@@ -21,7 +21,7 @@ import torch
 from qat.data import tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
 from qat.losses import distillation_loss
-from qat.model import Mamba2LM, load_model
+from qat.model import LanguageModel, load_model
 from tmexport.cli.app import run_command
 from tmexport.files import atomic_write
 
@@ -65,7 +65,7 @@ def main(
 
 
 @torch.no_grad()
-def errors(teacher: Mamba2LM, student: Mamba2LM, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def errors(teacher: LanguageModel, student: LanguageModel, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(relative error of the state [steps, layers], KL [steps]), one step every 32 positions of ids [documents, n + 1]."""
     ours, theirs = student.fresh_states(), teacher.fresh_states()
     states, divergences = [], []

@@ -28,9 +28,9 @@ import torch
 from qat.baselines import METHODS
 from qat.data import Batches, TokenStream, find_files, tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer, score_document
-from qat.model import Mamba2LM, load_model
+from qat.model import LanguageModel, load_model
 from qat.recipe import load_recipe
-from qat.train import train
+from qat.train.training import train
 from tmexport.cli.app import run_command
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
@@ -65,7 +65,7 @@ class Study:
     threads: int
 
     @cached_property
-    def model(self) -> Mamba2LM:
+    def model(self) -> LanguageModel:
         return load_model(self.teacher).requires_grad_(False)
 
     def tokens(self, text: list[Path]) -> tuple[TokenStream, int]:
@@ -74,12 +74,12 @@ class Study:
         eos = end_of_text_id(self.model.config, tokenizer)
         return tokenize_files(text, tokenizer, self.model.config.vocab_size, eos, self.out / "cache"), eos
 
-    def score(self, model: Mamba2LM) -> dict[str, float]:
+    def score(self, model: LanguageModel) -> dict[str, float]:
         """Bits per byte of all documents of the held-out text, and the share of zeros in the projections."""
         stream, eos = self.tokens(self.held_out)
         with torch.no_grad():
             nats = sum(score_document(model, ids) for ids in documents_of(stream.tokens, eos))
-            zeros = [1 - m.weight.count_nonzero().item() / m.weight.numel() for m in model.ternary_modules().values()]
+            zeros = [1 - m.weight.count_nonzero().item() / m.weight.numel() for m in model.projections().values()]
         return {"bits_per_byte": nats / math.log(2) / stream.text_bytes, "zero_ratio": mean(zeros)}
 
     def folder(self, name: str, seed: int) -> Path:

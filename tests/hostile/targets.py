@@ -23,13 +23,14 @@ from tests.hostile.builders import (
     safetensors_header,
     ternary_arrays,
 )
-from tmexport.checkpoint import open_checkpoint, projection_names
+from tmexport.checkpoint import open_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
-from tmexport.gguf.decode import dequantize
 from tmexport.gguf.names import config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
-from tmexport.gguf.tokenizer import parse_tokenizer, tokenizer_metadata
+from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.parse import parse_tokenizer
+from tmexport.types import decode_values
 
 TOKENIZER_MODEL = Mamba2Config(d_model=64, n_layer=1, vocab_size=512)
 
@@ -64,7 +65,7 @@ def read_gguf(path: Path) -> None:
     config_from_metadata(file)
     group_size_of(file)
     for name, info in file.tensors.items():
-        values = dequantize(file.blocks(name), info.type, info.shape[-1], name)
+        values = decode_values(file.blocks(name), info.type, info.shape[-1], name)
         assert np.isfinite(values).all()
 
 
@@ -74,10 +75,10 @@ def accepts_gguf(path: Path) -> bool:
 
 def read_checkpoint(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    projections = set(projection_names(checkpoint.config))
+    projections = set(checkpoint.config.projections)
     for name in checkpoint.names:
         if name in projections and checkpoint.group_size:
-            checkpoint.ternary(name)
+            checkpoint.codes(name)
         checkpoint.dense(name)
         checkpoint.stored.get(name)
 
@@ -135,7 +136,7 @@ def accepts_tokenizer(path: Path, data: bytes) -> bool:
     path.write_bytes(data)
 
     def read() -> None:
-        metadata = tokenizer_metadata(path, TOKENIZER_MODEL)
+        metadata = export_tokenizer(path, TOKENIZER_MODEL).metadata
         assert len(metadata["tokenizer.ggml.tokens"]) == TOKENIZER_MODEL.vocab_size
         tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), str(path))
         ids = tokenizer.encode("The hen\n ate 12 \u00e9clairs \u4e2d", add_special_tokens=False).ids

@@ -11,7 +11,8 @@ from tests.hostile.builders import CONFIG, checkpoint, dense_config, tokenizer_j
 from tests.hostile.targets import TOKENIZER_MODEL, peak_bytes, read_checkpoint
 from tmexport.config import load_config
 from tmexport.errors import ConfigError, TmexportError, TokenizerError
-from tmexport.gguf.tokenizer import parse_tokenizer, tokenizer_metadata
+from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.parse import parse_tokenizer
 
 HUGE = 10**4000
 
@@ -88,7 +89,7 @@ def test_dimensions_are_refused_before_they_are_used(tmp_path):
         ({"time_step_limit": [0, HUGE]}, "dt is clamped"),
         ({"time_step_limit": "inf"}, "dt is clamped to 'inf'"),
         ({"time_step_limit": [0, [1]]}, "dt is clamped"),
-        ({"model_type": "llama", "num_hidden_layers": 1, "hidden_size": {"\n": "\x1b[2J"}}, "d_model is"),
+        ({"hidden_size": {"\n": "\x1b[2J"}}, "d_model is"), ({"model_type": "\n\x1b[2J"}, "another type: model_type is"),
     ],
     ids=str,
 )  # fmt: skip
@@ -156,14 +157,14 @@ def tokenizer_refused(path, content: object, message: str) -> None:
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     path.write_bytes(data)
     with pytest.raises(TokenizerError, match=message) as caught:
-        tokenizer_metadata(path, TOKENIZER_MODEL)
+        export_tokenizer(path, TOKENIZER_MODEL)
     assert str(caught.value).isprintable()
 
 
 def test_the_unbroken_tokenizer_is_read(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(tokenizer_json()))
-    metadata = tokenizer_metadata(path, TOKENIZER_MODEL)
+    metadata = export_tokenizer(path, TOKENIZER_MODEL).metadata
     assert metadata["tokenizer.ggml.tokens"][256:258] == ["he", "<|endoftext|>"]
     assert parse_tokenizer(path.read_text(), "t").encode("hehe").ids == [256, 256]
 
@@ -250,10 +251,10 @@ def test_a_real_panic_of_the_library_is_our_error():
 def test_what_is_not_a_tokenizer_file(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(TokenizerError, match="cannot be read"):
-            tokenizer_metadata(path, TOKENIZER_MODEL)
+            export_tokenizer(path, TOKENIZER_MODEL)
     (tmp_path / "big").open("wb").truncate(2**26 + 1)  # sparse
     began = time.process_time()
     with pytest.raises(TokenizerError, match="has 67108865 bytes; expected at most 67108864"):
-        tokenizer_metadata(tmp_path / "big", TOKENIZER_MODEL)
+        export_tokenizer(tmp_path / "big", TOKENIZER_MODEL)
     assert time.process_time() - began < 1
     assert dense_config()["hidden_size"] == 64

@@ -31,8 +31,8 @@ from tmexport.errors import TmexportError
 from tmexport.files import atomic_write
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.reader import open_gguf
-from tmexport.gguf.types import GGMLType
 from tmexport.gguf.writer import PlannedTensor, write_gguf
+from tmexport.types import GGMLType
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = b"the old file"
@@ -269,7 +269,7 @@ def test_a_killed_checkpoint_writer_leaves_old_or_new_files(tmp_path, monkeypatc
     folder = write_small(tmp_path / "ckpt", SMALL, 256, seed=1)
     before = {name: (folder / name).read_bytes() for name in names(folder)}
     source = open_checkpoint(write_small(tmp_path / "other", SMALL, 256, seed=2))
-    tensors = {n: source.ternary(n) if source.is_stored_ternary(n) else source.dense(n) for n in source.names}
+    tensors = {n: source.codes(n) if source.form(n) is not None else source.dense(n) for n in source.names}
     after = {name: (tmp_path / "other" / name).read_bytes() for name in before}
     real = os.replace
     for survivors in range(4):
@@ -296,14 +296,14 @@ def test_a_killed_checkpoint_writer_leaves_old_or_new_files(tmp_path, monkeypatc
 SLOW = """
 import sys, time
 import tmexport.gguf.export as export
-real, calls = export.encode_float, []
+real, calls = export.encode_values, []
 def slow(*arguments):
     calls.append(1)
     if len(calls) == 3:
         print("in the middle", flush=True)
         time.sleep(60)
     return real(*arguments)
-export.encode_float = slow
+export.encode_values = slow
 from tmexport.cli import main
 sys.argv = ["tmexport", "gguf", *sys.argv[1:]]
 main()

@@ -15,6 +15,7 @@ from tmexport.cli import cli
 from tmexport.config import Mamba2Config
 from tmexport.onnx.export import export_onnx
 from tmexport.onnx.graph import build_graph
+from tmexport.tokenizer.gguf import export_tokenizer
 
 TIED = Mamba2Config(d_model=256, n_layer=2, vocab_size=384, d_state=32, headdim=32)
 UNTIED = Mamba2Config(d_model=256, n_layer=2, vocab_size=320, d_state=64, tie_embeddings=False)
@@ -31,14 +32,16 @@ def run(*args: object, command: click.Command = cli) -> Result:
 def write_ternary(folder: Path, config: Mamba2Config, group_size: int = 64, seed: int = 0) -> Checkpoint:
     """A random ternary checkpoint with a tokenizer, opened."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(folder / "tokenizer.json", 300)
+    tokenizer = train_tokenizer(folder / "tokenizer.json", 300) if config.vocab_size >= 300 else None
     write_checkpoint(folder, config, ternary_tensors(config, group_size, seed), tokenizer)
     return open_checkpoint(folder)
 
 
 def export(checkpoint: Checkpoint, path: Path, *args: object, **options: object) -> Path:
     """`path`, written by the exporter; arguments as for build_graph."""
-    export_onnx(path, build_graph(checkpoint, *args, **options), checkpoint.tokenizer)
+    source = checkpoint.tokenizer
+    text = None if source is None else export_tokenizer(source, checkpoint.config, checkpoint.path).text
+    export_onnx(path, build_graph(checkpoint, *args, **options), text)
     return path
 
 

@@ -24,7 +24,7 @@ def test_what_is_in_a_file(tied, files, form):
     for i in range(tied.config.n_layer):
         for which in ("in_proj", "out_proj"):
             name = f"backbone.layers.{i}.mixer.{which}.weight"
-            codes = tied.ternary(name).codes
+            codes = tied.codes(name).codes
             assert tensors[name]["shape"] == list(codes.shape)
             assert tensors[name]["zero_ratio"] == pytest.approx(np.mean(codes == 0), abs=1e-12)
             assert tensors[name]["bytes"] == codes.size // 4 + codes.size // 64 * (4 if form == "ort" else 2)

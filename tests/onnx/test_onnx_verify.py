@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from tests.onnx.exporting import EMBEDDINGS, FORMS, export, run, write_ternary
 from tmexport.config import Mamba2Config
-from tmexport.ternary import TernaryTensor
+from tmexport.types.ternary import TernaryTensor
 
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
 
@@ -34,7 +34,7 @@ def test_codes_and_scales_are_the_checkpoints_bit_for_bit(tmp_path, form, group_
     model = onnx.load(export(checkpoint, tmp_path / "m.onnx", form))
     for which in ("in_proj", "out_proj"):
         name = f"backbone.layers.0.mixer.{which}.weight"
-        tensor: TernaryTensor = checkpoint.ternary(name)
+        tensor: TernaryTensor = checkpoint.codes(name)
         codes, scales = independent_codes(model, name, tensor.shape)
         assert np.array_equal(codes, tensor.codes)
         repeat = scales.shape[1] // tensor.scales.shape[1]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qat.model import Mamba2LM
+from qat.model import LanguageModel
 from qat.tokenizer import train_tokenizer
 from tests.qat.tiny import SENTENCES, tiny_config
 
@@ -22,7 +22,7 @@ def _one_thread():
 @pytest.fixture
 def tiny_model():
     torch.manual_seed(0)
-    return Mamba2LM(tiny_config(d_model=256, vocab_size=64))
+    return LanguageModel(tiny_config(d_model=256, vocab_size=64))
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,15 @@ import torch
 
 import qat.baselines
 from qat.baselines import METHODS, gptq_weight, ternary_of
-from qat.model import Mamba2LM
+from qat.model import LanguageModel
 from tests.qat.tiny import tiny_config
-from tmexport.ternary import exact_ternary, quantize_absmean
+from tmexport.types.ternary import exact_ternary, quantize_absmean
 
 
 @pytest.fixture
 def setting():
     torch.manual_seed(0)
-    teacher = Mamba2LM(tiny_config(d_model=128, n_layer=2, vocab_size=60)).requires_grad_(False)
+    teacher = LanguageModel(tiny_config(d_model=128, n_layer=2, vocab_size=60)).requires_grad_(False)
     return teacher, torch.randint(0, 60, (3, 40))
 
 
@@ -25,7 +25,7 @@ def test_every_method_gives_ternary_projections_and_leaves_the_teacher(setting, 
     teacher, ids = setting
     before = copy.deepcopy(teacher.state_dict())
     model = METHODS[name](teacher, ids, 64)
-    for key, module in model.ternary_modules().items():
+    for key, module in model.projections().items():
         exact_ternary(module.weight.numpy(), key, 64)  # raises if it is not
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
     assert torch.isfinite(model(ids)).all()
@@ -70,8 +70,8 @@ def test_sigma_delta_bounds_the_sum_of_errors(setting):
     teacher, ids = setting
     model = qat.baselines.sigma_delta(teacher, ids, 64)
     shaped, nearest = [], []
-    for key, module in model.ternary_modules().items():
-        original = teacher.ternary_modules()[key].weight
+    for key, module in model.projections().items():
+        original = teacher.projections()[key].weight
         shaped.append((original - module.weight).sum(1).abs().mean())
         nearest.append((original - ternary_of(original, 64)).sum(1).abs().mean())
     assert torch.stack(shaped).mean() < 0.3 * torch.stack(nearest).mean()
@@ -83,10 +83,10 @@ def test_bias_takes_back_the_mean_error(setting):
     shrunk = qat.baselines.james_stein(teacher, ids, 64)
     x = torch.nn.functional.rms_norm(teacher.backbone.embeddings(ids), (128,), eps=1e-5)  # the first norm's weight is 1
     first = "backbone.layers.0.mixer.in_proj"
-    ours, theirs = model.ternary_modules()[first], teacher.ternary_modules()[first]
+    ours, theirs = model.projections()[first], teacher.projections()[first]
     error = (theirs(x) - ours(x)).mean((0, 1))
     assert error.abs().max() < 1e-5
-    ratio = shrunk.ternary_modules()[first].bias / ours.bias
+    ratio = shrunk.projections()[first].bias / ours.bias
     assert ratio.std() < 1e-5
     assert 0 < ratio.mean() < 1
 

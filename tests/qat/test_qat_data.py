@@ -11,9 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from qat.data import Batches, find_files, read_documents, tokenize_files
-from qat.errors import DataError
 from qat.tokenizer import END_OF_TEXT
-from tmexport.errors import TokenizerError
+from tmexport.errors import TextError, TokenizerError
 
 
 def test_tokenizer_covers_every_byte(tokenizer_path):
@@ -89,19 +88,19 @@ def test_limit_ends_with_the_document_that_reaches_it(corpus, tokenizer_path, tm
 
 def test_data_sets_that_cannot_be_read(corpus, tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", title=["no text here"])
-    with pytest.raises(DataError, match=r"has the columns \['title'\]; expected one named \"text\""):
+    with pytest.raises(TextError, match=r"has the columns \['title'\]; expected one named \"text\""):
         list(read_documents(tmp_path / "a.parquet"))
-    with pytest.raises(DataError, match=r"has the columns \['title'\]; expected a string in one named \"text\""):
+    with pytest.raises(TextError, match=r"has the columns \['title'\]; expected a string in one named \"text\""):
         list(read_documents(Path(f"hf:{tmp_path}")))
     for name in ("hf:", "hf:a:b:c:d"):
-        with pytest.raises(DataError, match="is not the name of a data set; expected hf:NAME"):
+        with pytest.raises(TextError, match="is not the name of a data set; expected hf:NAME"):
             list(read_documents(Path(name)))
-    with pytest.raises(DataError, match="cannot be read as a data set: ") as caught:
+    with pytest.raises(TextError, match="cannot be read as a data set: ") as caught:
         list(read_documents(Path(f"hf:{tmp_path}::nosuchsplit")))
     assert "\n" not in str(caught.value)
     for module, path in (("datasets", Path("hf:some/name")), ("pyarrow.parquet", tmp_path / "a.parquet")):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-        with pytest.raises(DataError, match=r"install it with: pip install 'tmexport\[data\]'"):
+        with pytest.raises(TextError, match=r"install it with: pip install 'tmexport\[data\]'"):
             list(read_documents(path))
 
 
@@ -123,16 +122,16 @@ def test_bad_files_are_named(tmp_path, tokenizer_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     cache = tmp_path / "cache"
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(TextError, match=message) as caught:
         tokenize_files([path], tokenizer_path, 300, 0, cache)
     assert str(path) in str(caught.value)
     assert not list(cache.glob("*"))
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(TextError, match="no such file"):
         find_files([tmp_path / "nothing.txt"])
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(TextError, match="holds no text"):
         find_files([tmp_path])
 
 
@@ -167,5 +166,5 @@ def test_a_batch_depends_on_seed_and_step_only():
 
 
 def test_too_little_text():
-    with pytest.raises(DataError, match="one sequence needs 11"):
+    with pytest.raises(TextError, match="one sequence needs 11"):
         Batches(np.zeros(10, np.uint16), 10, 1, 0)

@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 
-from qat.model import Mamba2LM, load_model
-from qat.ssd import chunked_scan
-from qat.train import model_tensors
+from qat.model import LanguageModel, load_model
+from qat.model.ssd import chunked_scan
+from qat.quantizer import model_tensors
 from tests.qat.tiny import tiny_config
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
 
@@ -27,7 +27,7 @@ def peer_of(config):
 def test_logits_equal_transformers(n_groups, tied):
     config = tiny_config(n_groups=n_groups, tie_embeddings=tied)
     peer = peer_of(config)
-    ours = Mamba2LM(config)
+    ours = LanguageModel(config)
     state = {name: tensor for name, tensor in peer.state_dict().items() if not (tied and name == "lm_head.weight")}
     assert set(state) == set(expected_shapes(config))
     ours.load_state_dict(state)
@@ -41,7 +41,7 @@ def test_logits_equal_transformers(n_groups, tied):
 
 def test_gradients_equal_transformers():
     config = tiny_config(n_groups=2)
-    peer, ours = peer_of(config), Mamba2LM(config)
+    peer, ours = peer_of(config), LanguageModel(config)
     ours.load_state_dict({k: v for k, v in peer.state_dict().items() if k != "lm_head.weight"})
     ids = torch.randint(0, config.vocab_size, (2, 71))
     for model in (peer, ours):
@@ -79,7 +79,7 @@ def test_scan_equals_the_recurrence(chunk):
 def test_state_carries_over_any_split():
     config = tiny_config(n_groups=2)
     torch.manual_seed(3)
-    model = Mamba2LM(config)
+    model = LanguageModel(config)
     ids = torch.randint(0, config.vocab_size, (1, 100))
     with torch.no_grad():
         whole = model(ids)
@@ -90,7 +90,7 @@ def test_state_carries_over_any_split():
 
 
 def test_checkpoint_round_trip(tmp_path):
-    model = Mamba2LM(tiny_config(tie_embeddings=False))
+    model = LanguageModel(tiny_config(tie_embeddings=False))
     write_checkpoint(tmp_path, model.config, model_tensors(model))
     again = load_model(tmp_path)
     assert again.config.tie_embeddings is False

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import qat.model
-import qat.plan
-from qat.model import Block, Mamba2LM
+import qat.model.mamba2
+from qat.model import LanguageModel
 from qat.plan import config_of, layer_activations, make_plan
 from qat.recipe import Recipe, load_recipe
 from tests.qat.tiny import tiny_config
@@ -33,10 +32,10 @@ def test_parameters_and_memory_of_the_shipped_recipes(name, published):
 
 
 def test_flops_equal_the_counter(monkeypatch):
-    monkeypatch.setattr(qat.plan, "default_chunk", lambda device: 32)  # the counted model runs on the CPU
+    monkeypatch.setattr(qat.model.mamba2, "default_chunk", lambda device: 32)  # the counted model runs on the CPU
     config = tiny_config(d_model=128, vocab_size=512, n_layer=3)
     recipe = Recipe(steps=1, batch_size=2, seq_len=128, kd_weight=0.0, group_size=128)
-    model = Mamba2LM(config)
+    model = LanguageModel(config)
     ids = torch.randint(0, 512, (2, 128))
     with FlopCounterMode(display=False) as counter:
         model(ids).sum().backward()
@@ -45,9 +44,10 @@ def test_flops_equal_the_counter(monkeypatch):
 
 
 def test_activations_of_shapes_equal_those_of_numbers(monkeypatch):
-    monkeypatch.setattr(qat.model, "default_chunk", lambda device: 64)  # or the meta device takes a GPU's
+    monkeypatch.setattr(qat.model.mamba2, "default_chunk", lambda device: 64)  # or the meta device takes a GPU's
     config = tiny_config()
-    real, meta = Block(config), Block(config).to("meta")
+    real, meta = (LanguageModel(config).backbone.layers[0] for _ in range(2))
+    meta.to("meta")
     seen = {}
     own = {p.data_ptr() for p in real.parameters()}
 

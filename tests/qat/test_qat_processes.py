@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qat.recipe import Recipe
-from qat.train import train
-from tmexport.checkpoint import open_checkpoint, projection_names
+from qat.train.training import train
+from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import UsageError
 
 
@@ -68,8 +68,8 @@ def test_two_processes_equal_one(corpus, tmp_path, sharded):
             assert two[key] == pytest.approx(one[key], abs=1e-4), (one["step"], key)
     assert curves[1][-1]["held_out_bits_per_byte"] == pytest.approx(curves[0][-1]["held_out_bits_per_byte"], abs=1e-4)
     one, two = (open_checkpoint(tmp_path / name) for name in ("one", "two"))
-    for name in projection_names(one.config):
-        assert np.mean(one.ternary(name).codes == two.ternary(name).codes) > 0.999, name
+    for name in one.config.projections:
+        assert np.mean(one.codes(name).codes == two.codes(name).codes) > 0.999, name
 
 
 def test_sharding_needs_several_processes(corpus, tmp_path):

@@ -1,4 +1,4 @@
-"""The fake-quantiser against tmexport.ternary, exact arithmetic, and the exported checkpoint."""
+"""The fake-quantiser against tmexport.types.ternary, exact arithmetic, and the exported checkpoint."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.quantizer import LearnedTernaryWeight, TernaryWeight, make_ternary, quantized_weights, zero_ratios
-from qat.train import model_tensors
+from qat.quantizer import (
+    LearnedTernaryWeight,
+    TernaryWeight,
+    make_ternary,
+    model_tensors,
+    quantized_weights,
+    zero_ratios,
+)
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import UsageError
-from tmexport.ternary import quantize_absmean
+from tmexport.types.ternary import quantize_absmean
 
 
 @pytest.mark.parametrize("group_size", [64, 128, 256])
@@ -67,7 +73,7 @@ def test_exported_checkpoint_is_what_computed(tiny_model, tmp_path):
     write_checkpoint(tmp_path, tiny_model.config, model_tensors(tiny_model))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.group_size == 128
-    modules = tiny_model.ternary_modules()
+    modules = tiny_model.projections()
     assert len(modules) == 2 * tiny_model.config.n_layer
     ratios = zero_ratios(tiny_model)
     for name, module in modules.items():
@@ -81,7 +87,7 @@ def test_exported_checkpoint_is_what_computed(tiny_model, tmp_path):
 
 def test_autocast_keeps_the_weight_fp32(tiny_model):
     make_ternary(tiny_model, 256)
-    module = next(iter(tiny_model.ternary_modules().values()))
+    module = next(iter(tiny_model.projections().values()))
     with torch.autocast("cpu", torch.bfloat16):
         assert module.weight.dtype == torch.float32
     assert len(quantized_weights(tiny_model)) == 4

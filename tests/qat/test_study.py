@@ -8,7 +8,7 @@ import pytest
 
 from qat.evaluate import evaluate
 from qat.recipe import Recipe
-from qat.train import train
+from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 
 
@@ -54,7 +54,7 @@ def test_study_keeps_scores_and_extends_the_table(corpus, tmp_path):
     assert row.startswith(f"| GPTQ-style | 2 | {middle:.4f} ± ")
     assert f"| {(top - middle) / (top - bottom):.0%} |" in row
     student = open_checkpoint(out / "QAT-0.5-0.5-0")
-    codes = [student.ternary(f"backbone.layers.0.mixer.{name}_proj.weight").codes for name in ("in", "out")]
+    codes = [student.codes(f"backbone.layers.0.mixer.{name}_proj.weight").codes for name in ("in", "out")]
     kept = json.loads((out / "scores" / "QAT-0.5-0.5-0.json").read_text())
     assert kept["zero_ratio"] == pytest.approx(sum((c == 0).mean() for c in codes) / 2)
 

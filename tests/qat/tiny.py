@@ -1,6 +1,6 @@
 """What the tests of qat share: a tiny model's dimensions and a few sentences."""
 
-from tmexport.config import Mamba2Config
+from tmexport.model import mamba2_model
 
 SENTENCES = [
     "The union of the States is the work of the people.",
@@ -11,4 +11,4 @@ SENTENCES = [
 
 def tiny_config(**changes):
     values = {"d_model": 64, "n_layer": 2, "vocab_size": 300, "d_state": 16, "headdim": 32, "expand": 2}
-    return Mamba2Config(**{**values, **changes})
+    return mamba2_model(**{**values, **changes})

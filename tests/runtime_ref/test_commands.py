@@ -13,13 +13,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from runtime_ref.generate import generate
 from runtime_ref.model import Model
-from runtime_ref.perplexity import perplexity, read_documents, score_tokens
+from runtime_ref.perplexity import perplexity, score_tokens
 from runtime_ref.tokenizer import Tokenizer
 from tests.commands import invoke
 from tests.models import ternary_tensors
 from tests.runtime_ref.small import sha
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.config import Mamba2Config
+from tmexport.documents import read_documents
 from tmexport.errors import TokenizerError, UsageError
 from tmexport.gguf.export import plan_export
 
@@ -143,17 +144,17 @@ def test_perplexity_equals_a_sum_over_single_steps(gguf, tmp_path):
 
 def test_every_line_of_a_jsonl_file_is_a_document(tmp_path):
     (tmp_path / "two.jsonl").write_text('{"text": "one"}\n\n{"text": "two\\u2028"}\n', encoding="utf-8")
-    assert read_documents(tmp_path / "two.jsonl") == ["one", "two\u2028"]
+    assert list(read_documents(tmp_path / "two.jsonl")) == ["one", "two\u2028"]
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"texts": 1}\n', encoding="utf-8")
     with pytest.raises(UsageError, match=r"line 2 has no string"):
-        read_documents(tmp_path / "bad.jsonl")
+        list(read_documents(tmp_path / "bad.jsonl"))
 
 
 def test_a_file_without_a_tokenizer_is_refused(gguf, tmp_path):
     config = Mamba2Config(d_model=256, n_layer=1, vocab_size=32, d_state=64)
     write_checkpoint(tmp_path / "ckpt", config, ternary_tensors(config), None)
     plan_export(open_checkpoint(tmp_path / "ckpt"), "tq2_0", "q8_0").write(tmp_path / "m.gguf", lambda t: None)
-    with pytest.raises(TokenizerError, match="has no tokenizer.huggingface.json"):
+    with pytest.raises(TokenizerError, match="has no tokenizer.huggingface.json and no vocabulary"):
         Tokenizer.from_gguf(tmp_path / "m.gguf")
 
 

@@ -14,18 +14,18 @@ from tests.models import write_small
 from tmexport.checkpoint import open_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
-from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, plan_export, tensor_layout
+from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, low_bit_types, plan_export, tensor_layout
 from tmexport.gguf.names import model_metadata
 from tmexport.gguf.reader import open_gguf
-from tmexport.gguf.types import FILE_TYPES
 from tmexport.gguf.writer import PlannedTensor, file_bytes, header_bytes
+from tmexport.types import FILE_TYPES
 
 BIG = Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288)  # 1.3b
 
 
 def header_only(path, config, kind, embedding, group=256):
     """A file of the right size whose tensors are a hole: it opens, and loading it would fail."""
-    layout = tensor_layout(config, TYPES[kind], EMBEDDING_TYPES[embedding])
+    layout = tensor_layout(config, low_bit_types(config, TYPES[kind], EMBEDDING_TYPES[embedding]))
     tensors = [PlannedTensor(n, shape, of, lambda: np.empty(0)) for n, (shape, of) in layout.items()]
     metadata = model_metadata(config, FILE_TYPES[TYPES[kind]], "m", None if kind == "f16" else group)
     with open(path, "wb") as file:

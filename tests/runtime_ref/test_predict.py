@@ -17,7 +17,7 @@ from tmexport.checkpoint import open_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.reader import open_gguf
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType
 
 BIG = Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288)
 WORK = work_of(BIG, GGMLType.TQ2_0, GGMLType.Q8_0)

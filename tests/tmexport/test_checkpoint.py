@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.models import SMALL, random_tensors, random_ternary, ternary_tensors, write_small, write_state_spaces
-from tmexport.checkpoint import open_checkpoint, projection_names, write_checkpoint
+from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError
 
@@ -42,8 +42,8 @@ def test_the_ternary_form_is_lossless(tmp_path):
     write_checkpoint(tmp_path, SMALL, tensors)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.group_size == 128
-    for name in projection_names(SMALL):
-        read = checkpoint.ternary(name)
+    for name in SMALL.projections:
+        read = checkpoint.codes(name)
         assert np.array_equal(read.codes, tensors[name].codes)
         assert np.array_equal(read.scales.view(np.uint16), tensors[name].scales.view(np.uint16))
 
@@ -54,9 +54,9 @@ def test_a_dequantised_ternary_model_in_fp16_is_recognised(tmp_path):
     write_checkpoint(tmp_path, SMALL, dense)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.group_size is None
-    name = projection_names(SMALL)[0]
-    assert checkpoint.ternary(name).group_size == 64
-    assert np.array_equal(checkpoint.ternary(name).codes, tensors[name].codes)
+    name = SMALL.projections[0]
+    assert checkpoint.codes(name).group_size == 64
+    assert np.array_equal(checkpoint.codes(name).codes, tensors[name].codes)
 
 
 def _rewrite(folder, change):
@@ -102,8 +102,10 @@ def test_an_unknown_version_is_refused(tmp_path):
 
 def test_writing_refuses_mixed_groups_and_wrong_shapes(tmp_path):
     tensors = ternary_tensors(SMALL, 256)
-    first, second = projection_names(SMALL)[:2]
-    with pytest.raises(CheckpointError, match=r"group sizes \[64, 256\]"):
+    first, second = SMALL.projections[:2]
+    with pytest.raises(
+        CheckpointError, match="in_proj are ternary in groups of 256 and ternary in groups of 64; expected one form"
+    ):
         write_checkpoint(tmp_path, SMALL, tensors | {first: random_ternary(*tensors[first].shape, 64)})
     with pytest.raises(CheckpointError, match=f"{second}: found nothing"):
         write_checkpoint(tmp_path, SMALL, {name: t for name, t in tensors.items() if name != second})

@@ -7,7 +7,7 @@ import pytest
 
 from tests.commands import invoke
 from tests.models import SMALL, random_tensors, ternary_tensors, train_tokenizer, write_small, write_state_spaces
-from tmexport.checkpoint import projection_names, write_checkpoint
+from tmexport.checkpoint import write_checkpoint
 from tmexport.cli import cli
 from tmexport.config import Mamba2Config
 from tmexport.gguf.reader import open_gguf
@@ -137,7 +137,7 @@ def test_inspect_counts_zeros_exactly(ternary, tmp_path):
         assert summary["config"]["d_model"] == SMALL.d_model
         assert summary["group_size"] == 256
         ratios = [tensor["zero_ratio"] for tensor in summary["tensors"] if tensor["zero_ratio"] is not None]
-        for ratio, name in zip(ratios, projection_names(SMALL), strict=True):
+        for ratio, name in zip(ratios, SMALL.projections, strict=True):
             packed = stored[name + ".codes"].read()  # the four codes of a byte, counted straight from the bytes
             zeros = sum(int(((packed >> shift & 3) == 1).sum()) for shift in (0, 2, 4, 6))
             assert ratio == pytest.approx(zeros / (4 * packed.size), abs=1e-12)

@@ -1,10 +1,12 @@
 """Dimensions from each dialect, and the models that cannot be represented."""
 
 import pytest
+import torch
 import transformers
 
 from tmexport.config import Mamba2Config, load_config, parse_config
 from tmexport.errors import ConfigError
+from tmexport.model.dialects.mamba2 import HF_INERT, HF_RULES, SSM_CFG_RULES, STATE_SPACES_RULES
 
 # state-spaces/mamba2-130m's config.json, as published
 PUBLISHED_130M = {
@@ -44,7 +46,8 @@ def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
         ({"head_dim": 60}, "not a multiple of headdim 60"),
         ({"n_groups": 3}, "cannot be shared by 3 groups"),
         ({"eos_token_id": 5000}, "eos_token_id is 5000"),
-        ({"model_type": "llama", "num_hidden_layers": None}, "n_layer is None"),
+        ({"num_hidden_layers": None}, "n_layer is None"),
+        ({"model_type": "llama"}, "another type: model_type is 'llama'; expected 'mamba2'"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(change, message):
@@ -75,3 +78,61 @@ def test_a_config_that_is_not_json(tmp_path):
         load_config(tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "nowhere")
+
+
+# a value other than the default, for every key that we say does not matter
+INERT = {
+    "norm_before_gate": True, "rms_norm": True, "residual_in_fp32": False, "rescale_prenorm_residual": True, "initializer_range": 0.5,
+    "time_step_min": 0.01, "time_step_max": 0.5, "time_step_floor": 0.01, "time_step_rank": 7, "chunk_size": 8, "use_cache": False,
+}  # fmt: skip
+
+
+def _logits(raw, state=None):
+    torch.manual_seed(0)
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**raw)).eval()
+    if state is not None:
+        model.load_state_dict(state)
+    with torch.no_grad():
+        return model(torch.arange(1, 21)[None]).logits, model.state_dict()
+
+
+def test_keys_that_do_not_matter_load_and_are_inert_in_transformers():
+    assert set(INERT) == set(HF_INERT)
+    raw = Mamba2Config(64, 2, 32, d_state=16, headdim=32).to_hf()
+    expected, state = _logits(raw)
+    for key, value in INERT.items():
+        assert parse_config(raw | {key: value}).tensors == parse_config(raw).tensors
+        tolerance = 1e-5 if key == "chunk_size" else 0.0  # the same sum, in another order
+        assert (_logits(raw | {key: value}, state)[0] - expected).abs().max() <= tolerance, key
+
+
+def test_swish_is_silu_in_transformers():
+    raw = Mamba2Config(64, 2, 32, d_state=16, headdim=32).to_hf()
+    expected, state = _logits(raw)
+    assert parse_config(raw | {"hidden_act": "swish"}) == parse_config(raw)
+    assert torch.equal(_logits(raw | {"hidden_act": "swish"}, state)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "rule"),
+    [(place, rule) for place, rules in (("hf", HF_RULES), ("ssm", SSM_CFG_RULES), ("top", STATE_SPACES_RULES)) for rule in rules],
+    ids=lambda x: getattr(x, "key", x),
+)  # fmt: skip
+def test_every_rule_lets_its_values_pass_and_refuses_another(place, rule):
+    def described(value):
+        if place == "hf":
+            return Mamba2Config(256, 2, 512, d_state=64).to_hf() | {rule.key: value}
+        change = {rule.key: value} if place == "top" else {"ssm_cfg": {"layer": "Mamba2", rule.key: value}}
+        return PUBLISHED_130M | change
+
+    for value in (*rule.allowed, None):
+        parse_config(described(value))
+    for value in ("gelu", 7, [1]):
+        with pytest.raises(ConfigError, match=f"{rule.key} is .*can be represented"):
+            parse_config(described(value))
+
+
+def test_a_model_of_another_type_is_named_even_if_it_has_the_keys():
+    llama = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
+    with pytest.raises(ConfigError, match="another type: model_type is 'llama'"):
+        parse_config(llama)

@@ -7,10 +7,10 @@ import pytest
 from tests.models import SMALL, write_small
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import GGUFError
-from tmexport.gguf.decode import dequantize
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.names import config_from_metadata, group_size_of, tensor_shapes
 from tmexport.gguf.reader import open_gguf
+from tmexport.types import decode_values
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_our_reader_agrees_with_gguf_on_every_tensor(exported):
     for tensor in reader.tensors:
         info = ours.tensors[tensor.name]
         assert (tensor.data_offset, tensor.n_bytes, tensor.tensor_type) == (info.offset, info.nbytes, info.type)
-        values = dequantize(ours.blocks(tensor.name), info.type, info.shape[-1])
+        values = decode_values(ours.blocks(tensor.name), info.type, info.shape[-1])
         assert np.array_equal(values.ravel(), gguf.quants.dequantize(tensor.data, tensor.tensor_type).ravel())
     assert config_from_metadata(ours).to_hf() == SMALL.to_hf() | {"bos_token_id": 0, "eos_token_id": 0}
     assert group_size_of(ours) == 256
@@ -80,7 +80,7 @@ def test_a_file_from_ggufs_own_writer(tmp_path):
     assert file.metadata == {
         "general.architecture": "mamba2", "a.u64": 2**40, "a.f64": 0.1, "a.bool": True, "a.ints": [1, -2, 3], "a.strings": ["x", "é"],
     }  # fmt: skip
-    assert np.array_equal(dequantize(file.blocks("t"), file.tensors["t"].type, 32), values)
+    assert np.array_equal(decode_values(file.blocks("t"), file.tensors["t"].type, 32), values)
     assert file.tensors["u"].shape == (2, 32)
     with pytest.raises(GGUFError, match="has no tensor v"):
         file.blocks("v")

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from tests.models import random_ternary
 from tmexport.errors import CheckpointError, NotTernaryError
-from tmexport.ternary import (
+from tmexport.types import widest_exact
+from tmexport.types.ternary import (
     TernaryTensor,
     exact_ternary,
     pack_codes,
     quantize_absmean,
     unpack_codes,
-    widest_exact,
 )
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from tmexport.cli.options import EMBEDDINGS, HELP, PATH, json_option, onnx_embedding_option, tokenizer_option
+from tmexport.cli.options import (
+    EMBEDDINGS,
+    HELP,
+    PATH,
+    json_option,
+    no_tokenizer_option,
+    onnx_embedding_option,
+    tokenizer_option,
+)
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from tmexport.extras import import_with
@@ -25,6 +33,7 @@ from tmexport.extras import import_with
 @click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
               help="Of every position, or of the last one only (a faster prefill).")  # fmt: skip
 @tokenizer_option
+@no_tokenizer_option
 @json_option
 def onnx(
     checkpoint: Path,
@@ -35,6 +44,7 @@ def onnx(
     io_names: str,
     logits: str,
     tokenizer: Path | None,
+    no_tokenizer: bool,
     as_json: bool,
 ) -> None:
     """Export CHECKPOINT (a ternary one, or a dense one whose projections are exactly ternary) to OUTPUT, an ONNX file.
@@ -47,21 +57,28 @@ def onnx(
       tmexport onnx ckpt/ model.onnx --ops portable --embedding-type f16
     """
     from tmexport.checkpoint import open_checkpoint
+    from tmexport.tokenizer.gguf import export_tokenizer
 
     export_onnx = import_with("onnx", "tmexport.onnx.export").export_onnx
     build_graph = import_with("onnx", "tmexport.onnx.graph").build_graph
 
+    if tokenizer and no_tokenizer:
+        raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
     source = open_checkpoint(checkpoint)
     if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
         raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
     graph = build_graph(source, form, EMBEDDINGS[embedding_type], opset, io_names, logits)
-    if tokenizer is None and source.tokenizer is None:
+    path = None if no_tokenizer else tokenizer or source.tokenizer
+    codec = None if path is None else export_tokenizer(path, source.config, source.path)
+    for sentence in codec.sentences() if codec else ():
+        click.echo(f"warning: {sentence}", err=True)
+    if path is None and not no_tokenizer:
         click.echo("warning: no tokenizer.json in the checkpoint; none is written beside the file (see --tokenizer)", err=True)  # fmt: skip
     with progress_bar("writing", len(graph.initializers), unit="tensors") as bar:
-        result = export_onnx(output, graph, tokenizer or source.tokenizer, lambda tensor: bar.advance())
+        result = export_onnx(output, graph, codec.text if codec else None, lambda tensor: bar.advance(), no_tokenizer)
     if as_json:
         opsets = {o.domain or "ai.onnx": o.version for o in graph.skeleton.opset_import}
-        click.echo(json.dumps({"output": str(output), "files": [str(f) for f in result.files], "bytes": result.n_bytes, "ops": form,
+        click.echo(json.dumps({"output": str(output), "files": [str(f) for f in result.files], "warnings": codec.sentences() if codec else (), "bytes": result.n_bytes, "ops": form,
                                "embedding_type": embedding_type, "group_size": graph.info.group_size, "opset": opsets,
                                "ir_version": graph.skeleton.ir_version, "nodes": len(graph.skeleton.graph.node)}))  # fmt: skip
     else:

@@ -33,6 +33,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 tokenizer_option = click.option(
     "--tokenizer", type=PATH, help="A tokenizer.json, if the checkpoint has none of its own."
 )
+no_tokenizer_option = click.option(
+    "--no-tokenizer", is_flag=True, help="Leave the tokenizer out; the file takes token ids only."
+)
 EMBEDDINGS = {"q8_0": "q8", "f16": "f16", "f32": "f32"}  # the command's word -> the one in the files' metadata
 onnx_embedding_option = click.option(
     "--embedding-type",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,28 +10,39 @@ from typing import Any
 
 import numpy as np
 
-from tmexport.checkpoint import Checkpoint, projection_names
+from tmexport.checkpoint import Checkpoint, shared_group_size
 from tmexport.errors import NotTernaryError, UsageError
-from tmexport.gguf.encode import encode_float, encode_ternary, scales_per_block
 from tmexport.gguf.names import gguf_values, model_metadata
-from tmexport.gguf.tokenizer import tokenizer_metadata
-from tmexport.gguf.types import FILE_TYPES, GGMLType
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
-from tmexport.ternary import GROUP_SIZES, TernaryTensor, quantize_absmean
+from tmexport.tokenizer.gguf import export_tokenizer, without_tokenizer
+from tmexport.tokenizer.names import harmless_name
+from tmexport.types import (
+    CONTAINERS,
+    FILE_TYPES,
+    KINDS,
+    GGMLType,
+    encode_codes,
+    encode_values,
+    holds,
+    scales_per_block,
+    smallest_exact,
+)
 
-TYPES = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0, "f16": GGMLType.F16}
+# what --type and --embedding-type offer: a type that holds codes or F16, and those that values are rounded into
+TYPES = {kind.name.lower(): kind for kind, c in CONTAINERS.items() if c.kinds} | {"f16": GGMLType.F16}
 EMBEDDING_TYPES = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.Q4_0}
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that will be in the file. `parameters` counts values, for the ratio to fp16."""
+    """Everything that will be in the file; `warnings`: what it cannot say of the tokenizer, a sentence each."""
 
     kind: GGMLType
     group_size: int | None
     metadata: dict[str, Any]
     tensors: list[PlannedTensor]
+    warnings: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -51,89 +62,138 @@ class ExportPlan:
 def plan_export(
     checkpoint: Checkpoint,
     kind: str = "auto",
-    embedding: str = "f16",
+    embedding: str = "auto",
     ptq: bool = False,
     tokenizer: Path | None = None,
+    ids_only: bool = False,
 ) -> ExportPlan:
     """Decide every tensor's type; reads weights only as far as `auto` must to know the smallest exact type.
 
     Args:
         checkpoint: of any dialect.
-        kind: auto, or a key of TYPES, for in_proj and out_proj.
-        embedding: a key of EMBEDDING_TYPES, for the embedding and an untied head.
+        kind: auto, or a key of TYPES, for the projections of the blocks.
+        embedding: auto (F16, or the smallest exact type for one that is codes), or a key of EMBEDDING_TYPES, for the
+            embedding and an untied head.
         ptq: round weights that are not ternary to nearest; the only lossy path.
         tokenizer: a tokenizer.json to use instead of the checkpoint's.
+        ids_only: leave the tokenizer out on purpose.
 
     Raises:
-        NotTernaryError: `auto` or a ternary type on weights that are not exactly ternary, without `ptq`.
+        NotTernaryError: `auto` or a type of codes on weights that it does not hold exactly, without `ptq`.
         UsageError: the dimensions do not divide into the type's blocks.
     """
     config = checkpoint.config
-    if kind == "f16":
-        group_size = None
-    elif ptq:
-        group_size = next((g for g in GROUP_SIZES if config.d_model % g == 0 and config.d_inner % g == 0), None)
-        if group_size is None:
-            raise UsageError(f"d_model {config.d_model} and d_inner {config.d_inner} do not divide into groups of 64")
-    else:
-        group_size = _shared_group_size(checkpoint)
-    chosen = TYPES.get(kind, GGMLType.TQ1_0 if group_size == 256 else GGMLType.Q2_0)
-    for k in (config.d_model, config.d_inner):
-        if k % chosen.block_size:
-            raise UsageError(
-                f"rows of {k} weights do not divide into {chosen.name} blocks of {chosen.block_size}; use --type q2_0"
-            )
+    types, group_size = _projection_types(checkpoint, kind, ptq)
+    by_role = dict(types)
+    for tensor in config.tensors.values():
+        if tensor.low_bit and tensor.block is None:
+            by_role[tensor.role] = _embedding_type(checkpoint, tensor, kind, embedding)
+    layout = tensor_layout(config, by_role)
     tensors = []
-    layout = tensor_layout(config, chosen, EMBEDDING_TYPES[embedding])
     for tensor in config.tensors.values():
         shape, tensor_kind = layout[tensor.gguf]
-        if tensor.hf in config.projections:
-            make = partial(_projection, checkpoint, tensor.hf, chosen, group_size, ptq)
+        if tensor.role in types and tensor_kind is not GGMLType.F16:
+            make = partial(_projection, checkpoint, tensor.hf, tensor_kind, group_size, ptq)
+        elif checkpoint.form(tensor.hf) is not None and CONTAINERS[tensor_kind].encode_values is None:
+            make = partial(_codes, checkpoint, tensor.hf, tensor_kind)
         else:
             make = partial(_float, checkpoint, tensor, tensor_kind)
         tensors.append(PlannedTensor(tensor.gguf, shape, tensor_kind, make))
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
-    metadata = model_metadata(config, FILE_TYPES[chosen], name, group_size)
+    chosen = next(iter(types.values()))
+    metadata = model_metadata(config, FILE_TYPES[chosen], harmless_name(name), group_size)
     source = tokenizer or checkpoint.tokenizer
-    metadata |= tokenizer_metadata(source, config) if source else {"tokenizer.ggml.model": "none"}
-    return ExportPlan(chosen, group_size, metadata, tensors)
+    if ids_only:
+        exported = without_tokenizer(config)
+        return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.warnings)
+    if source is None:
+        return ExportPlan(chosen, group_size, metadata | {"tokenizer.ggml.model": "none"}, tensors)
+    exported = export_tokenizer(source, config, checkpoint.path)
+    return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.sentences())
 
 
-def tensor_layout(config: Model, kind: GGMLType, embedding: GGMLType) -> dict[str, tuple[tuple[int, ...], GGMLType]]:
+def tensor_layout(model: Model, types: Mapping[str, GGMLType]) -> dict[str, tuple[tuple[int, ...], GGMLType]]:
     """The shape (numpy order) and type of every tensor in the file, by its GGUF name.
 
     Args:
-        config: the dimensions.
-        kind: of in_proj and out_proj.
-        embedding: of the embedding and an untied head; everything else is F32.
+        model: the dimensions.
+        types: of the matrices that may be low-bit, by role; everything else is F32.
 
     Raises:
-        UsageError: the embedding's rows do not divide into the type's blocks.
+        UsageError: the rows of a matrix do not divide into its type's blocks.
     """
     layout = {}
-    for tensor in config.tensors.values():
+    for tensor in model.tensors.values():
         shape = tensor.gguf_shape
-        if tensor.hf in config.projections:
-            tensor_kind = kind
-        else:
-            tensor_kind = embedding if tensor.low_bit else GGMLType.F32
-            if shape[-1] % tensor_kind.block_size:
-                raise UsageError(f"embedding rows of {shape[-1]} do not divide into {tensor_kind.name} blocks; use f16")
-        layout[tensor.gguf] = (shape, tensor_kind)
+        kind = types[tensor.role] if tensor.low_bit else GGMLType.F32
+        if shape[-1] % kind.block_size:
+            if tensor.block is None:
+                raise UsageError(f"embedding rows of {shape[-1]} do not divide into {kind.name} blocks; use f16")
+            raise UsageError(
+                f"rows of {shape[-1]} weights do not divide into {kind.name} blocks of {kind.block_size}; use --type q2_0"
+            )
+        layout[tensor.gguf] = (shape, kind)
     return layout
 
 
-def _shared_group_size(checkpoint: Checkpoint) -> int:
-    """The widest group for which every projection is exactly ternary: 256 where scales inside a block agree."""
-    widest = GROUP_SIZES[0]
-    for name in projection_names(checkpoint.config):
-        if checkpoint.group_size == widest:
-            return widest
+def low_bit_types(model: Model, kind: GGMLType, embedding: GGMLType) -> dict[str, GGMLType]:
+    """For `tensor_layout`: one type for all projections, and one for the embedding and an untied head."""
+    return {t.role: kind if t.block is not None else embedding for t in model.tensors.values() if t.low_bit}
+
+
+def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dict[str, GGMLType], int | None]:
+    """The type of each role's projections, and the group size to record: that of the codes, None without any."""
+    config = checkpoint.config
+    names: dict[str, list[str]] = {}
+    for name in config.projections:
+        names.setdefault(config.tensors[name].role, []).append(name)
+    if kind == "f16":
+        return dict.fromkeys(names, GGMLType.F16), None
+    rows = {config.tensors[name].shape[1] for name in config.projections}
+    kinds = {role: form.kind if (form := checkpoint.form(of[0])) else "ternary" for role, of in names.items()}
+    groups = {}
+    for codes in dict.fromkeys(kinds.values()):
+        of_kind = [name for role, found in names.items() if kinds[role] == codes for name in found]
+        if ptq and codes == "ternary":
+            groups[codes] = _group_for_rounding(rows)
+            continue
         try:
-            widest = min(widest, _widest_group(checkpoint.ternary(name), name))
+            groups[codes] = shared_group_size(checkpoint, of_kind, codes)
         except NotTernaryError as error:
             raise _refusal(error) from None
-    return widest
+    chosen = {}
+    for role, codes in kinds.items():
+        found = TYPES[kind] if kind != "auto" else smallest_exact(codes, groups[codes], rows)
+        if found is None:
+            raise UsageError(f"{codes} rows of {sorted(rows)} fit no type in groups of {groups[codes]}; use --type f16")
+        if codes not in CONTAINERS[found].kinds:
+            fitting = ", ".join(c.type.name.lower() for c in CONTAINERS.values() if codes in c.kinds)
+            raise UsageError(
+                f"{role} is {codes}, which {found.name} does not hold exactly; use --type auto, {fitting} or f16"
+            )
+        chosen[role] = found
+    return chosen, min(groups.values())
+
+
+def _group_for_rounding(rows: set[int]) -> int:
+    """The widest group of ternary weights that divides all rows."""
+    for size in KINDS["ternary"].group_sizes:
+        if all(k % size == 0 for k in rows):
+            return size
+    raise UsageError(f"rows of {' and '.join(map(str, sorted(rows)))} do not divide into groups of 64")
+
+
+def _embedding_type(checkpoint: Checkpoint, tensor: ModelTensor, kind: str, embedding: str) -> GGMLType:
+    """Of the embedding or an untied head: as asked for, else F16, or the smallest type that holds its codes."""
+    form = checkpoint.form(tensor.hf)
+    if embedding != "auto":
+        return EMBEDDING_TYPES[embedding]
+    if form is None or kind == "f16":
+        return GGMLType.F16
+    asked = TYPES.get(kind)  # not a Q4_0: outside the blocks nothing would tell its codes from rounded values
+    if asked and holds(asked, form.kind) and form.group_size % asked.block_size == 0:
+        return asked
+    return smallest_exact(form.kind, form.group_size, [tensor.shape[1]]) or GGMLType.F16
 
 
 def _refusal(error: NotTernaryError) -> NotTernaryError:
@@ -143,35 +203,24 @@ def _refusal(error: NotTernaryError) -> NotTernaryError:
     )
 
 
-def _widest_group(tensor: TernaryTensor, name: str) -> int:
-    for block in GROUP_SIZES:
-        if tensor.shape[1] % block:
-            continue
+def _codes(checkpoint: Checkpoint, name: str, kind: GGMLType) -> np.ndarray:
+    return encode_codes(checkpoint.codes(name), kind, name)
+
+
+def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int, ptq: bool) -> np.ndarray:
+    if not ptq:
         try:
-            scales_per_block(tensor, block, name)
-        except NotTernaryError:
-            continue
-        return block
-    raise AssertionError("a tensor's own group size always fits")
-
-
-def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int | None, ptq: bool) -> np.ndarray:
-    if kind is GGMLType.F16:
-        return encode_float(checkpoint.values(name), kind, name)
-    if ptq:
-        assert group_size is not None
-        try:  # a weight that already is ternary stays as it is
-            tensor = checkpoint.ternary(name)
-            scales_per_block(tensor, max(kind.block_size, group_size), name)
-        except NotTernaryError:
-            tensor = quantize_absmean(checkpoint.dense(name), group_size)
-        return encode_ternary(tensor, kind, name)
-    try:
-        return encode_ternary(checkpoint.ternary(name), kind, name)
-    except NotTernaryError as error:
-        raise _refusal(error) from None
+            return _codes(checkpoint, name, kind)
+        except NotTernaryError as error:
+            raise _refusal(error) from None
+    try:  # a weight that already is ternary stays as it is
+        tensor = checkpoint.codes(name)
+        scales_per_block(tensor, max(kind.block_size, group_size), name)
+    except NotTernaryError:
+        tensor = KINDS["ternary"].quantize(checkpoint.dense(name), group_size)
+    return encode_codes(tensor, kind, name)
 
 
 def _float(checkpoint: Checkpoint, tensor: ModelTensor, kind: GGMLType) -> np.ndarray:
     values = gguf_values(tensor, checkpoint.values(tensor.hf)).reshape(-1, tensor.gguf_shape[-1])
-    return encode_float(values, kind, tensor.hf)
+    return encode_values(values, kind, tensor.hf)

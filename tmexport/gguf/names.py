@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import ConfigError, GGUFError
-from tmexport.gguf.decode import decode_ternary
 from tmexport.gguf.reader import GGUFFile
-from tmexport.gguf.types import GGMLType
 from tmexport.model import Model, ModelTensor
 from tmexport.model.dialects import FAMILIES, family_of
 from tmexport.model.dialects.reading import Keys
 from tmexport.model.spec import NEG_EXP
-from tmexport.ternary import GROUP_SIZES, first_true
+from tmexport.types import KINDS, GGMLType, container, decode_codes, first_true, joined_scales
 
 GROUP_SIZE_KEY = "tmexport.group_size"
 TOKENIZER_JSON_KEY = "tokenizer.huggingface.json"
@@ -79,8 +77,10 @@ def _check_tensors(gguf: GGUFFile, model: Model) -> None:
             raise GGUFError(f"{gguf.path}: has no tensor {name}; expected shape {list(shape)}")
         if info.shape != shape:
             raise GGUFError(f"{gguf.path}: {name} has the shape {list(info.shape)}; expected {list(shape)}")
-        if info.type.is_ternary and (not tensor.low_bit or tensor.block is None):
-            raise GGUFError(f"{gguf.path}: {name} is {info.type.name}; only ssm_in and ssm_out may be ternary")
+        if not tensor.low_bit and container(info.type).kinds and container(info.type).encode_values is None:
+            raise GGUFError(
+                f"{gguf.path}: {name} is {info.type.name}; only matrices may be {container(info.type).kinds[0]}"
+            )
         if not tensor.low_bit and info.type not in (GGMLType.F32, GGMLType.F16, GGMLType.BF16):
             raise GGUFError(f"{gguf.path}: {name} is {info.type.name}; expected F32")
     extra = set(gguf.tensors) - set(expected)
@@ -88,59 +88,88 @@ def _check_tensors(gguf: GGUFFile, model: Model) -> None:
         raise GGUFError(f"{gguf.path}: holds {min(extra)}, which a model of these dimensions does not have")
 
 
-def ternary_tensors(gguf: GGUFFile) -> list[str]:
-    """Names of the tensors stored in a ternary type, in file order."""
-    return [name for name, info in gguf.tensors.items() if info.type.is_ternary]
+def coded_kind(gguf: GGUFFile, name: str) -> str | None:
+    """The kind of codes that a tensor holds: that of its type; of a Q4_0, which holds rounded values too, ternary inside the
+    blocks of a file that records a group size. None: values.
+    """
+    found = container(gguf.tensors[name].type)
+    if not found.kinds or (found.encode_values is not None and not _says_ternary(gguf, name)):
+        return None
+    return found.kinds[0]
 
 
-def group_size_of(gguf: GGUFFile) -> int | None:
-    """The group size of the weights: as recorded, or the widest whose groups have equal scales; None if none is ternary.
+def _says_ternary(gguf: GGUFFile, name: str) -> bool:
+    return GROUP_SIZE_KEY in gguf.metadata and name.startswith("blk.") and name.endswith(".weight")
+
+
+def coded_tensors(gguf: GGUFFile) -> dict[str, str]:
+    """The kind of every tensor that holds codes, in file order."""
+    return {name: kind for name in gguf.tensors if (kind := coded_kind(gguf, name)) is not None}
+
+
+def group_sizes_of(gguf: GGUFFile) -> dict[str, int]:
+    """The group size of every tensor that holds codes: as recorded, or the widest whose groups have equal scales.
+
+    Tensors of one kind inside the blocks share one.
 
     Raises:
         GGUFError: the recorded value is not a group size that the file's blocks can hold.
     """
-    names = ternary_tensors(gguf)
-    if not names:
-        return None
-    recorded = gguf.metadata.get(GROUP_SIZE_KEY)
-    wide_blocks = any(gguf.tensors[name].type is not GGMLType.Q2_0 for name in names)
-    if recorded is not None:
-        fits = all(gguf.tensors[name].shape[-1] % recorded == 0 for name in names) if recorded in GROUP_SIZES else False
-        if not fits or (wide_blocks and recorded != 256):
-            raise GGUFError(f"{gguf.path}: {GROUP_SIZE_KEY} is {recorded!r}, which does not fit its ternary tensors")
-        _check_scales_agree(gguf, names, recorded)
-        return recorded
-    if wide_blocks:
-        for name in names:
-            if gguf.tensors[name].shape[-1] % 256:
-                raise GGUFError(
-                    f"{gguf.path}: {name} has rows that do not divide into groups of 256, as other tensors' do"
-                )
-        _check_scales_agree(gguf, names, 256)
-        return 256
-    size = 256
-    for name in names:
-        info = gguf.tensors[name]
-        _, scales = decode_ternary(gguf.blocks(name), info.type, info.shape[-1], name)
-        while size > 64:
-            per_group = size // 64
-            fits = info.shape[-1] % size == 0
-            if fits and (scales.reshape(len(scales), -1, per_group) == scales[:, ::per_group, None]).all():
-                break
-            size //= 2
-    return size
+    sizes: dict[str, int] = {}
+    inside: dict[str, list[str]] = {}
+    for name, kind in coded_tensors(gguf).items():
+        if name.startswith("blk."):
+            inside.setdefault(kind, []).append(name)
+        else:
+            sizes[name] = _widest(gguf, [name], kind)
+    for kind, names in inside.items():
+        sizes |= dict.fromkeys(names, _shared_group_size(gguf, names, kind))
+    return sizes
 
 
-def _check_scales_agree(gguf: GGUFFile, names: list[str], group_size: int) -> None:
-    """The Q2_0 blocks of a group must repeat one scale, or whoever keeps one scale a group computes something else."""
+def group_size_of(gguf: GGUFFile) -> int | None:
+    """The group size of the blocks' codes (the narrowest, where kinds differ); None if they hold none. Raises: as above."""
+    return min((size for name, size in group_sizes_of(gguf).items() if name.startswith("blk.")), default=None)
+
+
+def _shared_group_size(gguf: GGUFFile, names: list[str], kind: str) -> int:
+    recorded, sizes = gguf.metadata.get(GROUP_SIZE_KEY), KINDS[kind].group_sizes
+    if recorded is None or (kind != "ternary" and recorded not in sizes):
+        return _widest(gguf, names, kind)
+    if isinstance(recorded, bool) or recorded not in sizes or not all(_divides(gguf, name, recorded) for name in names):
+        raise GGUFError(f"{gguf.path}: {GROUP_SIZE_KEY} is {recorded!r}, which does not fit its {kind} tensors")
     for name in names:
-        if gguf.tensors[name].type is not GGMLType.Q2_0:
-            continue
-        n, k = gguf.tensors[name].shape
-        blocks = gguf.blocks(name).reshape(n, k // group_size, group_size // 64, GGMLType.Q2_0.block_bytes)
-        differs = (blocks[..., :2] != blocks[:, :, :1, :2]).any(axis=(2, 3))
+        differs = _differing(gguf, name, recorded)
         if differs.any():
             row, group = first_true(differs)
             raise GGUFError(
-                f"{gguf.path}: {name}, row {row}, group {group} has different scales, but the group size is {group_size}"
+                f"{gguf.path}: {name}, row {row}, group {group} has different scales, but the group size is {recorded}"
             )
+    return recorded
+
+
+def _widest(gguf: GGUFFile, names: list[str], kind: str) -> int:
+    for size in KINDS[kind].group_sizes:
+        if all(_divides(gguf, name, size) and not _differing(gguf, name, size).any() for name in names):
+            return size
+    name = next(
+        n for n in names if not any(_divides(gguf, n, size) for size in KINDS[kind].group_sizes) or len(names) > 1
+    )
+    raise GGUFError(
+        f"{gguf.path}: {name} has rows that do not divide into groups as other tensors' do, or scales that differ"
+    )
+
+
+def _divides(gguf: GGUFFile, name: str, size: int) -> bool:
+    """Whether a tensor's rows divide into groups of `size`, and those into its blocks."""
+    info = gguf.tensors[name]
+    return info.shape[-1] % size == 0 and size % info.type.block_size == 0
+
+
+def _differing(gguf: GGUFFile, name: str, size: int) -> np.ndarray:
+    """Where the blocks of a group do not repeat one scale: whoever keeps one scale a group would compute something else."""
+    info = gguf.tensors[name]
+    if size == info.type.block_size:
+        return np.zeros((1, 1), bool)
+    _, scales = decode_codes(gguf.blocks(name), info.type, info.shape[-1], name)
+    return joined_scales(scales.view(np.uint16), size // info.type.block_size)[1]

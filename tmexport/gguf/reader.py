@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import GGUFError
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tmexport.files import atomic_write
-from tmexport.gguf.types import GGMLType
+from tmexport.types import GGMLType
 
 ALIGNMENT = 32
 Value = bool | int | float | str | Sequence[str] | Sequence[int]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tmexport.errors import TokenizerError
 from tmexport.files import atomic_write
 from tmexport.onnx.builder import Initializer
 from tmexport.onnx.graph import Graph
@@ -25,28 +24,32 @@ class Exported:
 
 
 def export_onnx(
-    path: Path, graph: Graph, tokenizer: Path | None, on_tensor: Callable[[Initializer], None] = lambda tensor: None
+    path: Path,
+    graph: Graph,
+    tokenizer: str | None,
+    on_tensor: Callable[[Initializer], None] = lambda tensor: None,
+    ids_only: bool = False,
 ) -> Exported:
-    """Write the model, and beside it its configuration and its tokenizer (if there is one); each complete or not at all.
+    """Write the model, and beside it its configuration and its tokenizer; each complete or not at all.
+
+    Args:
+        path: of the model.
+        graph: what to write.
+        tokenizer: the text of a tokenizer.json, as `export_tokenizer` made it; None: none is written.
+        on_tensor: called after each tensor.
+        ids_only: say in the configuration that the tokenizer was left out on purpose.
 
     Raises:
         TmexportError: a weight cannot be represented, or a file cannot be written.
-        TokenizerError: the tokenizer cannot be read.
     """
-    text = b""
-    if tokenizer is not None:
-        try:
-            text = tokenizer.read_bytes()
-        except OSError as error:
-            raise TokenizerError(f"{tokenizer}: cannot be read: {error.strerror}") from None
     sizes = write_model(path, graph, on_tensor)
     files = [*sizes, config_path(path)]
     with atomic_write(config_path(path)) as file:
-        file.write((json.dumps(describe(graph), indent=2) + "\n").encode())
+        file.write((json.dumps(describe(graph) | ({"tokenizer": False} if ids_only else {}), indent=2) + "\n").encode())
     if tokenizer is not None:
         files.append(tokenizer_path(path))
         with atomic_write(tokenizer_path(path)) as file:
-            file.write(text)
+            file.write(tokenizer.encode())
     return Exported(sum(sizes.values()), files)
 
 

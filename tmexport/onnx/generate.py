@@ -17,9 +17,10 @@ import click
 import numpy as np
 
 from tmexport.errors import TmexportError, TokenizerError, UsageError
-from tmexport.gguf.tokenizer import parse_tokenizer
 from tmexport.onnx.names import tokenizer_path
 from tmexport.onnx.ort_model import OrtModel, check_temperature
+from tmexport.tokenizer.names import end_tokens
+from tmexport.tokenizer.parse import parse_tokenizer
 
 _LONGEST_CHARACTER = 8  # tokens held back for an unfinished character before it is shown as it is
 
@@ -60,11 +61,11 @@ def generate(
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{where}: cannot be read: {error}; name one with --tokenizer") from None
     codec = parse_tokenizer(text, str(where))
-    ids = codec.encode(prompt, add_special_tokens=False).ids
+    ids = codec.encode(prompt).ids  # with the tokens that its post-processor adds, such as BOS
     if not ids:
         raise UsageError("--prompt has no tokens; give at least one character")
     model = OrtModel.load(model_path, threads, kernels)
-    stop = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
+    stop = end_tokens(codec.get_vocab(with_added_tokens=True), model.config.eos_token_id)
     digest, tokens, times = hashlib.sha256(), [], [time.perf_counter()]
     shown = 0  # characters of the continuation that are on the screen
 

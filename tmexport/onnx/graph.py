@@ -55,7 +55,7 @@ def build_graph(
     """
     config = checkpoint.config
     opset = _checked_opset(form, opset)
-    group_size = w.shared_group_size(checkpoint)
+    group_size = w.projections_group_size(checkpoint)
     info = ModelInfo(config, form, group_size, embedding_type, io_names, logits)
     initializers = _weights(checkpoint, info)
 

@@ -18,6 +18,7 @@ from tmexport.files import atomic_write
 from tmexport.onnx import writer
 from tmexport.onnx.export import export_onnx
 from tmexport.onnx.graph import build_graph
+from tmexport.tokenizer.gguf import export_tokenizer
 
 # package, version that was tested, its files, and what they are called in vendor/
 PACKAGES = (
@@ -55,6 +56,7 @@ def write_site(
     """
     if checkpoint.tokenizer is None:
         raise UsageError(f"{checkpoint.path}: has no tokenizer.json; a page needs one to read what is typed")
+    codec = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path)
     graph = build_graph(checkpoint, "portable", embedding_type, logits="last")
     n_bytes = sum(tensor.n_bytes for tensor in graph.initializers)
     if n_bytes > writer.LARGEST_FILE:  # and unpacked to fp32 it would be several times that
@@ -74,7 +76,7 @@ def write_site(
 
     for name, data in vendor.items():
         write(f"vendor/{name}", data)
-    for path in export_onnx(folder / "model.onnx", graph, checkpoint.tokenizer).files:
+    for path in export_onnx(folder / "model.onnx", graph, codec.text).files:
         sizes[path.name] = path.stat().st_size
         on_file()
     shown = html.escape(title or checkpoint.path.resolve().name)

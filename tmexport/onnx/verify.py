@@ -6,6 +6,7 @@ that this release writes for the model, so that a right weight in a wrong place 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,10 @@ from tmexport.files import file_in
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.onnx.graph import build_graph
-from tmexport.onnx.names import ModelInfo, OnnxError, info_from_metadata, tokenizer_path
+from tmexport.onnx.names import ModelInfo, OnnxError, config_path, info_from_metadata, tokenizer_path
 from tmexport.onnx.weights import initializer_name
-from tmexport.ternary import first_true
+from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.types import first_true
 from tmexport.verify import Difference, Report
 
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}  # of training code, and of the tokenizer
@@ -121,10 +123,13 @@ def _compare_tokenizer(checkpoint: Checkpoint, path: Path) -> Difference | None:
     if checkpoint.tokenizer is None:
         return None
     beside, want = tokenizer_path(path), f"the text of {checkpoint.tokenizer}"
+    expected = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).text
+    if not beside.exists() and _written_without_tokenizer(path):
+        return None
     if not beside.is_file():
         return Difference("tokenizer", None, None, f"{want} in {beside.name}", "no such file")
     try:
-        if beside.read_bytes() == Path(checkpoint.tokenizer).read_bytes():
+        if beside.read_bytes() == expected.encode():
             return None
     except OSError as error:
         raise OnnxError(f"{beside}: cannot be read: {error.strerror}") from None
@@ -187,7 +192,7 @@ def _get(path: Path, stored: dict[str, onnx.TensorProto], name: str, dtype: str,
 def _compare_ternary(
     checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], info: ModelInfo, name: str
 ) -> tuple[Difference | None, int, int]:
-    expected = checkpoint.ternary(name)
+    expected = checkpoint.codes(name)
     n, k = expected.shape
     packed = _get(path, stored, f"{name}.codes", "u1", (n, k // 4))
     codes = np.stack([packed >> 2 * i & 3 for i in range(4)], axis=2).reshape(n, k).view(np.int8) - 1
@@ -253,3 +258,11 @@ def _first_difference(name: str, expected: np.ndarray, found: np.ndarray, ok: np
         return None
     place = first_true(~ok)
     return Difference(name, place[0], None, f"{expected[place]!r} at {list(place)}", f"{found[place]!r}")
+
+
+def _written_without_tokenizer(path: Path) -> bool:
+    """What `--no-tokenizer` leaves in the configuration beside the file."""
+    try:
+        return json.loads(config_path(path).read_text(encoding="utf-8")).get("tokenizer") is False
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tmexport.checkpoint import Checkpoint, projection_names
+from tmexport.checkpoint import Checkpoint, shared_group_size
 from tmexport.errors import NotTernaryError, TmexportError
-from tmexport.gguf.encode import encode_float, scales_per_block
 from tmexport.gguf.names import gguf_values
-from tmexport.gguf.types import GGMLType
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.onnx.builder import Initializer
-from tmexport.ternary import GROUP_SIZES, TernaryTensor, pack_codes
+from tmexport.types import GGMLType, encode_values, scales_per_block
+from tmexport.types.ternary import pack_codes
 
 ORT_BLOCK = (
     128  # the widest block of onnxruntime's 2-bit kernels with int8 activations; wider groups repeat their scale
@@ -25,31 +24,18 @@ _ROWS_AT_ONCE = 1024
 F32, F16, U8, I8 = (np.dtype(t) for t in ("<f4", "<f2", "u1", "i1"))
 
 
-def shared_group_size(checkpoint: Checkpoint) -> int:
-    """The widest group that every projection allows, as `tmexport gguf` finds it: scales that agree count as one.
+def projections_group_size(checkpoint: Checkpoint) -> int:
+    """The widest group that every projection allows, as `tmexport gguf` finds it.
 
     Raises:
         NotTernaryError: a projection is not exactly ternary.
     """
-    widest = GROUP_SIZES[0]
-    for name in projection_names(checkpoint.config):
-        if checkpoint.group_size == GROUP_SIZES[0]:
-            break
-        try:
-            tensor = checkpoint.ternary(name)
-        except NotTernaryError as error:
-            raise NotTernaryError(
-                f"{error}; train it with `python -m qat.train`: ONNX holds ternary weights only"
-            ) from None
-        widest = min(widest, next(size for size in GROUP_SIZES if _fits(tensor, size, name)))
-    return widest
-
-
-def _fits(tensor: TernaryTensor, size: int, name: str) -> bool:
     try:
-        return tensor.shape[1] % size == 0 and len(scales_per_block(tensor, size, name)) > 0
-    except NotTernaryError:
-        return False
+        return shared_group_size(checkpoint, checkpoint.config.projections)
+    except NotTernaryError as error:
+        raise NotTernaryError(
+            f"{error}; train it with `python -m qat.train`: ONNX holds ternary weights only"
+        ) from None
 
 
 def initializer_name(tensor: ModelTensor) -> str:
@@ -70,7 +56,7 @@ def ternary_plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int], gro
     """codes uint8 [n, k/4] in the checkpoint's packing and scales fp16 [n, k/group_size]."""
     n, k = shape
     return [
-        Initializer(f"{name}.codes", U8, (n, k // 4), lambda: pack_codes(checkpoint.ternary(name).codes)),
+        Initializer(f"{name}.codes", U8, (n, k // 4), lambda: pack_codes(checkpoint.codes(name).codes)),
         Initializer(f"{name}.scales", F16, (n, k // group_size), lambda: _scales(checkpoint, name, group_size)),
     ]
 
@@ -81,13 +67,13 @@ def ternary_nbits(checkpoint: Checkpoint, name: str, shape: tuple[int, int], gro
     block = min(group_size, ORT_BLOCK)
     packed = (n, k // block, block // 4)
     return [
-        Initializer(f"{name}.codes", U8, packed, lambda: pack_codes(checkpoint.ternary(name).codes).reshape(packed)),
+        Initializer(f"{name}.codes", U8, packed, lambda: pack_codes(checkpoint.codes(name).codes).reshape(packed)),
         Initializer(f"{name}.scales", F32, (n, k // block), lambda: _scales(checkpoint, name, block).astype(F32)),
     ]
 
 
 def _scales(checkpoint: Checkpoint, name: str, block: int) -> np.ndarray:
-    return np.ascontiguousarray(scales_per_block(checkpoint.ternary(name), block, name))
+    return np.ascontiguousarray(scales_per_block(checkpoint.codes(name), block, name))
 
 
 def embedding_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: np.dtype) -> list[Initializer]:
@@ -109,7 +95,7 @@ def embedding_q8_0(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) ->
     n, k = shape
 
     def blocks() -> np.ndarray:
-        return encode_float(checkpoint.dense(name), GGMLType.Q8_0, name).reshape(n, k // 32, 34)
+        return encode_values(checkpoint.dense(name), GGMLType.Q8_0, name).reshape(n, k // 32, 34)
 
     return [
         Initializer(f"{name}.codes", I8, (n, k), lambda: np.ascontiguousarray(blocks()[:, :, 2:]).view(I8).reshape(n, k)),

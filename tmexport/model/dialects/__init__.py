@@ -66,4 +66,6 @@ def parse_config(raw: Mapping[str, Any]) -> Model:
             if reads(raw):
                 return parse(raw)
     known = ", ".join(module.DESCRIBED for module in _MODULES)
+    if isinstance(raw.get("model_type"), str):
+        raise ConfigError(f"describes a model of another type: model_type is {raw['model_type']!r}; expected {known}")
     raise ConfigError(f"model_type is {raw.get('model_type')!r}; expected {known}")

@@ -10,17 +10,53 @@ from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.model.dialects.reading import (
     Family,
     Keys,
+    Rule,
     as_float,
     common_keys,
     first_id,
     need,
     padded_vocabulary,
     refuse_dt_clamp,
-    refuse_unless,
 )
 from tmexport.model.spec import MOST_BLOCKS, Block, Model, Names, whole_number
 
 DESCRIBED = "'mamba2' (Hugging Face), or d_model and n_layer (state-spaces)"
+
+
+_NO_TENSOR, _OTHER_SUM = "llama.cpp's mamba2 has no tensor for it", "llama.cpp's mamba2 computes no other"
+_PURE = "only pure Mamba-2 is supported"
+HF_RULES = (
+    Rule("use_bias", (False,), _NO_TENSOR, "a bias of in_proj and out_proj"),
+    Rule("use_conv_bias", (True,), "llama.cpp's mamba2 needs ssm_conv1d.bias"),
+    Rule("hidden_act", ("silu", "swish"), _OTHER_SUM, "transformers' ACT2FN gives both names the same function"),
+)
+# Keys that look as if they mattered and do not, each with the evidence; transformers 5.24's modeling_mamba2.py is "the code".
+HF_INERT = {
+    "norm_before_gate": "the code multiplies by the gate first, always (MambaRMSNormGated); logits of true and false are equal",
+    "rms_norm": "the code has no other norm; Mamba-Codestral's file holds it",
+    "residual_in_fp32": "where a sum is rounded in half precision; both are the same sum",
+    "rescale_prenorm_residual": "read by _init_weights alone",
+    "initializer_range": "read by _init_weights alone",
+    "time_step_min": "read by _init_weights alone",
+    "time_step_max": "read by _init_weights alone",
+    "time_step_floor": "read by _init_weights alone",
+    "time_step_rank": "stored, never read again",
+    "chunk_size": "how the scan is cut, not what it sums",
+    "use_cache": "how it is called",
+}
+SSM_CFG_RULES = (
+    Rule("bias", (False,), _NO_TENSOR),
+    Rule("conv_bias", (True,), "llama.cpp's mamba2 needs ssm_conv1d.bias"),
+    Rule("D_has_hdim", (False,), _OTHER_SUM, "a D for every channel"),
+    Rule("rmsnorm", (True,), "llama.cpp's mamba2 needs ssm_norm"),
+    Rule("norm_before_gate", (False,), _OTHER_SUM, "mamba_ssm's RMSNormGated obeys it, unlike transformers"),
+    Rule("d_ssm", (), "an MLP beside the scan is not supported"),
+)
+STATE_SPACES_RULES = (
+    Rule("rms_norm", (True,), _OTHER_SUM, "false is LayerNorm"),
+    Rule("d_intermediate", (0,), _PURE, "an MLP after each mixer"),
+    Rule("attn_layer_idx", ([],), _PURE),
+)
 
 
 def mamba2_model(
@@ -52,13 +88,8 @@ def mamba2_model(
 
 
 def _from_hf(raw: Mapping[str, Any]) -> Model:
-    allowed = {
-        "use_bias": (False,),
-        "use_conv_bias": (True,),
-        "hidden_act": ("silu",),
-        "norm_before_gate": (False,),
-    }
-    refuse_unless(raw, allowed, "llama.cpp's mamba2 has no other")
+    for rule in HF_RULES:
+        rule.check(raw)
     refuse_dt_clamp(raw.get("time_step_limit"))
     model = mamba2_model(
         d_model=need(raw, "hidden_size"),
@@ -89,17 +120,10 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> Model:
         raise ConfigError(f"ssm_cfg is a {type(ssm).__name__}; expected a JSON object")
     if ssm.get("layer", "Mamba1") != "Mamba2":
         raise ConfigError(f"ssm_cfg.layer is {ssm.get('layer', 'Mamba1')!r}; expected 'Mamba2'")
-    allowed = {
-        "bias": (False,),
-        "conv_bias": (True,),
-        "D_has_hdim": (False,),
-        "rmsnorm": (True,),
-        "norm_before_gate": (False,),
-        "d_ssm": (None,),
-    }
-    refuse_unless(ssm, allowed, "llama.cpp's mamba2 has no other")
-    pure = {"rms_norm": (True,), "d_intermediate": (0,), "attn_layer_idx": ([],)}
-    refuse_unless(raw, pure, "only pure Mamba-2 is supported")
+    for rule in SSM_CFG_RULES:
+        rule.check(ssm)
+    for rule in STATE_SPACES_RULES:
+        rule.check(raw)
     refuse_dt_clamp(ssm.get("dt_limit"))
     return mamba2_model(
         d_model=raw["d_model"],
@@ -117,7 +141,7 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> Model:
 
 
 READERS = (
-    (lambda raw: raw.get("model_type") == "mamba2" or "num_hidden_layers" in raw, _from_hf),
+    (lambda raw: raw.get("model_type", "mamba2" if "num_hidden_layers" in raw else None) == "mamba2", _from_hf),
     (lambda raw: "d_model" in raw and "n_layer" in raw, _from_state_spaces),
 )
 

@@ -99,11 +99,25 @@ def as_float(value: Any, name: str) -> float:
     return float(value)
 
 
-def refuse_unless(raw: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], why: str) -> None:
-    """Raises ConfigError for a key that is there with another value than those allowed (null counts as not there)."""
-    for key, wanted in allowed.items():
-        if key in raw and raw[key] is not None and raw[key] not in wanted:
-            raise ConfigError(f"{key} is {raw[key]!r}; only {wanted[0]!r} can be represented ({why})")
+@dataclass(frozen=True)
+class Rule:
+    """A key of config.json that would change the arithmetic.
+
+    allowed: the values that mean our model (null counts as not there); why: what another value would need; checked: how we
+    know that these are all, where the name alone does not say it.
+    """
+
+    key: str
+    allowed: tuple[Any, ...]
+    why: str
+    checked: str = ""
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        """Raises ConfigError if the key is there with a value that is not allowed."""
+        value = raw.get(self.key)
+        if value is not None and not any(type(value) is type(fits) and value == fits for fits in self.allowed):
+            wanted = " or ".join(map(repr, self.allowed)) or "null"
+            raise ConfigError(f"{self.key} is {value!r}; only {wanted} can be represented ({self.why})")
 
 
 def refuse_dt_clamp(limit: Any) -> None:

@@ -1,26 +1,21 @@
-"""Mamba-2 in torch: parameters named as in Hugging Face's `Mamba2ForCausalLM`, arithmetic of `mamba_ssm`.
+"""The Mamba-2 mixer in torch: parameters named as in Hugging Face's `Mamba2ForCausalLM`, arithmetic of `mamba_ssm`.
 
 The equations: Dao and Gu 2024, arXiv 2405.21060, section 7. With n_groups > 1 the gated norm works per group, as in
-mamba_ssm. Checkpoints go in and out through `tmexport.checkpoint`.
+mamba_ssm. The scan is in ssd.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from qat.ssd import choose_scan
-from tmexport.checkpoint import open_checkpoint
-from tmexport.config import Mamba2Config
+from qat.model.ssd import choose_scan
+from tmexport.model import Mamba2
 
 _DT_RANGE = (0.001, 0.1)  # mamba_ssm's range for the initial time steps
 
@@ -28,18 +23,6 @@ _DT_RANGE = (0.001, 0.1)  # mamba_ssm's range for the initial time steps
 def default_chunk(device: torch.device) -> int:
     """Positions a chunk of the scan: shorter suits a CPU's caches, longer a GPU's matrix units (measured on a CPU)."""
     return 32 if device.type == "cpu" else 256
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in fp32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -128,8 +111,8 @@ class CausalConv(nn.Module):
 
 
 @dataclass
-class LayerState:
-    """What one layer remembers: the last d_conv - 1 inputs of the convolution and the state of every head.
+class Mamba2State:
+    """What one mixer remembers: the last d_conv - 1 inputs of the convolution and the state of every head.
 
     conv: [batch, d_conv - 1, conv_dim]; ssm: fp32 [batch, heads, d_state, headdim].
     """
@@ -138,10 +121,12 @@ class LayerState:
     ssm: Tensor | None = None
 
 
-class Mixer(nn.Module):
-    """A Mamba-2 mixer, [batch, time, d_model] -> the same shape."""
+class Mamba2Mixer(nn.Module):
+    """A Mamba-2 mixer, [batch, time, d_model] -> the same shape. `eps`: of its norm; `depth`: blocks of the model."""
 
-    def __init__(self, config: Mamba2Config) -> None:
+    fresh_state = Mamba2State
+
+    def __init__(self, config: Mamba2, eps: float, depth: int) -> None:
         super().__init__()
         self.config = config
         self.in_proj = nn.Linear(config.d_model, config.d_in_proj, bias=False)
@@ -152,11 +137,11 @@ class Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.empty(config.n_heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(config.n_heads))
         self.scanned = nn.Identity()  # a place for hooks: the scan's output [batch, time, heads, headdim]
-        self.norm = GatedNorm(config.d_inner, config.rms_eps, config.n_groups)
+        self.norm = GatedNorm(config.d_inner, eps, config.n_groups)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
-        nn.init.normal_(self.out_proj.weight, std=0.5 / math.sqrt(config.d_inner * config.n_layer))
+        nn.init.normal_(self.out_proj.weight, std=0.5 / math.sqrt(config.d_inner * depth))
 
-    def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, state: Mamba2State | None = None) -> Tensor:
         config = self.config
         bc = config.n_groups * config.d_state
         z, xbc, dt = self.in_proj(hidden).split([config.d_inner, config.conv_dim, config.n_heads], -1)
@@ -177,81 +162,8 @@ class Mixer(nn.Module):
             state.conv, state.ssm = recent, last
         return self.out_proj(self.norm(self.scanned(y).flatten(-2), z))
 
-
-class Block(nn.Module):
-    """hidden + mixer(norm(hidden)); the residual stream is fp32."""
-
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.d_model, config.rms_eps)
-        self.mixer = Mixer(config)
-
-    def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
-        return hidden + self.mixer(self.norm(hidden), state).float()
-
-
-class Backbone(nn.Module):
-    """Token ids [batch, time] -> normalised hidden states fp32 [batch, time, d_model]."""
-
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embeddings.weight, std=0.02)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model, config.rms_eps)
-        self.checkpoint_activations = False  # keep only each layer's input and recompute the rest when training
-
-    def forward(self, ids: Tensor, states: Sequence[LayerState] | None = None) -> Tensor:
-        """`states`: one a layer; read as what precedes `ids`, and updated in place."""
-        hidden = self.embeddings(ids).float()
-        for index, layer in enumerate(self.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, use_reentrant=False)
-            else:
-                hidden = layer(hidden, states[index] if states is not None else None)
-        return self.norm_f(hidden)
-
-
-class Mamba2LM(nn.Module):
-    """A Mamba-2 language model. A tied head has no parameter of its own."""
-
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = Backbone(config)
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-            nn.init.normal_(self.lm_head.weight, std=0.02)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab_size, d_model]."""
-        return self.backbone.embeddings.weight if self.config.tie_embeddings else self.lm_head.weight
-
-    def forward(self, ids: Tensor, states: Sequence[LayerState] | None = None) -> Tensor:
-        """Logits [batch, time, vocab_size] of the next token; ids int64 [batch, time]; `states` as in Backbone."""
-        return F.linear(self.backbone(ids, states), self.head_weight)
-
-    def fresh_states(self) -> list[LayerState]:
-        """The states before the first token."""
-        return [LayerState() for _ in range(self.config.n_layer)]
-
-    def ternary_modules(self) -> dict[str, nn.Linear]:
-        """The projections that become ternary, by the name of their module."""
-        return {name: module for name, module in self.named_modules() if name.endswith(("in_proj", "out_proj"))}  # type: ignore[misc]
-
-
-def load_model(folder: Path | str) -> Mamba2LM:
-    """The model in a checkpoint folder of any dialect, fp32; ternary weights come back dequantised.
-
-    Raises:
-        TmexportError: from `tmexport.checkpoint`, if the folder is not a complete checkpoint.
-    """
-    checkpoint = open_checkpoint(folder)
-    with torch.device("meta"):
-        model = Mamba2LM(checkpoint.config)
-    state = {name: torch.from_numpy(np.array(checkpoint.dense(name), np.float32)) for name in model.state_dict()}
-    model.load_state_dict(state, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
+    def operations(self, seq_len: int) -> int:
+        """Multiplications and additions a token, forward, on a GPU, of the scan and the convolution (not of its matrices)."""
+        config, chunk = self.config, min(seq_len, default_chunk(torch.device("cuda")))
+        inside = chunk * (config.n_groups * config.d_state + config.d_inner)
+        return 2 * (inside + 2 * config.d_state * config.d_inner + config.d_conv * config.conv_dim)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from tests.models import train_tokenizer
 from tmexport.config import Mamba2Config
 from tmexport.errors import TokenizerError
-from tmexport.gguf.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, tokenizer_metadata
+from tmexport.tokenizer.gguf import CONTROL, NORMAL, UNUSED, USER_DEFINED, export_tokenizer
 
 CONFIG = Mamba2Config(256, 1, 512, d_state=64)
 
@@ -24,15 +24,15 @@ def edited(path, change):
 def test_tokens_types_and_merges(tmp_path):
     def add_tokens(raw):
         common = {"single_word": False, "lstrip": False, "rstrip": False}
-        raw["added_tokens"].append({"id": 505, "content": "    ", "normalized": True, "special": False} | common)
+        raw["added_tokens"].append({"id": 500, "content": "    ", "normalized": True, "special": False} | common)
 
     path = edited(tmp_path / "tokenizer.json", add_tokens)
-    metadata, tokenizer = tokenizer_metadata(path, CONFIG), Tokenizer.from_file(str(path))
+    metadata, tokenizer = export_tokenizer(path, CONFIG).metadata, Tokenizer.from_file(str(path))
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == 512
     for index in range(500):
         assert tokens[index] == tokenizer.id_to_token(index)
-    assert (types[0], types[1], types[505], types[511]) == (CONTROL, NORMAL, USER_DEFINED, UNUSED)
+    assert (types[0], types[1], types[500], types[511]) == (CONTROL, NORMAL, USER_DEFINED, UNUSED)
     assert tokens[511] == "[PAD511]"
     assert metadata["tokenizer.ggml.merges"][0] == " ".join(json.loads(path.read_text())["model"]["merges"][0])
     assert metadata["tokenizer.ggml.eos_token_id"] == 0
@@ -47,7 +47,7 @@ def test_gpt_neox_is_called_olmo(tmp_path):
         raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 1, "content": "<|padding|>"})
         raw["normalizer"] = {"type": "NFC"}
 
-    assert tokenizer_metadata(edited(tmp_path / "t.json", as_neox), CONFIG)["tokenizer.ggml.pre"] == "olmo"
+    assert export_tokenizer(edited(tmp_path / "t.json", as_neox), CONFIG).metadata["tokenizer.ggml.pre"] == "olmo"
 
 
 @pytest.mark.parametrize(
@@ -59,16 +59,16 @@ def test_gpt_neox_is_called_olmo(tmp_path):
         ),
         (lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True), "adds no space"),
         (lambda raw: raw["pre_tokenizer"].update(use_regex=False), "no name for"),
-        (lambda raw: raw["added_tokens"][0].update(id=700), "token id 700, but the model has 512"),
+        (lambda raw: raw["added_tokens"][0].update(id=700), "the ids 0 and 700"),
         (lambda raw: raw.pop("model"), "can load"),
     ],
 )
 def test_what_llamacpp_could_not_split_the_same_way_is_refused(tmp_path, change, message):
     with pytest.raises(TokenizerError, match=message):
-        tokenizer_metadata(edited(tmp_path / "t.json", change), CONFIG)
+        export_tokenizer(edited(tmp_path / "t.json", change), CONFIG)
 
 
 def test_a_unigram_model_is_refused(tmp_path):
     Tokenizer(models.Unigram([("a", 0.0)])).save(str(tmp_path / "t.json"))
     with pytest.raises(TokenizerError, match="of type 'Unigram'; expected a byte-level BPE"):
-        tokenizer_metadata(tmp_path / "t.json", CONFIG)
+        export_tokenizer(tmp_path / "t.json", CONFIG)

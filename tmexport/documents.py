@@ -1,0 +1,142 @@
+"""The one definition of a score: what a document is, where it starts, and which of its tokens count. Two programs use it.
+
+A .jsonl file has one document in each line's "text"; any other text file is one document. Every document starts from an
+empty state with the end-of-text token before it, the state is carried through the whole document whatever its length, and
+every token of the document is scored, an end-of-text marker inside its text too. (If the model has no end-of-text token,
+the first token of a document is not scored.) bits_per_byte is the sum of the tokens' nats / ln 2 / the UTF-8 bytes of the
+text, so it compares models with different tokenizers; perplexity is exp(nats / token).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from tmexport.background import in_background
+from tmexport.errors import TextError
+
+END_OF_TEXT = "<|endoftext|>"
+_AT_ONCE = 64  # documents that are tokenised together
+
+
+@dataclass(frozen=True)
+class Document:
+    """ids: int64 [n], the token it starts with included; n_bytes of its UTF-8 text."""
+
+    ids: np.ndarray
+    n_bytes: int
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are predicted: all but the first."""
+        return max(0, len(self.ids) - 1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """tokens: how many were scored; nats: their sum; text_bytes: of the text they stand for."""
+
+    tokens: int
+    nats: float
+    text_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(700.0, self.nats / self.tokens))
+
+    def as_dict(self) -> dict[str, float]:
+        """For --json."""
+        return {**asdict(self), "bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity}
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        TextError: it is missing or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a text file.
+
+    Raises:
+        TextError: it cannot be read, or a line of a .jsonl file has no string "text".
+    """
+    if path.suffix != ".jsonl":
+        yield read_text(path)
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of_line(path, number, line)
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def start_token(named: int | None, token_id: Callable[[str], int | None]) -> int | None:
+    """The token before every document: the model's own end-of-text token, else the tokenizer's <|endoftext|>, else none."""
+    return token_id(END_OF_TEXT) if named is None else named
+
+
+def encode_documents(
+    texts: Iterable[str],
+    encode: Callable[[Sequence[str]], Sequence[Sequence[int]]],
+    start: int | None,
+    on_bytes: Callable[[int], None] = lambda n: None,
+) -> Iterator[Document]:
+    """Every document that is not empty, tokenised once, some at a time; Ctrl-C is heard meanwhile."""
+    rest = (text for text in texts if text)
+    while batch := list(islice(rest, _AT_ONCE)):
+        before = [] if start is None else [start]
+        for text, ids in zip(batch, in_background(lambda batch=batch: encode(batch)), strict=True):
+            size = len(text.encode())
+            yield Document(np.array([*before, *ids], np.int64), size)
+            on_bytes(size)
+
+
+def score_documents(documents: Iterable[Document], nats_of: Callable[[np.ndarray], float]) -> Score:
+    """Add up; `nats_of(ids)` gives the nats of ids[1:], each given everything before it, from an empty state.
+
+    Raises:
+        TextError: there is no token to score.
+    """
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for document in documents:
+        if document.scored:
+            nats += nats_of(document.ids)
+            tokens += document.scored
+            text_bytes += document.n_bytes
+    if not tokens:
+        raise TextError("the text holds no token to score")
+    return Score(tokens, nats, text_bytes)
+
+
+def _text_of_line(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{path}: line {number} is not JSON: {error}") from None
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise TextError(f'{path}: line {number} has no string "text"; expected {{"text": "..."}} on every line')
+    return text
