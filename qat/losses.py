@@ -7,8 +7,9 @@ are made in the forward pass, row chunk by row chunk. Source of the loss: Hinton
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,24 +100,26 @@ def _top_divergence(log_p: Tensor, ids: Tensor, log_q: Tensor, log_tail: Tensor)
     return divergence, grad.scatter_(-1, ids, p_top * total[:, None] - q)
 
 
-def alignment_loss(student: Sequence[nn.Module], teacher: Sequence[nn.Module], hidden: Tensor) -> Tensor:
-    """How far each student layer is from the teacher's on the teacher's own hidden states, as a share of what it adds.
+def alignment_loss(student: Sequence[nn.Module], stream: Iterable[Tensor]) -> Tensor:
+    """How far each student block is from the teacher's on the teacher's own hidden states, as a share of what it adds.
 
-    mean over the layers of |student(h) - teacher(h)|^2 / |teacher(h) - h|^2: the second stage of MOHAWK (Bick et al. 2024,
-    arXiv 2408.10189). No layer sees another's error, so all are trained at once, each on its own.
+    mean over the blocks of |student(h) - teacher(h)|^2 / |teacher(h) - h|^2: the second stage of MOHAWK (Bick et al. 2024,
+    arXiv 2408.10189). No block sees another's error, so all are trained at once, each on its own.
 
     Args:
-        student, teacher: layers [batch, time, d_model] -> the same shape, with a residual connection inside.
-        hidden: what enters the first layer.
+        student: blocks [batch, time, d_model] -> the same shape, with a residual connection inside.
+        stream: the teacher's hidden states, one more than there are blocks: what enters the first, then what leaves each.
     """
-    total = hidden.new_zeros(())
-    for ours, theirs in zip(student, teacher, strict=True):
-        with torch.no_grad():
-            after = theirs(hidden)
-            size = (after - hidden).square().mean()
-        total = total + (ours(hidden) - after).square().mean() / size.clamp_min(1e-12)
-        hidden = after
+    total: Tensor | float = 0.0
+    for block, (before, after) in zip(student, pairwise(_without_gradient(stream)), strict=True):
+        size = (after - before).square().mean()
+        total = total + (block(before) - after).square().mean() / size.clamp_min(1e-12)
     return total / len(student)
+
+
+@torch.no_grad()
+def _without_gradient(stream: Iterable[Tensor]) -> Iterator[Tensor]:
+    yield from stream
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -7,6 +7,7 @@ The same convention as `tmexport.types.ternary.quantize_absmean`, so what is exp
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -134,3 +135,12 @@ def zero_ratios(model: LanguageModel) -> dict[str, float]:
         if parametrize.is_parametrized(module, "weight"):
             ratios[name] = 1.0 - torch.count_nonzero(module.weight).item() / module.weight.numel()
     return ratios
+
+
+def model_tensors(model: LanguageModel) -> dict[str, np.ndarray | TernaryTensor]:
+    """Every tensor of a model by its Hugging Face name: codes and scales where it is fake-quantised, else fp32."""
+    tensors: dict[str, np.ndarray | TernaryTensor] = {**quantized_weights(model)}
+    for name in model.config.tensors:
+        if name not in tensors:
+            tensors[name] = model.get_parameter(name).detach().float().cpu().numpy()
+    return tensors

@@ -23,7 +23,7 @@ from qat.memory import keep_freed_memory
 from qat.model import LanguageModel
 from qat.plan import config_of
 from qat.recipe import load_recipe
-from qat.trainer import Step, make_optimizer
+from qat.train.step import Step, make_optimizer
 
 
 @click.command()

@@ -75,7 +75,7 @@ def main() -> None:
                 print(f"{position} tokens, {decodes[-1][0]} kB", file=sys.stderr)
         seconds = time.monotonic() - began
     result = {"cycles": options.cycles, "load_unload": growth(loads), "tokens": options.tokens, "decode": growth(decodes),
-              "tokens_per_second": round(options.tokens / seconds, 1), "state_finite": bool(np.isfinite(state.ssm).all())}  # fmt: skip
+              "tokens_per_second": round(options.tokens / seconds, 1), "state_finite": bool(np.isfinite(state.arrays["ssm"]).all())}  # fmt: skip
     grown = [result["load_unload"], result["decode"]]
     result["ok"] = result["state_finite"] and all(g["anonymous_kb"] < ALLOWED_KB and g["descriptors"] < 1 and g["threads"] < 1 for g in grown)  # fmt: skip
     print(json.dumps(result))

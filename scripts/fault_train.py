@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ def prepare(work: Path) -> tuple[Path, Path]:
     return write_small(work / "teacher", config), text
 
 
-def run_training(out: Path, teacher: Path, text: Path, steps: int = STEPS) -> None:
+def run_training(out: Path, teacher: Path, text: Path, steps: int = STEPS, hooks: Sequence[Any] = ()) -> None:
     from qat.recipe import Recipe
-    from qat.train import train
+    from qat.train.training import train
 
     recipe = Recipe(
         group_size=64,
@@ -59,7 +59,7 @@ def run_training(out: Path, teacher: Path, text: Path, steps: int = STEPS) -> No
         eval_every=20,
         weight_decay=0.0,
     )
-    train(recipe, [text], out, teacher, held_out=[text], resume=True)
+    train(recipe, [text], out, teacher, held_out=[text], resume=True, hooks=hooks)
 
 
 def start(action: Callable[[], None]) -> int:
@@ -97,7 +97,7 @@ def checkpoint_is_whole(out: Path) -> None:
     if latest.exists():
         state = torch.load(latest, weights_only=True)
         assert 0 < state["step"] <= STEPS
-        assert set(state) == {"model", "step", "best", "recipe", "optimizer"}
+        assert set(state) == {"model", "step", "best", "recipe", "inputs", "optimizer"}
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     options = parser.parse_args()
     rng, damaged, finished_early, longest = random.Random(options.seed), 0, 0, 0
-    import qat.train  # noqa: F401 - once, for every child
+    import qat.train.training  # noqa: F401 - once, for every child
 
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

@@ -22,7 +22,7 @@ from qat.model.mamba2 import default_chunk
 from qat.plan import config_of, describe, layer_activations, make_plan
 from qat.quantizer import make_ternary
 from qat.recipe import load_recipe
-from qat.trainer import Step, make_optimizer
+from qat.train.step import Step, make_optimizer
 
 
 @click.command()

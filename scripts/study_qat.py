@@ -30,7 +30,7 @@ from qat.data import Batches, TokenStream, find_files, tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer, score_document
 from qat.model import LanguageModel, load_model
 from qat.recipe import load_recipe
-from qat.train import train
+from qat.train.training import train
 from tmexport.cli.app import run_command
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write

@@ -21,21 +21,16 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from scripts import fault_train as fault
-import qat.trainer
+from qat.train.hooks import Hook
 import matplotlib.pyplot
 
-work, show = Path(sys.argv[1]), qat.trainer._show
+work = Path(sys.argv[1])
 teacher, text = fault.prepare(work)
 
-def killed_at(moment):
-    def fatal(bar, step, *rest):
-        show(bar, step, *rest)
-        if step == moment:
+class Kill(Hook):
+    def after_step(self, training):
+        if training.step == 6:
             os.kill(os.getpid(), signal.SIGKILL)
-    def action():
-        qat.trainer._show = fatal
-        fault.run_training(work / "killed", teacher, text, 8)
-    return action
 
 def killed_while_saving():
     replace = os.replace
@@ -48,7 +43,7 @@ def killed_while_saving():
     fault.run_training(work / "killed", teacher, text, 8)
 
 codes = [fault.wait(fault.start(lambda: fault.run_training(work / "whole", teacher, text, 8)))]
-for action in (killed_while_saving, killed_at(6), lambda: fault.run_training(work / "killed", teacher, text, 8)):
+for action in (killed_while_saving, lambda: fault.run_training(work / "killed", teacher, text, 8, [Kill()]), lambda: fault.run_training(work / "killed", teacher, text, 8)):
     codes.append(fault.wait(fault.start(action)))
 print(json.dumps([codes, fault.results(work / "killed") == fault.results(work / "whole"), len(fault.results(work / "whole")["curve"])]))
 """
@@ -73,8 +68,8 @@ def test_killed_twice_and_resumed(tmp_path):
 )
 def test_a_trainers_checkpoint_that_is_none(tmp_path, content):
     from qat.model import LanguageModel
-    from qat.saving import load_state
-    from qat.trainer import make_optimizer
+    from qat.train.saving import load_state
+    from qat.train.step import make_optimizer
 
     torch.save(content, tmp_path / "latest.pt")
     model, recipe = LanguageModel(SMALL), Recipe()

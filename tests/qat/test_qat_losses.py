@@ -109,9 +109,12 @@ def test_alignment_is_a_share_of_what_a_layer_adds():
         triple.weight.copy_(3 * torch.eye(4))
     hidden = torch.randn(2, 3, 4)
     # teacher: h -> 2h -> 4h adds h, then 2h; student: h -> 3h (off by h: 1), and 2h -> 6h (off by 2h: 1)
-    loss = alignment_loss([triple, triple], [double, double], hidden)
+    stream = [hidden, double(hidden), double(double(hidden))]
+    loss = alignment_loss([triple, triple], [part.detach() for part in stream])
     assert loss.item() == pytest.approx(1.0)
-    assert alignment_loss([double], [double], hidden).item() == 0.0
+    assert alignment_loss([double], stream[:2]).item() == 0.0
+    with pytest.raises(ValueError, match="shorter"):
+        alignment_loss([double, double], stream[:2])
     loss.backward()
     assert triple.weight.grad is not None
     assert double.weight.grad is None

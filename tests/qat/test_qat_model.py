@@ -7,7 +7,7 @@ import transformers
 
 from qat.model import LanguageModel, load_model
 from qat.model.ssd import chunked_scan
-from qat.train import model_tensors
+from qat.quantizer import model_tensors
 from tests.qat.tiny import tiny_config
 from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qat.recipe import Recipe
-from qat.train import train
+from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import UsageError
 

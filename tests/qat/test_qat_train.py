@@ -14,15 +14,14 @@ import torch
 
 import qat.evaluate
 import qat.ptq
-import qat.train
-import qat.trainer
+import qat.train.command
 from qat.errors import TrainingError
 from qat.evaluate import evaluate
 from qat.model import load_model
 from qat.ptq import round_to_nearest
 from qat.recipe import Recipe, load_recipe
-from qat.train import train
-from qat.trainer import find_collapse
+from qat.train.hooks import Hook, find_collapse
+from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.app import run_command
 from tmexport.errors import CheckpointError, TextError, TokenizerError, UsageError
@@ -190,20 +189,17 @@ def test_find_collapse():
 
 
 @pytest.mark.parametrize("stop_after", [7, 9])
-def test_resume_is_exact(teacher, corpus, tmp_path, monkeypatch, stop_after):
+def test_resume_is_exact(teacher, corpus, tmp_path, stop_after):
     """Interrupted in the middle (at a checkpoint or not), the run ends with the same curve and the same bits."""
     train(STUDENT, [corpus], tmp_path / "whole", teacher, held_out=[corpus])
-    show = qat.trainer._show
 
-    def press_ctrl_c(bar, step, entry, zeros):
-        show(bar, step, entry, zeros)
-        if step == stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
+    class PressCtrlC(Hook):
+        def after_step(self, training):
+            if training.step == stop_after:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(qat.trainer, "_show", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
-        train(STUDENT, [corpus], tmp_path / "parts", teacher, held_out=[corpus])
-    monkeypatch.undo()
+        train(STUDENT, [corpus], tmp_path / "parts", teacher, held_out=[corpus], hooks=[PressCtrlC()])
     assert len(curve(tmp_path / "parts")) == stop_after + 1  # the step in progress is finished
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     train(STUDENT, [corpus], tmp_path / "parts", teacher, held_out=[corpus], resume=True)
@@ -248,17 +244,14 @@ def test_tensorboard_holds_the_metrics_once(teacher, corpus, tmp_path, monkeypat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = Recipe(**{**TINY, "group_size": 64, "steps": 8, "tensorboard": True, "save_every": 3})
-    real = qat.trainer._show
 
-    def crash(bar, step, entry, zeros):
-        real(bar, step, entry, zeros)
-        if step == 5:  # after the checkpoint of step 3: steps 4 and 5 are done twice
-            raise RuntimeError("power cut")
+    class PowerCut(Hook):
+        def after_step(self, training):
+            if training.step == 5:  # after the checkpoint of step 3: steps 4 and 5 are done twice
+                raise RuntimeError("power cut")
 
-    monkeypatch.setattr(qat.trainer, "_show", crash)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(recipe, [corpus], tmp_path, teacher)
-    monkeypatch.setattr(qat.trainer, "_show", real)
+        train(recipe, [corpus], tmp_path, teacher, hooks=[PowerCut()])
     train(recipe, [corpus], tmp_path, teacher, resume=True)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -359,11 +352,14 @@ def test_commands(teacher, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        (qat.train.main, ["--data", "CORPUS"]),
-        (qat.train.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--lr", "-1"]),
-        (qat.train.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--recipe", "nonsense"]),
-        (qat.train.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--steps", "many"]),
-        (qat.train.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--batch-size", "3", "--accumulate", "2"]),
+        (qat.train.command.main, ["--data", "CORPUS"]),
+        (qat.train.command.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--lr", "-1"]),
+        (qat.train.command.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--recipe", "nonsense"]),
+        (qat.train.command.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--steps", "many"]),
+        (
+            qat.train.command.main,
+            ["--teacher", "TEACHER", "--data", "CORPUS", "--batch-size", "3", "--accumulate", "2"],
+        ),
         (qat.ptq.main, ["rtn", "--teacher", "TEACHER"]),  # groups of 256 do not fit a width of 64
         (qat.evaluate.main, ["--data", "CORPUS"]),
     ],

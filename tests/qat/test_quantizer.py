@@ -6,8 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.quantizer import LearnedTernaryWeight, TernaryWeight, make_ternary, quantized_weights, zero_ratios
-from qat.train import model_tensors
+from qat.quantizer import (
+    LearnedTernaryWeight,
+    TernaryWeight,
+    make_ternary,
+    model_tensors,
+    quantized_weights,
+    zero_ratios,
+)
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import UsageError
 from tmexport.types.ternary import quantize_absmean

@@ -8,7 +8,7 @@ import pytest
 
 from qat.evaluate import evaluate
 from qat.recipe import Recipe
-from qat.train import train
+from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 
 

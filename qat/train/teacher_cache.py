@@ -16,8 +16,8 @@ import torch
 
 from qat.data import Batches
 from qat.losses import TopPredictions, rows_at_once
-from qat.model import LanguageModel
 from qat.recipe import Recipe
+from qat.train.teacher import Teacher
 from tmexport.cli.progress import progress_bar
 from tmexport.files import atomic_write
 
@@ -38,10 +38,10 @@ class TeacherCache:
 
 
 def open_teacher_cache(
-    recipe: Recipe, teacher: LanguageModel, batches: Batches, tokens_key: str, cache: Path
+    recipe: Recipe, teacher: Teacher, batches: Batches, tokens_key: str, cache: Path
 ) -> TeacherCache:
     """The cache of these batches and this teacher, made now if it is not there. The teacher may be on any device."""
-    vocab, k = teacher.config.vocab_size, min(recipe.teacher_top_k, teacher.config.vocab_size)
+    vocab, k = teacher.vocab_size, min(recipe.teacher_top_k, teacher.vocab_size)
     digest = hashlib.sha256(
         f"{tokens_key} {recipe.seed} {recipe.steps} {k} {recipe.temperature} {recipe.dtype}".encode()
     )
@@ -61,12 +61,12 @@ def open_teacher_cache(
 
 
 @torch.no_grad()
-def _predict(teacher: LanguageModel, ids: np.ndarray, record: np.dtype, recipe: Recipe) -> np.ndarray:
+def _predict(teacher: Teacher, ids: np.ndarray, record: np.dtype, recipe: Recipe) -> np.ndarray:
     device = teacher.head_weight.device
     out = np.empty(ids.size, record)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-        hidden = teacher.backbone(torch.from_numpy(ids).to(device)).flatten(0, 1)
-        rows = rows_at_once(teacher.config.vocab_size)
+        hidden = teacher.hidden(torch.from_numpy(ids).to(device)).flatten(0, 1)
+        rows = rows_at_once(teacher.vocab_size)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = (hidden[part] @ teacher.head_weight.t()).float().div_(recipe.temperature)

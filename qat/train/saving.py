@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qat.recipe import Recipe, changed_settings
-from qat.sharding import load_whole
+from qat.train.sharding import load_whole
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
 

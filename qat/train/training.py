@@ -1,24 +1,12 @@
-"""Train a ternary student from a full-precision teacher, or a small teacher from nothing.
-
-    python -m qat.train --from-scratch --recipe demo-cpu --data speeches.jsonl --out out/teacher
-    python -m qat.train --teacher out/teacher --recipe demo-cpu --data speeches.jsonl --out out/student
-
-OUT gets the checkpoint (config.json, model.safetensors, tokenizer.json), the resolved recipe.toml, metrics.jsonl,
-curves.png, and in checkpoints/ what --resume needs.
-"""
+"""A training put together: models, tokens and batches of a recipe; what is left of it is written to a folder."""
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from tmexport.cli import run_verb
-
-    run_verb("train", "python -m qat.train")
-
 import hashlib
-import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +15,24 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from qat.curves import draw_curves
 from qat.data import Batches, TokenStream, tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
 from qat.memory import keep_freed_memory
 from qat.model import LanguageModel, load_model
-from qat.plan import ACCELERATORS, config_of, describe, make_plan
-from qat.quantizer import make_ternary, quantized_weights
-from qat.recipe import Recipe, load_recipe, options
-from qat.teacher_cache import open_teacher_cache
+from qat.plan import config_of
+from qat.quantizer import make_ternary, model_tensors
+from qat.recipe import Recipe
 from qat.tokenizer import END_OF_TEXT, train_tokenizer
-from qat.trainer import Run, fit
-from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
+from qat.train.curves import draw_curves
+from qat.train.hooks import Hook
+from qat.train.loop import fit
+from qat.train.run import Run
+from qat.train.teacher import Teacher
+from qat.train.teacher_cache import open_teacher_cache
+from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.model import Model
 from tmexport.threads import default_threads
-from tmexport.types.ternary import TernaryTensor
 
 
 def train(
@@ -54,8 +44,11 @@ def train(
     tokenizer: Path | None = None,
     resume: bool = False,
     cache: Path | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
     """Run a recipe; returns a summary. Without a teacher, a full-precision model is trained from nothing.
+
+    `hooks` are called after every step, besides those of every run (qat/train/hooks.py).
 
     Raises:
         TmexportError: the data, the teacher or a setting cannot be used, or the loss is not finite.
@@ -78,7 +71,7 @@ def train(
     with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
         run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache")
     try:
-        summary = fit(run, resume)
+        summary = fit(run, resume, hooks)
     finally:
         if accelerator.is_main_process and run.metrics.is_file() and run.metrics.stat().st_size:
             draw_curves(run.metrics, out / "curves.png")
@@ -135,10 +128,10 @@ def _prepare(
     return run
 
 
-def _digest_of_vectors(model: LanguageModel) -> str:
+def _digest_of_vectors(teacher: Teacher) -> str:
     """Tells one teacher from another by its norms, biases, A and D, which are quickly read."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
+    for parameter in teacher.state_dict().values():
         if parameter.ndim == 1:
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -149,15 +142,6 @@ def _halve_matrices(model: LanguageModel) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def model_tensors(model: LanguageModel) -> dict[str, np.ndarray | TernaryTensor]:
-    """Every tensor of a model by its Hugging Face name: codes and scales where it is fake-quantised, else fp32."""
-    tensors: dict[str, np.ndarray | TernaryTensor] = {**quantized_weights(model)}
-    for name in expected_shapes(model.config):
-        if name not in tensors:
-            tensors[name] = model.get_parameter(name).detach().float().cpu().numpy()
-    return tensors
 
 
 def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | None) -> Path:
@@ -196,72 +180,3 @@ def _first_tokens(stream: TokenStream, count: int, eos: int, tokenizer: Path) ->
     parts = [ids[:share] for ids in documents]
     # A cut may fall inside a UTF-8 character, which decodes as U+FFFD (3 bytes for 1 to 3): a few bytes of many thousands.
     return np.concatenate(parts), sum(len(known.decode(ids[1:].tolist()).encode()) for ids in parts)
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--teacher", type=click.Path(path_type=Path), help="checkpoint folder of the full-precision model")
-@click.option("--from-scratch", is_flag=True, help="train a full-precision model from nothing instead")
-@click.option(
-    "--data",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="text, JSON Lines, Parquet, a folder, or hf:NAME[:CONFIG[:SPLIT]], read through datasets; repeatable",
-)
-@click.option(
-    "--held-out", multiple=True, type=click.Path(path_type=Path), help="text to score during training; repeatable"
-)
-@click.option("--out", type=click.Path(path_type=Path), help="folder for the result")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if the teacher's folder has none")
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="folder for tokens and teacher's predictions [OUT/cache]"
-)
-@click.option("--recipe", "recipe_name", help="TOML file, or the name of one in recipes/ (demo-cpu)")
-@click.option("--resume", is_flag=True, help="go on with the run in OUT, if there is one")
-@click.option("--plan", "plan_only", is_flag=True, help="print what the recipe costs (memory, FLOPs, hours) and stop")
-@click.option("--accelerator", default="h100", show_default=True, help="for --plan: " + ", ".join(ACCELERATORS))
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object at the end")
-@options
-def main(
-    teacher: Path | None,
-    from_scratch: bool,
-    data: tuple[Path, ...],
-    held_out: tuple[Path, ...],
-    out: Path | None,
-    tokenizer: Path | None,
-    cache: Path | None,
-    recipe_name: str | None,
-    resume: bool,
-    plan_only: bool,
-    accelerator: str,
-    as_json: bool,
-    **flags: Any,
-) -> None:
-    """Train a ternary student from a teacher (quantisation-aware training with distillation).
-
-    Example: python -m qat.train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
-    """
-    if plan_only:
-        recipe = load_recipe(recipe_name, "teacher" if from_scratch else "student", flags)
-        config = open_checkpoint(teacher).config if teacher else config_of(recipe)
-        plan = make_plan(recipe, config, accelerator, not from_scratch)
-        click.echo(json.dumps(asdict(plan)) if as_json else describe(plan))
-        return
-    if (teacher is None) != from_scratch:
-        raise UsageError("give either --teacher DIR or --from-scratch")
-    if not data or out is None:
-        raise UsageError("give the text with --data and a folder for the result with --out")
-    recipe = load_recipe(recipe_name, "student" if teacher else "teacher", flags)
-    try:
-        summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume, cache)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})"
-        ) from None
-    if int(os.environ.get("RANK", "0")):
-        return  # one process speaks for all
-    if as_json:
-        click.echo(json.dumps(summary))
-    else:
-        score = summary["held_out_bits_per_byte"]
-        shown = f", {score:.4f} bits per byte held out" if score is not None else ""
-        click.echo(f"{out}: {summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s{shown}")
