@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from runtime_ref.arithmetic import DEFAULT, HELP, PRESETS
 from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal
 from runtime_ref.memory import MemorySize, check_memory
 from runtime_ref.model import Model
@@ -45,8 +46,7 @@ from tmexport.tokenizer.gguf import stop_ids
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 keeps all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random choice.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
-@click.option("--profile", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
-              help="exact: 16-bit activations; fast: 8-bit activations and a 16-bit state.")  # fmt: skip
+@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=HELP)
 @click.option("--tokenizer", "tokenizer_path", type=click.Path(path_type=Path),
               help="A tokenizer.json. Default: the one in the file, or else the file's own vocabulary.")  # fmt: skip
 @click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a saved state.")
