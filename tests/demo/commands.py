@@ -9,6 +9,7 @@ from unittest.mock import patch
 import click
 
 from tests.demo.running import ROOT
+from tmexport.cli import load
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -46,17 +47,25 @@ def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
         return importlib.import_module("tmexport.cli").cli, words[1:]
     assert words[0] == "python", f"{words[0]}: is neither ours nor known to be someone else's"
     module, rest = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
-    if words[1] != "-m":
+    if words[1] == "-m":
+        verb = verb_of(module)
+        if verb is not None:
+            return load(verb), rest
+    else:
         assert (ROOT / words[1]).is_file(), f"{words[1]}: no such script"
-    found = importlib.import_module(module)
-    if hasattr(found, "__path__"):  # a package that runs keeps its command in cli.py
-        module = f"{module}.cli"
-        found = importlib.import_module(module)
-    namespace = vars(found)
+    namespace = vars(importlib.import_module(module))
     ours = [v for v in namespace.values() if isinstance(v, click.Command) and v.callback.__module__ == module]
     groups = [command for command in ours if isinstance(command, click.Group)]
     (command,) = groups or ours
     return command, rest
+
+
+def verb_of(module: str) -> str | None:
+    """The verb that `python -m module` runs, from its source; None if it runs something else."""
+    path = ROOT / module.replace(".", "/")
+    file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    found = re.search(r'run_verb\("([a-z-]+)"', file.read_text(encoding="utf-8"))
+    return found and found[1]
 
 
 def parse(command: click.Command, args: list[str]) -> None:
