@@ -26,6 +26,8 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
+from runtime_ref.arithmetic import DEFAULT, PRESETS
+from runtime_ref.arithmetic import HELP as PRESET_HELP
 from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal
 from runtime_ref.loading import Loaded, load_gguf, load_onnx
 from runtime_ref.memory import MemorySize, check_memory
@@ -50,8 +52,7 @@ _GGUF_ONLY = ("profile", "load_state", "save_state", "max_memory")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 keeps all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random choice.")
 @threads_option
-@click.option("--profile", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
-              help="exact: 16-bit activations; fast: 8-bit activations and a 16-bit state.")  # fmt: skip
+@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=PRESET_HELP)
 @click.option("--kernels", is_flag=True, help="Compute an ONNX file of the custom form with the runtime's own bit-exact arithmetic.")  # fmt: skip
 @click.option("--tokenizer", "tokenizer_path", type=PATH,
               help="A tokenizer.json. Default: the one in or beside the file, or else the file's own vocabulary.")  # fmt: skip

@@ -209,8 +209,10 @@ def _tokens(features: Features) -> None:
     vocabulary, added = features.raw["model"]["vocab"], features.raw.get("added_tokens") or []
     contents = {entry["content"] for entry in added}
     ordinary = sorted((SPECIAL & set(vocabulary)) - contents)
-    if ordinary:
-        raise _Refused(f"has {ordinary[0]!r} as an ordinary token, which llama.cpp takes for a special one; add it to added_tokens")  # fmt: skip
+    if ordinary:  # Qwen's own files: </s>
+        features.warnings.append(
+            f"{ordinary[0]!r} is an ordinary token, but llama.cpp takes it for a special one by its name: the text {ordinary[0]!r} may give other tokens there"
+        )
     for content in contents:
         if not content or "\0" in content:
             raise _Refused(f"has the added token {content!r}; a GGUF cannot hold it")
@@ -220,10 +222,10 @@ def _tokens(features: Features) -> None:
     missing = missing_bytes(vocabulary)
     if missing:
         unknown = features.raw["model"].get("unk_token")
-        becomes = "leaves it out" if unknown is None else f"puts {unknown!r} there"
+        becomes = "joins what is around them" if unknown is None else f"puts {unknown!r} there"
         features.warnings.append(
-            f"the vocabulary has no token for {len(missing)} of the bytes of UTF-8; the tokenizer {becomes}, llama.cpp leaves it out: "
-            f"{ascii(sample_with(missing[0]))[1:-1]}, for example, may give other tokens there"
+            f"the vocabulary has no token for {len(missing)} of the bytes of UTF-8; the tokenizer {becomes}, llama.cpp leaves them out: "
+            f"a text with {ascii(sample_with(missing[0]))[1:-1]} may give other tokens there"
         )
     pair = overlapping(added)
     if pair is not None:
