@@ -21,7 +21,7 @@ from scripts.demo.report import (
 from scripts.demo.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "demo-cpu.toml"
+RECIPE = ROOT / "qat" / "recipes" / "demo-cpu.toml"
 PROMPT = "Fellow citizens, the state of the Union is"
 
 

@@ -43,7 +43,7 @@ class OrtState:
         first = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
         other = [
             value
-            if in_place and state.recurrent
+            if in_place and state.in_place
             else ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.float32)
             for state, value in zip(states, first, strict=True)
         ]

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from qat.plan import ACCELERATORS, config_of, describe, make_plan
-from qat.recipe import load_recipe, options
+from qat.recipe import known_recipes, load_recipe, options
 from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import UsageError
@@ -41,7 +41,7 @@ from tmexport.errors import UsageError
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="folder for tokens and teacher's predictions [OUT/cache]"
 )
-@click.option("--recipe", "recipe_name", help="TOML file, or the name of one in recipes/ (demo-cpu)")
+@click.option("--recipe", "recipe_name", help="a TOML file, or a name: " + ", ".join(known_recipes()))
 @click.option("--resume", is_flag=True, help="go on with the run in OUT, if there is one")
 @click.option("--plan", "plan_only", is_flag=True, help="print what the recipe costs (memory, FLOPs, hours) and stop")
 @click.option("--accelerator", default="h100", show_default=True, help="for --plan: " + ", ".join(ACCELERATORS))
