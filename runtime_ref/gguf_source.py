@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime_ref.arithmetic import Preset
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix
 from tmexport.errors import GGUFError
 from tmexport.gguf.names import config_from_metadata, group_sizes_of
@@ -48,11 +49,9 @@ def source_of(gguf: GGUFFile) -> Source:
         _forget(gguf, name)
         return result
 
-    def activation_block(name: str, profile: str) -> int:
+    def activation_block(name: str, preset: Preset) -> int:
         group = groups.get(name)
-        if group is None:
-            return 32
-        return group if profile == "exact" else fast_block(gguf.tensors[name].type)
+        return 32 if group is None else preset.activations.block(group, fast_block(gguf.tensors[name].type))
 
     return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from runtime_ref.arithmetic import preset_of
 from runtime_ref.kernels.scratch import CHUNK
+from runtime_ref.state import state_arrays
 from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
 from tmexport.gguf.export import EMBEDDING_TYPES, low_bit_types, tensor_layout
@@ -108,7 +110,7 @@ def check_memory(path: Path | str, limit: int, profile: str, states: int = 1, co
 
 
 def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int, own: Need) -> str:
-    """The smallest change that fits: the other profile, else a smaller type."""
+    """The smallest change that fits: a profile with a smaller state, else a smaller type."""
     config = config_from_metadata(gguf)
     body, embedding = (gguf.tensors[name].type for name in ("blk.0.ssm_in.weight", "token_embd.weight"))
     smaller = body if holds(body, "ternary") or holds(body, "binary") else _ternary_type(config)
@@ -118,7 +120,7 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int
         if config.d_model % of_embedding.block_size:
             continue
         layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
-        for how in dict.fromkeys((profile, "fast")):
+        for how in (profile, *(preset.name for preset in preset_of(profile).smaller())):
             option = _need(gguf, config, layout, how, states, compiles)
             name = (
                 "" if (kind, of_embedding) == (body, embedding) else f"{kind.name} with a {of_embedding.name} embedding"
@@ -149,7 +151,7 @@ def _need(gguf: GGUFFile, config: Mamba2Config, layout: Layout, profile: str, st
     weights = sum(packed.values())
     ends = [packed[name] + stored[name] for name in ("token_embd.weight", "output.weight") if name in packed]
     layers = max(packed[name] + stored[name] for name in packed if name.startswith("blk."))
-    state = c.n_layer * (4 * (c.d_conv - 1) * c.conv_dim + (4 if profile == "exact" else 2) * c.d_inner * c.d_state)
+    state = sum(array.nbytes for array in state_arrays(c, preset_of(profile)))
     tokenizer = gguf.metadata.get(TOKENIZER_JSON_KEY)
     scratch = CHUNK * (4 * c.d_model + 9 * max(c.d_model, c.d_inner) + 4 * c.d_in_proj + 4 * c.conv_dim)
     scratch += 8 * c.vocab_size  # two vectors of logits

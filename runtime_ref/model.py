@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime_ref.arithmetic import DEFAULT, preset_of
 from runtime_ref.errors import NumericsError, StateError
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.build import Built, build
 from runtime_ref.kernels.engine import run
-from runtime_ref.kernels.profiles import PROFILES, STATE_DTYPES
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
-from runtime_ref.sampling import Sampling, choose
-from runtime_ref.state import State
+from runtime_ref.sampling import Sampling, continue_tokens
+from runtime_ref.state import State, state_arrays
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
 from tmexport.config import Mamba2Config
@@ -33,21 +33,21 @@ from tmexport.threads import default_threads
 class Model:
     """Weights in the kernels' layout, a profile, and a team of threads. Calls from several threads take turns."""
 
-    def __init__(self, source: Source, profile: str = "exact", threads: int | None = None) -> None:
-        if profile not in PROFILES:
-            raise UsageError(f"profile is {profile!r}; expected exact or fast")
+    def __init__(self, source: Source, profile: str = DEFAULT, threads: int | None = None) -> None:
+        self.preset = preset_of(profile)
         if threads is not None and not 1 <= threads <= 1024:
             raise UsageError(f"{threads} threads; expected 1 to 1024")
         self.config: Mamba2Config = source.config
         self.profile = profile
-        self._built: Built = build(source, profile)
+        self._state_arrays = state_arrays(source.config, self.preset)
+        self._built: Built = build(source, self.preset)
         self.fingerprint = _fingerprint(self._built)
         self._team = Team(threads or default_threads())
         self._lock = threading.Lock()
         self._scratch: Scratch = allocate(1, self.config)
 
     @classmethod
-    def load(cls, path: Path | str, profile: str = "exact", threads: int | None = None) -> Model:
+    def load(cls, path: Path | str, profile: str = DEFAULT, threads: int | None = None) -> Model:
         """The model in a GGUF file.
 
         Raises:
@@ -85,14 +85,8 @@ class Model:
 
     def new_state(self) -> State:
         """The state before the first token."""
-        c = self.config
-        return State(
-            np.zeros((c.n_layer, c.d_conv - 1, c.conv_dim), np.float32),
-            np.zeros((c.n_layer, c.n_heads, c.headdim, c.d_state), STATE_DTYPES[self.profile]),
-            0,
-            self.fingerprint,
-            self.profile,
-        )
+        arrays = {name: np.zeros(shape, dtype) for name, shape, dtype in self._state_arrays}
+        return State(arrays, 0, self.fingerprint, self.profile)
 
     def load_state(self, path: Path | str) -> State:
         """A state saved by `State.save`.
@@ -156,28 +150,8 @@ class Model:
         stop: Sequence[int] = (),
         on_logits: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[int]:
-        """Token after token; ends after `max_tokens`, or with a token of `stop` (which is yielded).
-
-        Args:
-            prompt: token ids, at least one.
-            max_tokens: the most tokens to yield.
-            sampling: how to choose; greedy if None.
-            state: continue from here (it is updated); a new state if None.
-            stop: ids that end the text.
-            on_logits: called with the logits each token was chosen from.
-        """
-        how = sampling or Sampling()
-        state = state or self.new_state()
-        rng = np.random.default_rng(how.seed)
-        logits = self.prefill(state, prompt)
-        for position in range(max_tokens):
-            if on_logits:
-                on_logits(logits)
-            token = choose(logits, how, rng)
-            yield token
-            if token in stop or position + 1 == max_tokens:
-                return
-            logits = self.decode(state, token)
+        """Token after token: `sampling.continue_tokens`."""
+        return continue_tokens(self, prompt, max_tokens, sampling, state, stop, on_logits)
 
     def close(self) -> None:
         """End the threads."""
@@ -192,16 +166,14 @@ class Model:
         for state in states:
             if state.model != self.fingerprint or state.profile != self.profile:
                 raise StateError("the state belongs to another model or profile")
-            self._check_arrays(state)
+            state.check(self._state_arrays)
         sequences, length = tokens.shape
         with self._lock:
             if len(self._scratch.x) < tokens.size:
                 self._scratch = allocate(tokens.size, self.config)
             rows = tokens.size if all_logits else sequences
             logits = np.empty((rows, vocab), np.float32)
-            addresses = [
-                np.array([getattr(s, part).ctypes.data for s in states], np.uint64) for part in ("conv", "ssm")
-            ]
+            addresses = [np.array([s.arrays[part].ctypes.data for s in states], np.uint64) for part in ("conv", "ssm")]
             self._team.run(
                 run, *self._built, self._scratch, tokens.reshape(-1), *addresses, sequences, length, all_logits, logits
             )
@@ -209,24 +181,6 @@ class Model:
         for state in states:
             state.tokens += length
         return logits
-
-    def _check_arrays(self, state: State) -> None:
-        """The kernels get the addresses of these arrays, and believe them."""
-        c = self.config
-        for name, shape, dtype in (
-            ("conv", (c.n_layer, c.d_conv - 1, c.conv_dim), np.float32),
-            ("ssm", (c.n_layer, c.n_heads, c.headdim, c.d_state), STATE_DTYPES[self.profile]),
-        ):
-            array = getattr(state, name)
-            if (
-                not isinstance(array, np.ndarray)
-                or array.shape != shape
-                or array.dtype != dtype
-                or not array.flags.carray
-            ):
-                raise StateError(
-                    f"the state's {name} is not a writeable, contiguous {np.dtype(dtype)} array of shape {list(shape)}"
-                )
 
     def _check(self, logits: np.ndarray, rows: int) -> None:
         bad = self._scratch.bad[:rows]

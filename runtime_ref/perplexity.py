@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from runtime_ref.arithmetic import DEFAULT, HELP, PRESETS
 from runtime_ref.command import compile_kernels
 from runtime_ref.model import Model
 from runtime_ref.sampling import log_probabilities
@@ -50,7 +51,7 @@ def end_of_text(model: Model, tokenizer: Tokenizer) -> int | None:
 @click.argument("model_path", metavar="MODEL.gguf", type=click.Path(path_type=Path))
 @click.argument("text_path", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
-@click.option("--profile", type=click.Choice(["exact", "fast"]), default="exact", show_default=True)
+@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def perplexity(model_path: Path, text_path: Path, threads: int | None, profile: str, as_json: bool) -> None:
     """Tokens, perplexity and bits per byte of MODEL.gguf on FILE.

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime_ref.arithmetic import Activations, preset_of
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, TernaryMatrix, Weights
 
 LANES = 16
 MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds |x| < 2**22 to an integer, halves to even
 MAGIC_BITS = np.int32(0x4B400000)
 TINY = np.float32(2.0**-100)  # a block whose largest |x| is below it counts as zeros: its reciprocal could overflow
-EXACT_LEVELS = np.float32(32512.0)  # 127 * 256, so that q = 256 * hi + lo with hi and lo in int8
-FAST_LEVELS = np.float32(127.0)
-PROFILES = ("exact", "fast")
 
 f32 = np.float32
 
@@ -138,19 +136,16 @@ def integer_matmul(codes: np.ndarray, scales: np.ndarray, q: np.ndarray, q_scale
     return y
 
 
-def matmul(matrix: Matrix, x: np.ndarray, profile: str) -> np.ndarray:
-    """y [n] = matrix [n, k] times x [k], by the rule of the matrix's type and the profile."""
+def matmul(matrix: Matrix, x: np.ndarray, activations: Activations) -> np.ndarray:
+    """y [n] = matrix [n, k] times x [k], by the rule of the matrix's type and the activations."""
     with np.errstate(invalid="ignore"):
         if isinstance(matrix, DenseMatrix):
             return sum16(matrix.values.astype(np.float32) * x)
         if isinstance(matrix, BlockMatrix):
-            q, q_scales = quantize(x, 32, EXACT_LEVELS if profile == "exact" else FAST_LEVELS)
+            q, q_scales = quantize(x, 32, activations.levels)
             return integer_matmul(matrix.codes, matrix.scales, q, q_scales)
         assert isinstance(matrix, TernaryMatrix)
-        if profile == "exact":
-            q, q_scales = quantize(x, matrix.group, EXACT_LEVELS)
-        else:
-            q, q_scales = quantize(x, matrix.fast_block, FAST_LEVELS)
+        q, q_scales = quantize(x, activations.block(matrix.group, matrix.fast_block), activations.levels)
         return integer_matmul(matrix.codes, matrix.scales, q, q_scales)
 
 
@@ -175,17 +170,13 @@ class ReferenceModel:
     """The specification as an object: `logits = model.step(state, token)`."""
 
     def __init__(self, weights: Weights, profile: str) -> None:
-        if profile not in PROFILES:
-            raise ValueError(f"profile is {profile!r}; expected one of {PROFILES}")
-        self.weights, self.profile = weights, profile
+        self.weights, self.preset = weights, preset_of(profile)
 
     def new_state(self) -> ReferenceState:
         c = self.weights.config
-        ssm_type = np.float32 if self.profile == "exact" else np.float16
-        return ReferenceState(
-            np.zeros((c.n_layer, c.d_conv - 1, c.conv_dim), np.float32),
-            np.zeros((c.n_layer, c.n_heads, c.headdim, c.d_state), ssm_type),
-        )
+        (ssm,) = self.preset.state.arrays("ssm", (c.n_layer, c.n_heads, c.headdim, c.d_state))
+        conv = np.zeros((c.n_layer, c.d_conv - 1, c.conv_dim), np.float32)
+        return ReferenceState(conv, np.zeros(ssm.shape, ssm.dtype))
 
     def step(self, state: ReferenceState, token: int) -> np.ndarray:
         """Logits fp32 [vocab] after `token`; the state is updated in place."""
@@ -194,12 +185,12 @@ class ReferenceModel:
             x = embed(w.embedding, token)
             for i in range(c.n_layer):
                 x = x + self._mixer(i, rms_norm(x, w.norm[i], c.rms_eps), state)
-            return matmul(w.head, rms_norm(x, w.norm_f, c.rms_eps), self.profile)
+            return matmul(w.head, rms_norm(x, w.norm_f, c.rms_eps), self.preset.activations)
 
     def _mixer(self, i: int, x: np.ndarray, state: ReferenceState) -> np.ndarray:
         w, c = self.weights, self.weights.config
         heads, width, n, groups = c.n_heads, c.headdim, c.d_state, c.n_groups
-        projected = matmul(w.in_proj[i], x, self.profile)
+        projected = matmul(w.in_proj[i], x, self.preset.activations)
         z, xbc, dt = np.split(projected, [c.d_inner, c.d_inner + c.conv_dim])
 
         window = np.concatenate([state.conv[i], xbc[None]])  # [K, C], oldest first
@@ -214,11 +205,12 @@ class ReferenceModel:
 
         dt = softplus(dt + w.dt_bias[i])
         decay = exp(dt * w.a[i])
-        h = state.ssm[i].astype(np.float32) * decay[:, None, None]
+        stored = (state.ssm[i],)
+        h = self.preset.state.read(stored) * decay[:, None, None]
         h = h + (dt[:, None] * x_in)[:, :, None] * b[:, None, :]
-        state.ssm[i] = h.astype(state.ssm.dtype)  # y below reads h before this rounding
+        self.preset.state.write(stored, h)  # y below reads h before this rounding
         y = sum16(h * cc[:, None, :]) + w.d[i][:, None] * x_in
 
         gated = y.reshape(-1) * silu(z)
         normed = rms_norm(gated.reshape(groups, -1), w.gate_norm[i].reshape(groups, -1), c.rms_eps)
-        return matmul(w.out_proj[i], normed.reshape(-1), self.profile)
+        return matmul(w.out_proj[i], normed.reshape(-1), self.preset.activations)

@@ -1,42 +1,78 @@
-"""State: everything a Mamba-2 remembers of a text. Constant in size, so it is a prompt cache that fits in a file."""
+"""State: everything a model remembers of a text. Constant in size, so it is a prompt cache that fits in a file."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from runtime_ref.arithmetic import Preset, StateArray
 from runtime_ref.errors import StateError
 from tmexport.files import atomic_write
+from tmexport.model import Model as Config
 
 FORMAT = "runtime_ref-state-1"
 
 
+def state_arrays(config: Config, preset: Preset) -> tuple[StateArray, ...]:
+    """The arrays of one sequence's state, from the branches' tables.
+
+    Branches of equal dimensions lie side by side in one array, in the order of the model, under the name of their table;
+    further ones have their number behind it: conv, ssm, conv.1, ssm.1.
+    """
+    result: list[StateArray] = []
+    for number, (branch, count) in enumerate(Counter(b for block in config.blocks for b in block.branches).items()):
+        for spec in branch.states():
+            name, shape = f"{spec.name}.{number}" if number else spec.name, (count, *spec.shape)
+            fp32 = (StateArray(name, shape, np.dtype(np.float32)),)
+            result += preset.state.arrays(name, shape) if spec.recurrent else fp32
+    return tuple(result)
+
+
 @dataclass
 class State:
-    """The recurrent state of one sequence.
+    """The state of one sequence.
 
-    conv fp32 [L, d_conv - 1, conv_dim]; ssm [L, H, P, N], fp32 in profile exact and fp16 in fast; tokens: how many were
-    read; model: the fingerprint of the weights it belongs to; profile: the arithmetic it was made with.
+    arrays: by name, as `state_arrays` lists them; tokens: how many were read; model: the fingerprint of the weights it
+    belongs to; profile: the arithmetic it was made with.
     """
 
-    conv: np.ndarray
-    ssm: np.ndarray
+    arrays: dict[str, np.ndarray]
     tokens: int
     model: str
     profile: str
 
     @property
     def nbytes(self) -> int:
-        return self.conv.nbytes + self.ssm.nbytes
+        return sum(array.nbytes for array in self.arrays.values())
 
     def copy(self) -> State:
         """An independent copy: continue one prompt in several ways."""
-        return replace(self, conv=self.conv.copy(), ssm=self.ssm.copy())
+        return replace(self, arrays={name: array.copy() for name, array in self.arrays.items()})
+
+    def check(self, wanted: tuple[StateArray, ...]) -> None:
+        """Native code gets the addresses of these arrays, and believes them.
+
+        Raises:
+            StateError: one is not a writeable, contiguous array of its shape and dtype.
+        """
+        for name, shape, dtype in wanted:
+            array = self.arrays.get(name)
+            if (
+                not isinstance(array, np.ndarray)
+                or array.shape != shape
+                or array.dtype != dtype
+                or not array.flags.carray
+            ):
+                raise StateError(
+                    f"the state's {name} is not a writeable, contiguous {dtype} array of shape {list(shape)}"
+                )
 
     def save(self, path: Path | str) -> None:
         """Write to a file (safetensors), atomically.
@@ -46,7 +82,7 @@ class State:
         """
         about = {"format": FORMAT, "model": self.model, "profile": self.profile, "tokens": self.tokens}
         with atomic_write(path) as file:
-            file.write(save({"conv": self.conv, "ssm": self.ssm}, {"runtime_ref": json.dumps(about)}))
+            file.write(save(self.arrays, {"runtime_ref": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path | str, like: State) -> State:
@@ -60,24 +96,27 @@ class State:
         try:
             with safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {}).get("runtime_ref", "{}"))
-                if not isinstance(about, dict) or about.get("format") != FORMAT:
-                    raise StateError(f"{path}: is not a saved state ({FORMAT})")
-                for what, want in (("model", like.model), ("profile", like.profile)):
-                    if about.get(what) != want:
-                        raise StateError(f"{path}: was saved with the {what} {about.get(what)}; expected {want}")
-                tokens = about.get("tokens")
-                arrays = {name: file.get_tensor(name) for name in ("conv", "ssm")}
+                _check_about(path, about, like)
+                arrays = {name: file.get_tensor(name) for name in like.arrays}
         except StateError:
             raise
         except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
             raise StateError(f"{path}: cannot be read as a saved state: {error}") from None
-        for name, array in arrays.items():
-            want = getattr(like, name)
+        for name, want in like.arrays.items():
+            array = arrays[name]
             if array.shape != want.shape or array.dtype != want.dtype:
                 raise StateError(
                     f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {want.dtype} {list(want.shape)}"
                 )
+        tokens = about.get("tokens")
         if type(tokens) is not int or tokens < 0:
             raise StateError(f"{path}: the token count is {tokens!r}; expected a whole number")
-        conv, ssm = (np.array(arrays[name]) for name in ("conv", "ssm"))
-        return cls(conv, ssm, tokens, like.model, like.profile)
+        return cls({name: np.array(array) for name, array in arrays.items()}, tokens, like.model, like.profile)
+
+
+def _check_about(path: Path | str, about: Any, like: State) -> None:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise StateError(f"{path}: is not a saved state ({FORMAT})")
+    for what, want in (("model", like.model), ("profile", like.profile)):
+        if about.get(what) != want:
+            raise StateError(f"{path}: was saved with the {what} {about.get(what)}; expected {want}")

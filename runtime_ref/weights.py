@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime_ref.arithmetic import Preset
 from tmexport.config import Mamba2Config
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Source:
         config: the dimensions.
         matrix: a weight matrix by name.
         packed: the same in the kernels' layout (`kernels.pack`).
-        activation_block: how many activations share a scale when multiplied with a matrix, by name and profile.
+        activation_block: how many activations share a scale when multiplied with a matrix, by name, in a preset.
         vector: any small tensor by name, fp32, in numpy's (rows first) shape.
         tied: there is no separate head.
     """
@@ -92,7 +93,7 @@ class Source:
     config: Mamba2Config
     matrix: Callable[[str], Matrix]
     packed: Callable[[str], Packed]
-    activation_block: Callable[[str, str], int]
+    activation_block: Callable[[str, Preset], int]
     vector: Callable[[str], np.ndarray]
     tied: bool
 
@@ -140,14 +141,14 @@ def memory_source(config: Mamba2Config, tensors: dict[str, np.ndarray | Matrix])
         config,
         matrix=tensors.__getitem__,  # type: ignore[arg-type]
         packed=lambda name: pack(tensors[name]),  # type: ignore[arg-type]
-        activation_block=lambda name, profile: activation_block(tensors[name], profile),  # type: ignore[arg-type]
+        activation_block=lambda name, preset: activation_block(tensors[name], preset),  # type: ignore[arg-type]
         vector=tensors.__getitem__,  # type: ignore[arg-type]
         tied="output.weight" not in tensors,
     )
 
 
-def activation_block(matrix: Matrix, profile: str) -> int:
+def activation_block(matrix: Matrix, preset: Preset) -> int:
     """How many activations share a scale when multiplied with this matrix."""
     if isinstance(matrix, TernaryMatrix):
-        return matrix.group if profile == "exact" else matrix.fast_block
+        return preset.activations.block(matrix.group, matrix.fast_block)
     return 32

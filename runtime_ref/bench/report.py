@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench import svg
 
 _STYLE = """
@@ -89,7 +90,7 @@ def _latency(row: dict[str, Any]) -> str:
         row["latency_ms"],
         "ms a token",
         "tokens",
-        svg.COLORS[0 if row["profile"] == "exact" else 1],
+        svg.COLORS[list(PRESETS).index(row["profile"]) % len(svg.COLORS)],
     )
     return _section(f"Latency of a token, {row['profile']}, {_threads(row['threads'])}", picture)
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.energy import find_meters
 from runtime_ref.bench.machine import conditions, describe
 from runtime_ref.bench.measure import (
@@ -44,7 +45,7 @@ class Settings:
     count: int = 64
     threads: Sequence[int] = (1, 2)
     repeats: int = 5
-    profiles: Sequence[str] = ("exact", "fast")
+    profiles: Sequence[str] = tuple(PRESETS)
     depths: Sequence[int] = (0, 1000, 8000)
     chunks: Sequence[int] = (1, 8, 32, 128, 512)
     workloads: Sequence[str] = ()

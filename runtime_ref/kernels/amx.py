@@ -15,8 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from runtime_ref.kernels.isa import PRIMITIVES, constant
-from runtime_ref.kernels.profiles import Exact
-from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, ROWS, Code
+from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, PLANES, ROWS, Code
 from runtime_ref.kernels.vector import address, ask_for_line, peek, poke, splatted
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
@@ -37,7 +36,7 @@ def _unit(code: Code, name: str, *args: V | int) -> None:
 
 
 def _planes(profile) -> int:
-    return 2 if profile.instance_class is Exact else 1
+    return PLANES[profile.instance_class]
 
 
 @intrinsic

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime_ref.arithmetic import Activations, Preset, RecurrentState
 from runtime_ref.kernels.isa import Isa, select
 from runtime_ref.kernels.pack import Packed, empty_stack, expect, put
-from runtime_ref.kernels.profiles import PROFILES, Exact, Fast
 from runtime_ref.kernels.scratch import Dims, dims_of
 from runtime_ref.weights import Source, small_tensors
 from tmexport.errors import GGUFError
@@ -33,7 +33,8 @@ class Built(NamedTuple):
     """The leading arguments of `engine.run`, in its order."""
 
     isa: Isa
-    profile: Exact | Fast
+    activations: Activations
+    state: RecurrentState
     dims: Dims
     small: Small
     embedding: Packed
@@ -42,7 +43,7 @@ class Built(NamedTuple):
     head: Packed
 
 
-def build(source: Source, profile: str) -> Built:
+def build(source: Source, preset: Preset) -> Built:
     """Pack every tensor of the model, layers on a few threads.
 
     Raises:
@@ -55,19 +56,19 @@ def build(source: Source, profile: str) -> Built:
     isa = select()
     small = Small(**small_tensors(source))
     # The embedding first: while it is copied both copies count, and nothing else is there yet.
-    embedding, head_block = _one(source, "token_embd.weight", profile)
-    head, head_block = (embedding, head_block) if source.tied else _one(source, "output.weight", profile)
-    in_proj, in_block = _layers(source, "ssm_in", c.d_in_proj, c.d_model, profile)
-    out_proj, out_block = _layers(source, "ssm_out", c.d_model, c.d_inner, profile)
+    embedding, head_block = _one(source, "token_embd.weight", preset)
+    head, head_block = (embedding, head_block) if source.tied else _one(source, "output.weight", preset)
+    in_proj, in_block = _layers(source, "ssm_in", c.d_in_proj, c.d_model, preset)
+    out_proj, out_block = _layers(source, "ssm_out", c.d_model, c.d_inner, preset)
     dims = dims_of(c, in_block, out_block, head_block)
-    return Built(isa, PROFILES[profile], dims, small, embedding, in_proj, out_proj, head)
+    return Built(isa, preset.activations, preset.state, dims, small, embedding, in_proj, out_proj, head)
 
 
-def _layers(source: Source, suffix: str, n: int, k: int, profile: str) -> tuple[Packed, int]:
+def _layers(source: Source, suffix: str, n: int, k: int, preset: Preset) -> tuple[Packed, int]:
     """One projection of all layers, and how many of its activations share a scale."""
     names = [f"blk.{i}.{suffix}.weight" for i in range(source.config.n_layer)]
     first = source.packed(names[0])
-    blocks = {source.activation_block(name, profile) for name in names}
+    blocks = {source.activation_block(name, preset) for name in names}
     block = min(blocks)
     if len(blocks) > 1 or k % block:
         raise GGUFError(f"{names[0]}: rows of {k} do not divide into activation blocks of {sorted(blocks)}")
@@ -88,9 +89,9 @@ def _layers(source: Source, suffix: str, n: int, k: int, profile: str) -> tuple[
     return stacked, block
 
 
-def _one(source: Source, name: str, profile: str) -> tuple[Packed, int]:
+def _one(source: Source, name: str, preset: Preset) -> tuple[Packed, int]:
     """The embedding or the head, and how many activations share a scale when it is multiplied."""
-    packed, c, block = source.packed(name), source.config, source.activation_block(name, profile)
+    packed, c, block = source.packed(name), source.config, source.activation_block(name, preset)
     try:
         expect(packed, c.vocab_size, c.d_model, block, name)
     except ValueError as error:

@@ -58,7 +58,7 @@ def _share(total, tid, threads):
 def _compiled(digest: int) -> Callable[..., None]:
     @cached(nogil=True)
     def run(
-        tid, threads, sync, isa, profile, dims, small, embedding, in_proj, out_proj, head, s,
+        tid, threads, sync, isa, activations, state, dims, small, embedding, in_proj, out_proj, head, s,
         tokens, conv_at, ssm_at, sequences, length, all_logits, logits,
     ):  # fmt: skip
         """Forward `sequences` * `length` tokens (row-major) through the model; every thread calls this with its own tid.
@@ -76,9 +76,9 @@ def _compiled(digest: int) -> Callable[..., None]:
             for r in range(tid, rows, threads):
                 if not rms_norm(s.x[r], small.norm[layer], s.wide[r, :d], dims.eps) and s.bad[r] < 0:
                     s.bad[r] = layer
-                prepare(profile, in_proj, s, r, d, dims.in_block)
+                prepare(activations, in_proj, s, r, d, dims.in_block)
             barrier(sync, threads)
-            multiply(isa, profile, in_proj, layer, s, rows, d, dims.in_block, s.proj, False, tid, threads)
+            multiply(isa, activations, in_proj, layer, s, rows, d, dims.in_block, s.proj, False, tid, threads)
             barrier(sync, threads)
             low, high = _share(dims.conv_dim // 16, tid, threads)
             for q in range(sequences):
@@ -89,31 +89,31 @@ def _compiled(digest: int) -> Callable[..., None]:
             low, high = _share(dims.n_heads, tid, threads)
             shape = (dims.n_layer, dims.n_heads, dims.headdim, dims.d_state)
             for q in range(sequences):
-                ssm = carray(state_pointer(profile, ssm_at[q]), shape)[layer]
+                ssm = carray(state_pointer(state, ssm_at[q]), shape)[layer]
                 for h in range(low, high):
-                    scan_head(isa, profile, dims, small, layer, s, ssm, q * length, length, h)
+                    scan_head(isa, state, dims, small, layer, s, ssm, q * length, length, h)
             barrier(sync, threads)
             part = dims.d_inner // dims.n_groups
             for r in range(tid, rows, threads):
                 for g in range(dims.n_groups):
                     span = s.wide[r, g * part : (g + 1) * part]
                     rms_norm(span, small.gate_norm[layer, g * part : (g + 1) * part], span, dims.eps)
-                prepare(profile, out_proj, s, r, dims.d_inner, dims.out_block)
+                prepare(activations, out_proj, s, r, dims.d_inner, dims.out_block)
             barrier(sync, threads)
-            multiply(isa, profile, out_proj, layer, s, rows, dims.d_inner, dims.out_block, s.x, True, tid, threads)
+            multiply(isa, activations, out_proj, layer, s, rows, dims.d_inner, dims.out_block, s.x, True, tid, threads)
             barrier(sync, threads)
         wanted = rows if all_logits else sequences
         for r in range(tid, rows, threads):
             if all_logits or r % length == length - 1:
                 target = r if all_logits else r // length
                 finite = rms_norm(s.x[r], small.norm_f, s.wide[target, :d], dims.eps)
-                prepare(profile, head, s, target, d, dims.head_block)
+                prepare(activations, head, s, target, d, dims.head_block)
             else:
                 finite = rms_norm(s.x[r], small.norm_f, s.x[r], dims.eps)
             if not finite and s.bad[r] < 0:
                 s.bad[r] = dims.n_layer
         barrier(sync, threads)
-        multiply(isa, profile, head, 0, s, wanted, d, dims.head_block, logits, False, tid, threads)
+        multiply(isa, activations, head, 0, s, wanted, d, dims.head_block, logits, False, tid, threads)
         barrier(sync, threads)
 
     return run

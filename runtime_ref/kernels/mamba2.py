@@ -7,10 +7,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from runtime_ref.arithmetic import Fp16, Fp32
 from runtime_ref.kernels.intrinsics import pointer_f32, pointer_u16
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.math import exp, softplus, vector_silu
-from runtime_ref.kernels.profiles import Exact
 from runtime_ref.kernels.tiles import F32, HALF, Code
 from runtime_ref.kernels.vector import (
     LANES,
@@ -69,19 +69,20 @@ def convolve(dims, small, layer, s, conv, first, rows, low, high):
             poke(past + tap * before + at, peek(x + at))
 
 
-def state_pointer(profile, address):
+def state_pointer(kept_as, address):
     """The SSM state at an address: fp32, or the bits of fp16."""
 
 
 @overload(state_pointer)
-def _state_pointer(profile, address):
-    if profile.instance_class is Exact:
-        return lambda profile, address: pointer_f32(address)
-    return lambda profile, address: pointer_u16(address)
+def _state_pointer(kept_as, address):
+    return {
+        Fp32: lambda kept_as, address: pointer_f32(address),
+        Fp16: lambda kept_as, address: pointer_u16(address),
+    }[kept_as.instance_class]
 
 
 @intrinsic
-def _scan_pair(typingctx, isa, profile, h, n, xbc, stride, x_at, b_at, c_at, decay, dt, tokens, sums):
+def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, decay, dt, tokens, sums):
     """Two neighbouring channels of a head over `tokens` consecutive tokens, from an address each.
 
     h: the first channel's state, n elements, the second's behind it; read once, updated in registers, written once. xbc: the
@@ -89,9 +90,9 @@ def _scan_pair(typingctx, isa, profile, h, n, xbc, stride, x_at, b_at, c_at, dec
     before B and C. decay, dt: fp32 [tokens]. sums: fp32 [tokens][16 channels][16 lanes], of which the two channels' are set.
     The state is rounded to its format after every token; the sums read it before.
     """
-    stored = F32 if profile.instance_class is Exact else HALF
+    stored = {Fp32: F32, Fp16: HALF}[kept_as.instance_class]
     widths = PRIMITIVES[isa.instance_class].scan
-    sig = types.void(isa, profile, *[types.int64] * 11)
+    sig = types.void(isa, kept_as, *[types.int64] * 11)
 
     def codegen(context, builder, sig, args):
         code, b = Code(builder), builder
@@ -163,7 +164,7 @@ def _scan_pair(typingctx, isa, profile, h, n, xbc, stride, x_at, b_at, c_at, dec
 
 
 @njit
-def scan_head(isa, profile, dims, small, layer, s, ssm, first, rows, head):
+def scan_head(isa, kept_as, dims, small, layer, s, ssm, first, rows, head):
     """The recurrence of one head over `rows` consecutive tokens, and the gate; ssm [H, P, N] is updated."""
     n, width, base = dims.d_state, dims.headdim, head * dims.headdim
     group = head // (dims.n_heads // dims.n_groups)
@@ -181,7 +182,7 @@ def scan_head(isa, profile, dims, small, layer, s, ssm, first, rows, head):
         for p in range(0, width, 16):
             for channel in range(p, p + 16, 2):
                 _scan_pair(
-                    isa, profile, address(states[channel]), n, xbc, stride, 4 * (base + channel), b_at, c_at,
+                    isa, kept_as, address(states[channel]), n, xbc, stride, 4 * (base + channel), b_at, c_at,
                     address(decay), address(dt), count, address(sums) + (channel - p) * _VECTOR,
                 )  # fmt: skip
             for t in range(count):

@@ -14,9 +14,8 @@ from runtime_ref.kernels.intrinsics import bits_float, half_to_float
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
 from runtime_ref.kernels.pack import PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
-from runtime_ref.kernels.profiles import Exact
 from runtime_ref.kernels.tables import by_tables
-from runtime_ref.kernels.tiles import dense_tile, q4_tile, q8_tile, ternary_tile
+from runtime_ref.kernels.tiles import PLANES, dense_tile, q4_tile, q8_tile, ternary_tile
 from runtime_ref.kernels.vector import (
     address,
     bits,
@@ -90,7 +89,7 @@ def multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, thre
 def _multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
     primitives = PRIMITIVES[isa.instance_class]
     return {
-        PackedTernary: lambda: _ternary(primitives.bytes.in_flight // (2 if profile.instance_class is Exact else 1)),
+        PackedTernary: lambda: _ternary(primitives.bytes.in_flight // PLANES[profile.instance_class]),
         PackedQ8: lambda: _blocks(q8_tile, primitives.pairs.in_flight),
         PackedQ4: lambda: _blocks(q4_tile, primitives.pairs.in_flight),
         PackedHalf: lambda: _dense,

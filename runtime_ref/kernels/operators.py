@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels.build import Small
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.engine import rms_norm as norm_row
@@ -19,7 +20,6 @@ from runtime_ref.kernels.isa import Isa, select
 from runtime_ref.kernels.mamba2 import convolve, scan_head
 from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.kernels.pack import Packed, PackedFloat
-from runtime_ref.kernels.profiles import PROFILES
 from runtime_ref.kernels.repack import pack_blocks
 from runtime_ref.kernels.scratch import CHUNK, Dims, Scratch, activations
 from tmexport.errors import UsageError
@@ -27,6 +27,7 @@ from tmexport.types import GGMLType
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
+_EXACT = PRESETS["exact"]
 _WORDS = 4096  # compared before looking whether they were equal
 
 
@@ -95,7 +96,7 @@ def matmul(x: np.ndarray, packed: Packed, n: int, block: int) -> np.ndarray:
     for start in range(0, rows, CHUNK):
         part = x[start : start + CHUNK]
         s.wide[: len(part), :k] = part
-        _matmul(_isa(), PROFILES["exact"], packed, s, len(part), k, block, out[start : start + CHUNK])
+        _matmul(_isa(), _EXACT.activations, packed, s, len(part), k, block, out[start : start + CHUNK])
     return out
 
 
@@ -130,7 +131,7 @@ def selective_scan(
     conv, ssm = np.empty_like(past_conv), np.empty_like(past_ssm)
     for b in range(batch):
         s = _scratch(wide=y[b], proj=projected[b], xbc=np.empty((time, channels), np.float32))
-        _scan(_isa(), PROFILES["exact"], dims, small, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
+        _scan(_isa(), _EXACT.state, dims, small, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
     return y, conv, ssm
 
 
@@ -155,11 +156,11 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
     """The compiled functions; `digest` is a free variable of each, which makes it part of the cache's key."""
 
     @cached()
-    def matmul(isa, profile, packed, s, rows, k, block, out):
+    def matmul(isa, activations, packed, s, rows, k, block, out):
         _ = digest
         for r in range(rows):
-            prepare(profile, packed, s, r, k, block)
-        multiply(isa, profile, packed, 0, s, rows, k, block, out, False, 0, 1)
+            prepare(activations, packed, s, r, k, block)
+        multiply(isa, activations, packed, 0, s, rows, k, block, out, False, 0, 1)
 
     @cached()
     def rms_norm(x, weight, out, eps):
@@ -168,7 +169,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
             norm_row(x[r], weight, out[r], eps)
 
     @cached()
-    def scan(isa, profile, dims, small, s, past_conv, past_ssm, present_conv, present_ssm):
+    def scan(isa, state, dims, small, s, past_conv, past_ssm, present_conv, present_ssm):
         _ = digest
         rows, keep = s.wide.shape[0], dims.d_conv - 1
         conv = np.empty((keep, dims.conv_dim), np.float32)
@@ -184,7 +185,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
             for p in range(dims.headdim):
                 for n in range(dims.d_state):
                     ssm[h, p, n] = past_ssm[h, n, p]
-            scan_head(isa, profile, dims, small, 0, s, ssm, 0, rows, h)
+            scan_head(isa, state, dims, small, 0, s, ssm, 0, rows, h)
             for n in range(dims.d_state):
                 for p in range(dims.headdim):
                     present_ssm[h, n, p] = ssm[h, p, n]

@@ -6,12 +6,12 @@ import time
 
 import numpy as np
 
+from runtime_ref.arithmetic import preset_of
 from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.engine import barrier
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply
 from runtime_ref.kernels.pack import Packed, PackedTernary, aligned
-from runtime_ref.kernels.profiles import PROFILES
 from runtime_ref.kernels.scratch import allocate
 from runtime_ref.team import Team
 from tmexport.config import Mamba2Config
@@ -33,7 +33,7 @@ def ternary_rate(profile: str, threads: int, tokens: int = 1) -> float:
     """Multiplications of a ternary weight and an activation a second, all threads together, the weights in cache.
 
     Args:
-        profile: exact or fast.
+        profile: the name of a preset.
         threads: that work at the same time, each on weights of its own.
         tokens: multiplied with a weight once it is loaded: 1 as in decoding, CHUNK as in reading a prompt.
     """
@@ -48,7 +48,7 @@ def multiply_rate(packed: Packed, profile: str, rows: int, block: int, threads: 
     """The same for any packed matrix [rows, K]; the best of several short runs, so that an interruption does not count."""
     scratch = allocate(tokens, Mamba2Config(d_model=K, n_layer=1, vocab_size=1))
     out = np.zeros((tokens, rows), np.float32)
-    team, isa, how = Team(threads), select(), PROFILES[profile]
+    team, isa, how = Team(threads), select(), preset_of(profile).activations
     work = rows * K * tokens
     times = max(1, round(2e7 * threads / work))
     best = np.inf

@@ -16,8 +16,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from runtime_ref.arithmetic import Int8, Int16
 from runtime_ref.kernels.isa import PRIMITIVES
-from runtime_ref.kernels.profiles import Exact
 from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, Code
 from runtime_ref.kernels.vector import address, splatted
 
@@ -33,7 +33,7 @@ FLOATS = ir.VectorType(F32, 8)
 
 def _tokens(profile) -> tuple[int, ir.VectorType]:
     """How many tokens a vector holds, and its type."""
-    return (8, ir.VectorType(I32, 8)) if profile.instance_class is Exact else (16, ir.VectorType(I16, 16))
+    return {Int16: (8, ir.VectorType(I32, 8)), Int8: (16, ir.VectorType(I16, 16))}[profile.instance_class]
 
 
 @intrinsic

@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from runtime_ref.arithmetic import Int8, Int16
 from runtime_ref.kernels.isa import PRIMITIVES, Primitives, broadcast, constant
 from runtime_ref.kernels.pack import PackedHalf
-from runtime_ref.kernels.profiles import Exact
 from runtime_ref.kernels.vector import LANES, ask_for_line, splatted, tree_of
 
 # ruff: noqa: ANN001, ANN201, ANN202 - the signature of an intrinsic is Numba's (typing context, types)
@@ -30,6 +30,7 @@ I8, I16, I32, I64, F32, HALF = (
 ROWS = 16
 AHEAD = 6144  # bytes; the processor's own prefetching does not overlap enough of the memory's latency with our work
 V = ir.Value
+PLANES = {Int16: 2, Int8: 1}  # of bytes in an activation
 
 
 class Code:
@@ -115,7 +116,7 @@ def ternary_tile(
     q_stride bytes a row; q_scale, q_sum: b_stride elements a row; groups of per_group blocks of `steps` steps of 16.
     """
     primitives: Primitives = PRIMITIVES[isa.instance_class]
-    planes = 2 if profile.instance_class is Exact else 1
+    planes = PLANES[profile.instance_class]
     count = tokens.literal_value
     args_type = [types.int64] * 12
     sig = types.void(isa, profile, tokens, *args_type)

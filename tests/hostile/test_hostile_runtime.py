@@ -78,7 +78,7 @@ def test_tokens_that_are_none(loaded, tokens):
         with pytest.raises(UsageError):
             loaded.decode_batch([state], tokens)
     assert state.tokens == 0
-    assert not state.ssm.any()
+    assert not state.arrays["ssm"].any()
 
 
 def test_no_tokens_and_batches_that_do_not_match(loaded):
@@ -104,11 +104,11 @@ def test_no_tokens_and_batches_that_do_not_match(loaded):
 )  # fmt: skip
 def test_states_that_are_none(loaded, part, damage):
     state = loaded.new_state()
-    good = getattr(state, part)
+    good = state.arrays[part]
     bad = damage(good)
     if isinstance(bad, np.ndarray) and bad.shape == good.shape and bad.dtype == good.dtype and bad.flags.carray:
         pytest.fail("not damaged")
-    setattr(state, part, bad)
+    state.arrays[part] = bad
     with pytest.raises(StateError, match=rf"the state's {part} is not a writeable, contiguous float32 array of shape"):
         loaded.decode(state, 1)
     with pytest.raises(StateError):
@@ -128,7 +128,7 @@ def test_another_models_state(loaded, path, tmp_path):
 @pytest.mark.parametrize("part", ["conv", "ssm"])
 def test_a_state_with_bad_values_is_reported(loaded, part, bad):
     state = loaded.new_state()
-    getattr(state, part)[...] = bad
+    state.arrays[part][...] = bad
     with pytest.raises(NumericsError, match="an Inf or a NaN appears in the output of layer 0"):
         loaded.decode(state, 1)
 
@@ -179,7 +179,7 @@ def test_a_state_file_that_lies(loaded, tmp_path, about, message):
     state = loaded.new_state()
     valid = {"format": "runtime_ref-state-1", "model": state.model, "profile": "exact", "tokens": 0}
     text = about if isinstance(about, str) else json.dumps(valid | about)
-    (tmp_path / "s").write_bytes(save({"conv": state.conv, "ssm": state.ssm}, {"runtime_ref": text}))
+    (tmp_path / "s").write_bytes(save(state.arrays, {"runtime_ref": text}))
     with pytest.raises(StateError, match=message):
         loaded.load_state(tmp_path / "s")
 
@@ -188,9 +188,9 @@ def test_state_files_of_other_shapes_and_what_is_no_file(loaded, tmp_path):
     state = loaded.new_state()
     about = {"runtime_ref": json.dumps({"format": "runtime_ref-state-1", "model": state.model, "profile": "exact", "tokens": 0})}  # fmt: skip
     for arrays, message in [
-        ({"conv": state.conv}, "cannot be read as a saved state"),
-        ({"conv": state.conv, "ssm": state.ssm[:, :, :-1].copy()}, r"ssm is float32 \[1, 1, 63, 16\]; expected float32 \[1, 1, 64, 16\]"),
-        ({"conv": state.conv.astype(np.float64), "ssm": state.ssm}, "conv is float64"),
+        ({"conv": state.arrays["conv"]}, "cannot be read as a saved state"),
+        ({"conv": state.arrays["conv"], "ssm": state.arrays["ssm"][:, :, :-1].copy()}, r"ssm is float32 \[1, 1, 63, 16\]; expected float32 \[1, 1, 64, 16\]"),
+        ({"conv": state.arrays["conv"].astype(np.float64), "ssm": state.arrays["ssm"]}, "conv is float64"),
     ]:  # fmt: skip
         (tmp_path / "s").write_bytes(save(arrays, about))
         with pytest.raises(StateError, match=message):

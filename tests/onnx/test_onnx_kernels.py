@@ -73,7 +73,8 @@ def test_any_split_gives_the_same_bits(exact, cuts):
 
 def test_weights_that_begin_alike_are_told_apart():
     """The library copies weights for every call, so they are known by content: here two that differ in the last byte."""
-    from runtime_ref.reference import EXACT_LEVELS, integer_matmul, quantize
+    from runtime_ref.arithmetic import Int16
+    from runtime_ref.reference import integer_matmul, quantize
     from tmexport.onnx.kernels import ternary_matmul
 
     rng = np.random.default_rng(0)
@@ -85,7 +86,7 @@ def test_weights_that_begin_alike_are_told_apart():
     found = [ternary_matmul(x, c.copy(), scales.copy(), 64, "exact")[0, 0] for c in (codes, other, codes)]
     for packed, y in zip((codes, other, codes), found, strict=True):
         plain = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=2).reshape(20, 256).astype(np.int8) - 1
-        assert np.array_equal(y, integer_matmul(plain, scales, *quantize(x.reshape(-1), 64, EXACT_LEVELS)))
+        assert np.array_equal(y, integer_matmul(plain, scales, *quantize(x.reshape(-1), 64, Int16().levels)))
     assert found[0][-1] != found[1][-1]
 
 

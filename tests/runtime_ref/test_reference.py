@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_ref import reference
-from runtime_ref.reference import EXACT_LEVELS, FAST_LEVELS
+from runtime_ref.arithmetic import Int8, Int16
 from tests.runtime_ref.small import CONFIG, TOKENS, reference_logits, source, tensors
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -48,7 +48,7 @@ def test_sum16_adds_in_the_documented_order():
     assert reference.sum16(values) == lanes[0]
 
 
-@given(st.lists(finite, min_size=32, max_size=32), st.sampled_from([EXACT_LEVELS, FAST_LEVELS]))
+@given(st.lists(finite, min_size=32, max_size=32), st.sampled_from([Int16().levels, Int8().levels]))
 @settings(max_examples=60, deadline=None)
 def test_quantised_activations_are_near_the_values(values, levels):
     x = np.array(values, np.float32)
@@ -69,9 +69,9 @@ def test_quantised_activations_are_near_the_values(values, levels):
 def test_a_block_with_a_bad_value_gets_the_scale_nan(bad):
     x = np.ones(64, np.float32)
     x[5] = bad
-    q, scale = reference.quantize(x, 32, EXACT_LEVELS)
+    q, scale = reference.quantize(x, 32, Int16().levels)
     assert np.isnan(scale[0])
-    assert scale[1] == np.float32(1) / EXACT_LEVELS
+    assert scale[1] == np.float32(1) / Int16().levels
     assert not q[:32].any()
     assert (q[32:] == 32512).all()
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from numba import njit
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels import isa, tables
 from runtime_ref.kernels.matmul import multiply
 from runtime_ref.kernels.pack import PackedTernary, pack
-from runtime_ref.kernels.profiles import PROFILES
 from runtime_ref.kernels.scratch import allocate
 from runtime_ref.weights import TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
@@ -59,7 +59,7 @@ def chosen(name):
 )
 def test_products_of_many_tokens(name, profile, n, k, group, block):
     rng = np.random.default_rng(n)
-    top, how = LARGEST[profile], PROFILES[profile]
+    top, how = LARGEST[profile], PRESETS[profile].activations
     codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
     codes[1], codes[2] = 1, -1
     scales = rng.uniform(0.01, 0.1, (n, k // group)).astype(np.float16)
@@ -86,7 +86,16 @@ def test_whole_vectors_of_tokens_only_and_never_too_few(name, profile, lanes):
         q = np.ones((tokens, 64), np.int32)
         s = quantised(q, np.ones((tokens, 64 // block), np.float32), block)
         return done_by_tables(
-            chosen(name), PROFILES[profile], packed, s, tokens, 64, block, np.zeros((tokens, 512), np.float32), 0, end
+            chosen(name),
+            PRESETS[profile].activations,
+            packed,
+            s,
+            tokens,
+            64,
+            block,
+            np.zeros((tokens, 512), np.float32),
+            0,
+            end,
         )
 
     assert [done(tokens) for tokens in (15, 16, 31, 33)] == [0, 16, 31 // lanes * lanes, 32]

@@ -4,8 +4,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import typeof, types
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels import isa
-from runtime_ref.kernels.profiles import PROFILES
 from runtime_ref.kernels.tiles import ternary_tile
 
 
@@ -19,7 +19,7 @@ def kernel_ir(intrinsic, name, profile, tokens):
     kind = isa.SETS[name][0]
     leading = [typeof(kind(isa.PRIMITIVES[kind].lanes)), types.literal(tokens)]
     if intrinsic is ternary_tile:
-        leading.insert(1, typeof(PROFILES[profile]))
+        leading.insert(1, typeof(PRESETS[profile].activations))
     numbers = 12 if intrinsic is ternary_tile else 9
     signature, codegen = intrinsic._defn(None, *leading, *[types.int64] * numbers)
     module = ir.Module()
