@@ -24,7 +24,7 @@ from typing import Any
 import click
 from tokenizers import Tokenizer
 
-from tmexport.onnx import OrtModel
+from runtime_ref.ort import OrtModel
 
 
 class Browser:

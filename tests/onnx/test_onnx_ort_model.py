@@ -4,9 +4,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from runtime_ref.ort import OrtModel
 from tests.onnx.exporting import TIED, export, feed, token_ids
 from tmexport.errors import UsageError
-from tmexport.onnx import OrtModel
 from tmexport.onnx.names import OnnxError
 
 
@@ -71,7 +71,7 @@ def test_generate_stops_and_repeats(model):
 
 
 def test_sampling_follows_the_softmax():
-    from tmexport.onnx.ort_model import choose
+    from runtime_ref.ort.model import choose
 
     logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
     rng = np.random.default_rng(0)

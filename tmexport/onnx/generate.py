@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from runtime_ref.ort.model import OrtModel, check_temperature
 from tmexport.errors import TmexportError, TokenizerError, UsageError
 from tmexport.onnx.names import tokenizer_path
-from tmexport.onnx.ort_model import OrtModel, check_temperature
 from tmexport.tokenizer.names import end_tokens
 from tmexport.tokenizer.parse import parse_tokenizer
 

@@ -90,7 +90,7 @@ class OrtModel:
             raise UsageError(f"{threads} threads; expected 1 to 1024")
         options.intra_op_num_threads = threads or default_threads()
         if kernels:
-            from tmexport.onnx.kernels import register_kernels
+            from runtime_ref.ort.custom_ops import register_kernels
 
             register_kernels(options)
         try:
@@ -231,7 +231,7 @@ class OrtModel:
             raise OnnxError(f"{self.path}: onnxruntime cannot run it: {_one_line(error)}") from None
         finally:
             if self.kernels:
-                from tmexport.onnx.kernels import raise_failure
+                from runtime_ref.ort.custom_ops import raise_failure
 
                 raise_failure()
 
