@@ -61,7 +61,9 @@ def main() -> None:
 @main.command()
 @click.option("--teacher", required=True, type=click.Path(path_type=Path), help="Checkpoint folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--group-size", type=int, default=256, show_default=True, help="Weights that share a scale: 64, 128 or 256.")
+@click.option(
+    "--group-size", type=int, default=256, show_default=True, help="Weights that share a scale: 64, 128 or 256."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def rtn(teacher: Path, out: Path, group_size: int, as_json: bool) -> None:
     """Round to nearest.
