@@ -59,7 +59,7 @@ def end_of_text_id(config: Model, tokenizer: Path) -> int:
     """The model's end-of-text token, from its config or else from its tokenizer."""
     if config.eos_token_id is not None:
         return config.eos_token_id
-    for token in json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens", []):
+    for token in json.loads(tokenizer.read_text(encoding="utf-8-sig")).get("added_tokens", []):
         if token["content"] == "<|endoftext|>":
             return token["id"]
     raise UsageError(f"{tokenizer}: has no <|endoftext|> token, and config.json names no eos_token_id; add one there")
