@@ -23,7 +23,7 @@ venv:
 	@$(PYTHON) scripts/setup_venv.py $(VENV)
 
 demo: venv
-	@$(RUN) scripts/demo.py --out $(DEMO_OUT) $(DEMO_ARGS)
+	@$(RUN) scripts/demo/demo.py --out $(DEMO_OUT) $(DEMO_ARGS)
 
 test: lint
 	$(RUN) -m pytest $(TEST_ARGS)

@@ -12,6 +12,8 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import click
 
 from tmexport.errors import UsageError
 
-_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = files("qat") / "recipes"  # in the wheel
 _FREE_ON_RESUME = {
     "minutes",
     "threads",
@@ -128,23 +130,25 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     for field in reversed(dataclasses.fields(Recipe)):
         flag = "--" + field.name.replace("_", "-")
         kind = _KINDS[str(field.type)]
-        text = f"{field.metadata['help']} [{str(field.default).lower()}]"
+        said = field.metadata["help"]
+        text = f"{said[0].upper()}{said[1:]}. Default: {str(field.default).lower()}."
         if kind is bool:
             command = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)(command)
         else:
-            command = click.option(flag, field.name, type=kind, default=None, help=text)(command)
+            flags = ("-t", flag) if field.name == "threads" else (flag,)  # -t is --threads in every command
+            command = click.option(*flags, field.name, type=kind, default=None, help=text)(command)
     return command
 
 
 def load_recipe(name: str | None, table: str, flags: Mapping[str, Any]) -> Recipe:
-    """Defaults, then table `table` of the recipe file `name` (a path, or a name in recipes/), then the flags given.
+    """Defaults, then table `table` of the recipe file `name` (a path, or a name in qat/recipes), then the flags given.
 
     Raises:
         UsageError: no such recipe, an unknown key, or a value out of bounds.
     """
     values: dict[str, Any] = {}
     if name is not None:
-        path = Path(name) if name.endswith(".toml") else _RECIPES / f"{name}.toml"
+        path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
         values = read_table(path, table)
     values.update({key: value for key, value in flags.items() if value is not None})
     if flags.get("steps") is not None and flags.get("tokens") is None:
@@ -152,12 +156,17 @@ def load_recipe(name: str | None, table: str, flags: Mapping[str, Any]) -> Recip
     return Recipe(**values)
 
 
-def read_table(path: Path, table: str) -> dict[str, Any]:
+def known_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".toml") for p in RECIPES.iterdir() if p.name.endswith(".toml"))
+
+
+def read_table(path: Path | Traversable, table: str) -> dict[str, Any]:
     """One table of a recipe file, keys checked."""
     try:
         parsed = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = ", ".join(sorted(p.stem for p in _RECIPES.glob("*.toml"))) or "none"
+        known = ", ".join(known_recipes())
         raise UsageError(f"{path}: no such recipe; known by name: {known}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: is not a TOML file: {error}") from None

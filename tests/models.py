@@ -23,9 +23,11 @@ def random_tensors(config: Mamba2Config, seed: int = 0) -> dict[str, np.ndarray]
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in expected_shapes(config).items():
-        if name.endswith("A_log"):
+        if name.endswith("A_log") and len(shape) == 2:  # of Mamba-1
+            values = np.log(np.arange(1, shape[1] + 1) * rng.uniform(0.8, 1.25, shape))
+        elif name.endswith("A_log"):
             values = np.log(rng.uniform(1, 16, shape))
-        elif name.endswith("dt_bias"):
+        elif name.endswith(("dt_bias", "dt_proj.bias")):
             values = np.log(np.expm1(np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), shape))))
         elif "norm" in name or name.endswith(".D"):
             values = 1 + 0.1 * rng.standard_normal(shape)
@@ -116,7 +118,9 @@ def train_tokenizer(path: Path, size: int = 500) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with lzma.open(Path(__file__).parent.parent / "data" / "sotu.jsonl.xz", "rt", encoding="utf-8") as speeches:
+    with lzma.open(
+        Path(__file__).parent.parent / "scripts" / "demo" / "data" / "sotu.jsonl.xz", "rt", encoding="utf-8"
+    ) as speeches:
         tokenizer.train_from_iterator([json.loads(next(speeches))["text"] for _ in range(3)], trainer)
     tokenizer.save(str(path))
     return path

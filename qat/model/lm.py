@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qat.model.mamba1 import Mamba1Mixer
 from qat.model.mamba2 import Mamba2Mixer
 from qat.model.norm import RMSNorm
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import ConfigError
-from tmexport.model import Block, Mamba2, Model
+from tmexport.model import Block, Mamba1, Mamba2, Model
 
 # kind of branch -> module(branch, eps, depth): [batch, time, d_model], state or None -> [batch, time, d_model]; it has
 # `fresh_state()`, what it remembers before the first token, and `operations(seq_len)`, as in mamba2.py.
-MODULES: Mapping[str, type[nn.Module]] = {Mamba2.kind: Mamba2Mixer}
+MODULES: Mapping[str, type[nn.Module]] = {Mamba1.kind: Mamba1Mixer, Mamba2.kind: Mamba2Mixer}
 
 BlockState = tuple[Any, ...]  # one state a branch, each of a type of its module's
 

@@ -9,8 +9,13 @@ from unittest.mock import patch
 import click
 
 from tests.demo.running import ROOT
+from tmexport.cli import cli, load
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "scripts" / "demo" / "data" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 # Other people's commands; everything else must be ours.
 FOREIGN = {"git", "pip", "source", "cd", "npm", "tar", "llama-completion", "llama-bench"}
@@ -43,19 +48,17 @@ def commands_in(document: Path) -> list[list[str]]:
 def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
     """The click command that a command line of ours names, and its arguments."""
     if words[0] == "tmexport":
-        return importlib.import_module("tmexport.cli").cli, words[1:]
+        return cli, words[1:]
     assert words[0] == "python", f"{words[0]}: is neither ours nor known to be someone else's"
-    module, rest = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
-    if words[1] != "-m":
-        assert (ROOT / words[1]).is_file(), f"{words[1]}: no such script"
-    found = importlib.import_module(module)
-    if hasattr(found, "__path__"):  # a package that runs keeps its command in cli.py
-        module = f"{module}.cli"
-        found = importlib.import_module(module)
-    namespace = vars(found)
-    ours = [v for v in namespace.values() if isinstance(v, click.Command) and v.callback.__module__ == module]
-    groups = [command for command in ours if isinstance(command, click.Group)]
-    (command,) = groups or ours
+    is_module = words[1] == "-m"
+    name, rest = (words[2], words[3:]) if is_module else (words[1].removesuffix(".py").replace("/", "."), words[2:])
+    path = ROOT.joinpath(*name.split("."))
+    source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    assert source.is_file(), f"{' '.join(words)}: there is no {source}"
+    if verb := re.search(r'run_verb\("([a-z-]+)"', source.read_text(encoding="utf-8")):
+        return load(verb[1]), rest
+    namespace = vars(importlib.import_module(name))
+    (command,) = [v for v in namespace.values() if isinstance(v, click.Command) and v.callback.__module__ == name]
     return command, rest
 
 

@@ -1,12 +1,8 @@
-"""The scripts are not a package: their folder goes on the path, as it does when one of them is run."""
-
-import sys
+"""One run of the demo that the tests share."""
 
 import pytest
 
-from tests.demo.running import ROOT, run_demo
-
-sys.path.insert(0, str(ROOT / "scripts"))
+from tests.demo.running import run_demo
 
 
 @pytest.fixture(scope="session")

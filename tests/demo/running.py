@@ -1,4 +1,4 @@
-"""Running scripts/demo.py as a user does."""
+"""Running scripts/demo/demo.py as a user does."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class DemoRun:
-    """One run of scripts/demo.py: exit code, stdout, stderr, and the folder it wrote."""
+    """One run of scripts/demo/demo.py: exit code, stdout, stderr, and the folder it wrote."""
 
     code: int
     stdout: str
@@ -24,6 +24,6 @@ class DemoRun:
 
 
 def run_demo(out: Path) -> DemoRun:
-    command = [sys.executable, "scripts/demo.py", "--scale", "tiny", "--out", str(out)]
+    command = [sys.executable, "scripts/demo/demo.py", "--scale", "tiny", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     return DemoRun(done.returncode, done.stdout, done.stderr, out)

@@ -5,8 +5,16 @@ import json
 import lzma
 
 import pytest
-from make_corpus import SHIPPED, is_held_out, main, read_corpus, read_package, write_corpus, write_split
 
+from scripts.demo.make_corpus import (
+    SHIPPED,
+    is_held_out,
+    main,
+    read_corpus,
+    read_package,
+    write_corpus,
+    write_split,
+)
 from tmexport.errors import TmexportError
 
 # jq -j .text over the package's data/*.json in the order of their names, and node's JSON.parse, both gave this SHA-256.

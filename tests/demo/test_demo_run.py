@@ -1,4 +1,4 @@
-"""scripts/demo.py from end to end at its tiny scale, once: what it prints is what is in the files."""
+"""scripts/demo/demo.py from end to end at its tiny scale, once: what it prints is what is in the files."""
 
 import json
 import re
@@ -8,12 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-from demo_report import first_difference, recovery_line, table
 from gguf import GGUFReader
 from matplotlib import image
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from scripts.demo.report import first_difference, recovery_line, table
 from tests.demo.running import ROOT, run_demo
 
 MODELS = ("teacher", "rtn", "student")
@@ -95,7 +95,11 @@ def test_commands_shown_are_the_documented_ones(demo):
     heads = ["python -m qat.train --from-scratch", "python -m qat.ptq rtn", "python -m qat.train --teacher"]
     heads += ["python -m qat.evaluate"] * 3 + ["tmexport gguf"] * 3 + ["tmexport verify", "tmexport inspect"] * 3
     heads += ["python -m runtime_ref.perplexity"]
-    heads += ["python -m runtime_ref.generate", "python -m runtime_ref.bench", "python scripts/run_llamacpp.py"] * 3
+    heads += [
+        "python -m runtime_ref.generate",
+        "python -m runtime_ref.bench",
+        "python scripts/peers/run_llamacpp.py",
+    ] * 3
     assert [command[: len(head)] for command, head in zip(shown, heads, strict=True)] == heads
 
 
@@ -136,7 +140,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
 def test_file_that_llamacpp_refuses_is_one_line_with_its_reason(demo, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes((demo.out / "student.gguf").read_bytes()[:-5000])
-    command = [sys.executable, "scripts/run_llamacpp.py", str(broken), "--prompt", "a"]
+    command = [sys.executable, "scripts/peers/run_llamacpp.py", str(broken), "--prompt", "a"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "llama.cpp does not load it: " in done.stderr

@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from demo_steps import Records, Step, StepFailedError, content_hash, duration, run_step
+
+from scripts.demo.steps import Records, Step, StepFailedError, content_hash, duration, run_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -168,7 +169,7 @@ SLOW = (
 def test_interrupting_us_interrupts_the_command_once_and_waits_for_it(tmp_path, number):
     saved = tmp_path / "saved"
     parent = (
-        "import sys; sys.path.insert(0, 'scripts'); from demo_steps import run_command\n"
+        "import sys; from scripts.demo.steps import run_command\n"
         f"try: run_command(['python', '-c', {SLOW!r}, {str(saved)!r}], capture=False)\n"
         "except KeyboardInterrupt: print('interrupted'); sys.exit(130)"
     )

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import setup_venv
 
+from scripts import setup_venv
 from tests.demo.running import ROOT
 
 

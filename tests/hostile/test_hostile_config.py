@@ -123,7 +123,7 @@ def test_the_ternary_forms_own_keys(tmp_path, quantization, message):
     [
         ("", "cannot be read as JSON"), ("{", "cannot be read as JSON"), ("null", "holds a NoneType; expected a JSON object"),
         ("[]", "holds a list"), ("3", "holds a int"), ('"mamba2"', "holds a str"), (b"\xff\xfe", "cannot be read as JSON"),
-        (b"\xef\xbb\xbf{}", "cannot be read as JSON|model_type is None"), ("{}", "model_type is None; expected 'mamba2'"),
+        (b"\xef\xbb\xbf{}", "cannot be read as JSON|model_type is None"), ("{}", "model_type is None; expected 'mamba'"),
         ("[" * 100_000, "cannot be read as JSON"), ('{"a":' * 100_000, "cannot be read as JSON"),
         ('{"hidden_size": ' + "9" * 5000 + "}", "cannot be read as JSON"), (" " * (2**20 + 1), "has 1048577 bytes; expected at most 1048576"),
     ],
@@ -136,7 +136,7 @@ def test_a_config_that_is_none(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ssm_cfg": {}}, "ssm_cfg.layer is 'Mamba1'; expected 'Mamba2'"), ({"ssm_cfg": [1]}, "ssm_cfg is a list; expected a JSON object"),
+        ({"ssm_cfg": {"layer": 3}}, "ssm_cfg.layer is 3; expected 'Mamba1' or 'Mamba2'"), ({"ssm_cfg": [1]}, "ssm_cfg is a list; expected a JSON object"),
         ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim is True"), ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0, 1]}}, "dt is clamped"),
         ({"attn_layer_idx": [1]}, r"attn_layer_idx is \[1\]; only \[\] can be represented"), ({"d_intermediate": 8}, "d_intermediate is 8"),
         ({"vocab_size": "16"}, "vocab_size '16' and pad_vocab_size_multiple 8 must be positive whole numbers"),

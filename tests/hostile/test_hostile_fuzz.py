@@ -1,4 +1,4 @@
-"""The fuzzers' short form: the same targets and rules, random damage from a fixed seed. The long form: scripts/fuzz_*.py."""
+"""The fuzzers' short form: the same targets and rules, random damage from a fixed seed. The long form: scripts/faults/fuzz_*.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from scripts import fuzz_common
+from scripts.faults import fuzz_common
 from tests.hostile import seeds, targets
 from tests.hostile.mutate import mutate
 from tests.hostile.targets import TOKENIZER_MODEL, peak_bytes

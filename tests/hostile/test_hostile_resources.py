@@ -1,4 +1,4 @@
-"""Opening and closing for ever: no memory, no descriptor and no map is kept. The long form: scripts/fault_soak.py."""
+"""Opening and closing for ever: no memory, no descriptor and no map is kept. The long form: scripts/faults/soak.py."""
 
 from __future__ import annotations
 

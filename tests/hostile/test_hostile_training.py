@@ -1,4 +1,4 @@
-"""Training killed with SIGKILL and resumed gives the bits of a run left alone. scripts/fault_train.py does it fifty times."""
+"""Training killed with SIGKILL and resumed gives the bits of a run left alone. scripts/faults/train.py does it fifty times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from scripts import fault_train as fault
+from scripts.faults import train as fault
 from qat.train.hooks import Hook
 import matplotlib.pyplot
 

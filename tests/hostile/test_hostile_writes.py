@@ -1,7 +1,7 @@
 """Interrupted, starved and competing writes: the final name holds the old file or the new one, and nothing else is left.
 
-Faults are set at exact places in a forked child, so that every place is met; scripts/fault_kill.py and
-scripts/fault_disk.py do the same to the real command at random moments and on a real full disk.
+Faults are set at exact places in a forked child, so that every place is met; scripts/faults/kill.py and
+scripts/faults/disk.py do the same to the real command at random moments and on a real full disk.
 """
 
 from __future__ import annotations
@@ -399,7 +399,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path):
 
 
 def test_random_kills_of_the_command(tmp_path):
-    """Three of the fifty that scripts/fault_kill.py does."""
+    """Three of the fifty that scripts/faults/kill.py does."""
     folder, output, rng = write_small(tmp_path / "ckpt", SMALL, 256), tmp_path / "m.gguf", random.Random(0)
     began = time.monotonic()
     assert command("gguf", folder, output).returncode == 0

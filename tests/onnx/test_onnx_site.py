@@ -1,4 +1,4 @@
-"""`tmexport web`: the folder is complete and refers to nothing outside it. Running it: scripts/check_web.py."""
+"""`tmexport web`: the folder is complete and refers to nothing outside it. Running it: scripts/peers/check_web.py."""
 
 import json
 import re

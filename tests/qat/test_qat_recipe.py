@@ -2,11 +2,19 @@
 
 import itertools
 import math
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from qat.recipe import Recipe, load_recipe
+from qat.recipe import Recipe, known_recipes, load_recipe
 from tmexport.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_flags_win_over_the_file_over_defaults(tmp_path):
@@ -26,6 +34,23 @@ def test_tokens_become_steps():
 @pytest.mark.parametrize("table", ["teacher", "student"])
 def test_shipped_recipes_load(table):
     assert load_recipe("demo-cpu", table, {}).steps > 0
+    assert "demo-cpu" in known_recipes()
+
+
+def test_recipes_are_in_the_package(tmp_path):
+    """A copy of the installed files alone, outside of any checkout, finds them by name."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for pattern in ("*.py", *pyproject["tool"]["setuptools"]["package-data"]["qat"]):
+        for file in (ROOT / "qat").glob(pattern):
+            (tmp_path / "qat" / file.relative_to(ROOT / "qat")).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, tmp_path / "qat" / file.relative_to(ROOT / "qat"))
+    code = "import qat, qat.recipe as r; print(qat.__file__, r.known_recipes(), r.load_recipe('demo-cpu', 'student', {}).steps)"
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))  # tmexport comes from the checkout
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    steps = tomllib.loads((ROOT / "qat/recipes/demo-cpu.toml").read_text())["student"]["steps"]
+    names = sorted(path.stem for path in (ROOT / "qat" / "recipes").glob("*.toml"))
+    assert done.stdout.strip() == f"{tmp_path / 'qat' / '__init__.py'} {names} {steps}"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 
 import qat.evaluate
 import qat.ptq
-import qat.train.command
+import qat.train.cli
 from qat.errors import TrainingError
 from qat.evaluate import evaluate
 from qat.model import load_model
@@ -352,12 +352,12 @@ def test_commands(teacher, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        (qat.train.command.main, ["--data", "CORPUS"]),
-        (qat.train.command.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--lr", "-1"]),
-        (qat.train.command.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--recipe", "nonsense"]),
-        (qat.train.command.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--steps", "many"]),
+        (qat.train.cli.main, ["--data", "CORPUS"]),
+        (qat.train.cli.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--lr", "-1"]),
+        (qat.train.cli.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--recipe", "nonsense"]),
+        (qat.train.cli.main, ["--teacher", "TEACHER", "--data", "CORPUS", "--steps", "many"]),
         (
-            qat.train.command.main,
+            qat.train.cli.main,
             ["--teacher", "TEACHER", "--data", "CORPUS", "--batch-size", "3", "--accumulate", "2"],
         ),
         (qat.ptq.main, ["rtn", "--teacher", "TEACHER"]),  # groups of 256 do not fit a width of 64

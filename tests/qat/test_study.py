@@ -1,4 +1,4 @@
-"""scripts/study_qat.py: what is scored is kept, and the table is the numbers of the single tools."""
+"""scripts/studies/qat_variants.py: what is scored is kept, and the table is the numbers of the single tools."""
 
 import json
 import subprocess
@@ -13,7 +13,16 @@ from tmexport.checkpoint import open_checkpoint
 
 
 def study(teacher, corpus, held_out, out, *flags):
-    command = [sys.executable, "scripts/study_qat.py", "--teacher", teacher, "--data", corpus, "--held-out", held_out]
+    command = [
+        sys.executable,
+        "scripts/studies/qat_variants.py",
+        "--teacher",
+        teacher,
+        "--data",
+        corpus,
+        "--held-out",
+        held_out,
+    ]
     command += ["--out", out, "--seeds", 2, "--steps", 2, "--sequences", 2, "--threads", 1, *flags]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
 

@@ -1,4 +1,4 @@
-"""scripts/logit_hashes.py: its digest is the specification's. scripts/arm64_check.sh: what it says when something is missing."""
+"""scripts/machines/logit_hashes.py: its digest is the specification's. scripts/machines/arm64_check.sh: what it says when something is missing."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import available
 from runtime_ref.reference import ReferenceModel
 from runtime_ref.weights import load_weights
-from scripts.logit_hashes import logit_hashes
+from scripts.machines.logit_hashes import logit_hashes
 from tests.models import SMALL, write_small
 from tmexport.cli import cli
 
@@ -55,15 +55,15 @@ def test_every_set_has_the_specification_s_digest(gguf, monkeypatch):
 
 def test_two_sets_that_disagree_end_with_code_1(gguf, monkeypatch):
     monkeypatch.setenv("RUNTIME_REF_ISA", "")
-    monkeypatch.setattr("scripts.logit_hashes.available", lambda: ["avx2", "portable"])
-    monkeypatch.setattr("scripts.logit_hashes.measure", lambda source, profile, isa: isa)
+    monkeypatch.setattr("scripts.machines.logit_hashes.available", lambda: ["avx2", "portable"])
+    monkeypatch.setattr("scripts.machines.logit_hashes.measure", lambda source, profile, isa: isa)
     done = CliRunner().invoke(logit_hashes, [str(gguf)])
     assert done.exit_code == 1
     assert not json.loads(done.stdout.splitlines()[-1])["agree"]
 
 
 def arm64_check(*arguments, **environment):
-    command = ["/bin/bash", str(ROOT / "scripts" / "arm64_check.sh"), *map(str, arguments)]
+    command = ["/bin/bash", str(ROOT / "scripts" / "machines" / "arm64_check.sh"), *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment
     )
@@ -71,7 +71,7 @@ def arm64_check(*arguments, **environment):
 
 def test_arm64_check_says_what_is_missing(gguf, tmp_path):
     assert arm64_check("--help").returncode == 0
-    assert "Usage: scripts/arm64_check.sh CACHE MODEL.gguf" in arm64_check().stdout
+    assert "Usage: scripts/machines/arm64_check.sh CACHE MODEL.gguf" in arm64_check().stdout
     absent = arm64_check(tmp_path / "cache", tmp_path / "no.gguf")
     assert absent.returncode == 2
     assert absent.stderr.strip() == f"error: {tmp_path / 'no.gguf'}: no such file; expected a GGUF file"

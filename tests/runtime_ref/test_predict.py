@@ -21,7 +21,7 @@ from tmexport.types import GGMLType
 
 BIG = Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288)
 WORK = work_of(BIG, GGMLType.TQ2_0, GGMLType.Q8_0)
-SCRIPT = Path(__file__).parents[2] / "scripts" / "predict_speed.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "predict_speed.py"
 NEVER = 1e30  # a speed that costs nothing
 
 
@@ -104,7 +104,7 @@ def test_the_script_predicts_what_the_formula_says():
 
 def test_the_table_in_the_documentation_is_the_script_s():
     rows = json.loads(run("--boards").stdout.splitlines()[-1])["rows"]
-    text = (SCRIPT.parents[1] / "docs" / "edge.md").read_text(encoding="utf-8")
+    text = (SCRIPT.parents[2] / "docs" / "edge.md").read_text(encoding="utf-8")
     for machine in dict.fromkeys(row["machine"] for row in rows):
         cells = []
         for size in ("130m", "370m", "1.3b"):

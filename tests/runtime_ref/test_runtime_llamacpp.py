@@ -10,7 +10,7 @@ import pytest
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.reference import ReferenceModel
 from runtime_ref.weights import load_weights
-from scripts.compare_logprobs import differences
+from scripts.peers.compare_logprobs import differences
 from tests.llama import Llama
 from tests.models import write_small
 from tmexport.checkpoint import open_checkpoint

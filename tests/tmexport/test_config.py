@@ -47,7 +47,7 @@ def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
         ({"n_groups": 3}, "cannot be shared by 3 groups"),
         ({"eos_token_id": 5000}, "eos_token_id is 5000"),
         ({"num_hidden_layers": None}, "n_layer is None"),
-        ({"model_type": "llama"}, "another type: model_type is 'llama'; expected 'mamba2'"),
+        ({"model_type": "llama"}, "another type: model_type is 'llama'; expected 'mamba'"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(change, message):
@@ -59,7 +59,7 @@ def test_what_cannot_be_represented_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ssm_cfg": {}}, "ssm_cfg.layer is 'Mamba1'"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer is 'Mamba3'; expected 'Mamba1' or 'Mamba2'"),
         ({"attn_layer_idx": [3]}, "only pure Mamba-2"),
         ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim is True"),
         ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.0, 0.5]}}, "dt is clamped"),

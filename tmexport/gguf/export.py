@@ -117,7 +117,7 @@ def tensor_layout(model: Model, types: Mapping[str, GGMLType]) -> dict[str, tupl
 
     Args:
         model: the dimensions.
-        types: of the matrices that may be low-bit, by role; everything else is F32.
+        types: of the matrices that may be low-bit, by role; other matrices are F16, and everything else is F32.
 
     Raises:
         UsageError: the rows of a matrix do not divide into its type's blocks.
@@ -125,7 +125,7 @@ def tensor_layout(model: Model, types: Mapping[str, GGMLType]) -> dict[str, tupl
     layout = {}
     for tensor in model.tensors.values():
         shape = tensor.gguf_shape
-        kind = types[tensor.role] if tensor.low_bit else GGMLType.F32
+        kind = types[tensor.role] if tensor.low_bit else GGMLType.F16 if tensor.matrix else GGMLType.F32
         if shape[-1] % kind.block_size:
             if tensor.block is None:
                 raise UsageError(f"embedding rows of {shape[-1]} do not divide into {kind.name} blocks; use f16")

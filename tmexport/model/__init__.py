@@ -7,20 +7,24 @@ dialects/     a file a way of describing a model: config.json and GGUF keys <-> 
 
 from __future__ import annotations
 
+from tmexport.model.branches.mamba1 import Mamba1
 from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.model.dialects import load_config, parse_config
+from tmexport.model.dialects.mamba1 import mamba1_model
 from tmexport.model.dialects.mamba2 import mamba2_model
 from tmexport.model.spec import Block, Branch, Model, ModelTensor, StateSpec, TensorSpec
 
 __all__ = [
     "Block",
     "Branch",
+    "Mamba1",
     "Mamba2",
     "Model",
     "ModelTensor",
     "StateSpec",
     "TensorSpec",
     "load_config",
+    "mamba1_model",
     "mamba2_model",
     "parse_config",
 ]

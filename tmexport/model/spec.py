@@ -25,7 +25,7 @@ class TensorSpec:
 
     role: what it is called everywhere ("in_proj"); hf: its name in a checkpoint, after the branch's prefix; gguf: its name
     in a GGUF, after "blk.N."; shape: in the checkpoint; gguf_shape: numpy order, where it differs; transform: None or
-    NEG_EXP; low_bit: a matrix that may be stored as codes and scales.
+    NEG_EXP; low_bit: a matrix that may be stored as codes and scales; matrix: one that may not, and is fp16 in a GGUF.
     """
 
     role: str
@@ -35,6 +35,7 @@ class TensorSpec:
     gguf_shape: Shape | None = None
     transform: str | None = None
     low_bit: bool = False
+    matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class ModelTensor:
     block: int | None = None
     transform: str | None = None
     low_bit: bool = False
+    matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def _tensors_of(block: Block, number: int, names: Names, d_model: int) -> list[M
     return [norm] + [
         ModelTensor(
             spec.role, hf + names.branch + spec.hf, gguf + spec.gguf, spec.shape, spec.gguf_shape or spec.shape, number,
-            spec.transform, spec.low_bit,
+            spec.transform, spec.low_bit, spec.matrix,
         )
         for branch in block.branches
         for spec in branch.tensors()

@@ -31,13 +31,14 @@ class Builder:
 
     Args:
         in_function: constants become Constant nodes (a function body holds no initialisers).
+        inside: the scope of a body that sees the names around it (of Scan); its own must be others.
     """
 
-    def __init__(self, in_function: bool = False) -> None:
+    def __init__(self, in_function: bool = False, inside: str = "") -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[Initializer] = []
         self.shapes: dict[str, onnx.ValueInfoProto] = {}
-        self.scope = ""
+        self.scope = self._prefix = inside
         self._in_function = in_function
         self._constant_names: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._count = 0
@@ -77,7 +78,7 @@ class Builder:
         array = np.ascontiguousarray(array).reshape(array.shape)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constant_names:
-            name = f"const_{len(self._constant_names)}"
+            name = f"{self._prefix}const_{len(self._constant_names)}"
             self._constant_names[key] = name
             if self._in_function:
                 value = numpy_helper.from_array(array, name)

@@ -80,7 +80,7 @@ class Custom(Portable):
 
     def _product(self, x: str, weight: ModelTensor) -> str:
         if not weight.low_bit:
-            return self.b.op("DenseMatMul", x, weight.hf, domain=DOMAIN, profile=PROFILE)
+            return super()._product(x, weight)
         inputs = self._codes_scales(weight.hf)
         size = self.group_size
         return self.b.op("TernaryMatMul", x, *inputs, domain=DOMAIN, group_size=size, profile=PROFILE)

@@ -32,18 +32,24 @@ _TEMPLATES: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
+_IN_PLACE = {"mamba2": ("ssm",)}  # LinearAttention copies the state first and then works on the copy
+
+
 class OnnxError(TmexportError):
     """An ONNX file, or an input to it, is not what it should be."""
 
 
 @dataclass(frozen=True)
 class GraphState:
-    """A state of one block: what it is called as an input, past, and as an output, present; its shape without the batch."""
+    """A state of one block: what it is called as an input, past, and as an output, present; its shape without the batch.
+
+    in_place: whether the ort form's operator may be given one buffer for both.
+    """
 
     past: str
     present: str
     shape: tuple[int, ...]
-    recurrent: bool
+    in_place: bool
 
 
 def block_states(block: Block, number: int, style: str = "tmexport") -> dict[str, GraphState]:
@@ -56,7 +62,7 @@ def block_states(block: Block, number: int, style: str = "tmexport") -> dict[str
         for state in branch.states():
             past, present = (template.format(number) for template in _TEMPLATES[style][state.name])
             shape = (*state.shape[:-2], state.shape[-1], state.shape[-2])
-            states[state.name] = GraphState(past, present, shape, state.recurrent)
+            states[state.name] = GraphState(past, present, shape, state.name in _IN_PLACE.get(branch.kind, ()))
     return states
 
 

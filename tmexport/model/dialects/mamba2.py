@@ -119,7 +119,7 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> Model:
     if not isinstance(ssm, dict):
         raise ConfigError(f"ssm_cfg is a {type(ssm).__name__}; expected a JSON object")
     if ssm.get("layer", "Mamba1") != "Mamba2":
-        raise ConfigError(f"ssm_cfg.layer is {ssm.get('layer', 'Mamba1')!r}; expected 'Mamba2'")
+        raise ConfigError(f"ssm_cfg.layer is {ssm.get('layer', 'Mamba1')!r}; expected 'Mamba1' or 'Mamba2'")
     for rule in SSM_CFG_RULES:
         rule.check(ssm)
     for rule in STATE_SPACES_RULES:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from tmexport.errors import UsageError
 
-MODULES = {"mamba2": "tmexport.onnx.branches.mamba2"}
+MODULES = {"mamba1": "tmexport.onnx.branches.mamba1", "mamba2": "tmexport.onnx.branches.mamba2"}
 
 
 def branch_module(kind: str) -> ModuleType:

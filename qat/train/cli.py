@@ -1,0 +1,95 @@
+"""Train a ternary student from a full-precision teacher, or a small teacher from nothing.
+
+    python -m qat.train --from-scratch --recipe demo-cpu --data speeches.jsonl --out out/teacher
+    python -m qat.train --teacher out/teacher --recipe demo-cpu --data speeches.jsonl --out out/student
+
+OUT gets the checkpoint (config.json, model.safetensors, tokenizer.json), the resolved recipe.toml, metrics.jsonl,
+curves.png, and in checkpoints/ what --resume needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qat.plan import ACCELERATORS, config_of, describe, make_plan
+from qat.recipe import known_recipes, load_recipe, options
+from qat.train.training import train
+from tmexport.checkpoint import open_checkpoint
+from tmexport.errors import UsageError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--teacher", type=click.Path(path_type=Path), help="Checkpoint folder of the full-precision model.")
+@click.option("--from-scratch", is_flag=True, help="Train a full-precision model from nothing instead.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Text, JSON Lines, Parquet, a folder, or hf:NAME[:CONFIG[:SPLIT]], read through datasets; repeatable.",
+)
+@click.option(
+    "--held-out", multiple=True, type=click.Path(path_type=Path), help="Text to score during training; repeatable."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the result.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer.json, if the teacher's folder has none.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder for tokens and teacher's predictions. Default: OUT/cache."
+)
+@click.option("--recipe", "recipe_name", help="A TOML file, or a name: " + ", ".join(known_recipes()))
+@click.option("--resume", is_flag=True, help="Go on with the run in OUT, if there is one.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print what the recipe costs (memory, FLOPs, hours) and stop.")
+@click.option("--accelerator", default="h100", show_default=True, help="For --plan: " + ", ".join(ACCELERATORS))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@options
+def main(
+    teacher: Path | None,
+    from_scratch: bool,
+    data: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    out: Path | None,
+    tokenizer: Path | None,
+    cache: Path | None,
+    recipe_name: str | None,
+    resume: bool,
+    plan_only: bool,
+    accelerator: str,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train a ternary student from a teacher (quantisation-aware training with distillation).
+
+    \b
+    Example:
+      tmexport train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
+    """
+    if plan_only:
+        recipe = load_recipe(recipe_name, "teacher" if from_scratch else "student", flags)
+        config = open_checkpoint(teacher).config if teacher else config_of(recipe)
+        plan = make_plan(recipe, config, accelerator, not from_scratch)
+        click.echo(json.dumps(asdict(plan)) if as_json else describe(plan))
+        return
+    if (teacher is None) != from_scratch:
+        raise UsageError("give either --teacher DIR or --from-scratch")
+    if not data or out is None:
+        raise UsageError("give the text with --data and a folder for the result with --out")
+    recipe = load_recipe(recipe_name, "student" if teacher else "teacher", flags)
+    try:
+        summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume, cache)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})"
+        ) from None
+    if int(os.environ.get("RANK", "0")):
+        return  # one process speaks for all
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        score = summary["held_out_bits_per_byte"]
+        shown = f", {score:.4f} bits per byte held out" if score is not None else ""
+        click.echo(f"{out}: {summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s{shown}")
