@@ -1,6 +1,7 @@
-"""Continue a text with a GGUF model.
+"""Continue a text with a GGUF or an ONNX file.
 
-    python -m runtime_ref.generate MODEL.gguf --prompt "Fellow citizens" -n 64 --temperature 0
+    tmexport generate MODEL.gguf --prompt "Fellow citizens" -n 64 --temperature 0
+    tmexport generate MODEL.onnx --prompt-file speech.txt
     python -m runtime_ref.generate --prompt "My fellow citizens"
 
 The text goes to stdout as it is made, speeds go to stderr; --json prints one object instead.
@@ -17,45 +18,55 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
-from runtime_ref.arithmetic import DEFAULT, HELP, PRESETS
+from runtime_ref.arithmetic import DEFAULT, PRESETS
+from runtime_ref.arithmetic import HELP as PRESET_HELP
 from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal
+from runtime_ref.loading import Loaded, load_gguf, load_onnx
 from runtime_ref.memory import MemorySize, check_memory
-from runtime_ref.model import Model
+from runtime_ref.prompt import read_prompt
 from runtime_ref.sampling import Sampling
-from runtime_ref.tokenizer import Tokenizer
+from tmexport.cli.options import HELP, PATH, threads_option
 from tmexport.errors import UsageError
-from tmexport.gguf.reader import open_gguf
-from tmexport.tokenizer.gguf import stop_ids
+
+_GGUF_ONLY = ("profile", "load_state", "save_state", "max_memory")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model_path", metavar="[MODEL.gguf]", default=DEMO_MODEL, type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="The text to continue.")
-@click.option(
-    "-n", "--tokens", "count", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate."
-)
+@click.command(context_settings=HELP)
+@click.argument("model_path", metavar="[MODEL]", default=DEMO_MODEL, type=PATH)
+@click.option("-p", "--prompt", help="The text to continue; - reads it from stdin, as does a pipe without any prompt.")
+@click.option("--prompt-file", type=PATH, help="A UTF-8 file that holds the text to continue.")
+@click.option("--tokens", "token_ids", metavar="IDS", help="The prompt as token ids: 1,2,3. For a file without a tokenizer.")  # fmt: skip
+@click.option("-n", "--count", type=click.IntRange(1), default=64, show_default=True, help="Tokens to make.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the most likely token.")
 @click.option(
     "--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens of this total probability."
 )
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 keeps all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random choice.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
-@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=HELP)
-@click.option("--tokenizer", "tokenizer_path", type=click.Path(path_type=Path),
-              help="A tokenizer.json. Default: the one in the file, or else the file's own vocabulary.")  # fmt: skip
-@click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a saved state.")
-@click.option("--save-state", type=click.Path(path_type=Path), help="Save the state when done.")
+@threads_option
+@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=PRESET_HELP)
+@click.option("--kernels", is_flag=True, help="Compute an ONNX file of the custom form with the runtime's own bit-exact arithmetic.")  # fmt: skip
+@click.option("--tokenizer", "tokenizer_path", type=PATH,
+              help="A tokenizer.json. Default: the one in or beside the file, or else the file's own vocabulary.")  # fmt: skip
+@click.option("--load-state", type=PATH, help="Continue from a saved state.")
+@click.option("--save-state", type=PATH, help="Save the state when done.")
 @click.option("--max-memory", type=MemorySize(), help="Refuse a model that needs more, before loading it: 512M, 1.5G.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.pass_context
 def generate(
+    ctx: click.Context,
     model_path: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
+    token_ids: str | None,
     count: int,
     temperature: float,
     top_p: float,
@@ -63,64 +74,108 @@ def generate(
     seed: int,
     threads: int | None,
     profile: str,
+    kernels: bool,
     tokenizer_path: Path | None,
     load_state: Path | None,
     save_state: Path | None,
     max_memory: int | None,
     as_json: bool,
 ) -> None:
-    """Continue a text; it ends after -n tokens, or with the model's end-of-text token.
+    """Continue a text with MODEL, a .gguf or .onnx file; it ends after -n tokens, or with an end-of-text token.
 
-    Without MODEL.gguf: with the demo model that comes with the package, trained on State of the Union speeches.
+    Without MODEL: with the demo model that comes with the package, trained on State of the Union speeches.
 
     \b
     Examples:
-      python -m runtime_ref.generate --prompt "My fellow citizens" --temperature 0.8 --top-p 0.95
-      python -m runtime_ref.generate model.gguf --prompt "Fellow citizens" -n 64 --temperature 0.8 --top-p 0.95
+      tmexport generate --prompt "My fellow citizens" --temperature 0.8 --top-p 0.95
+      tmexport generate model.gguf --prompt-file speech.txt -n 64
+      echo "Fellow citizens" | tmexport generate model.onnx --json
     """
+    is_onnx = model_path.suffix == ".onnx"
+    if is_onnx:
+        _refuse_gguf_options(ctx)
+    elif kernels:
+        raise UsageError("--kernels is for an ONNX file; a GGUF always runs with the runtime's own kernels")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    text = read_prompt(prompt, prompt_file, token_ids)
     if max_memory is not None:
         check_memory(model_path, max_memory, profile, states=4 if load_state or save_state else 1)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    file = open_gguf(model_path)
-    tokenizer = Tokenizer.from_gguf(file, tokenizer_path)
-    ids = tokenizer.prompt(prompt)
-    if not ids:
-        raise UsageError("--prompt has no tokens; give at least one character")
-    model = Model.load(model_path, profile, threads)
-    state = model.load_state(load_state) if load_state else model.new_state()
-    compile_kernels(model)
-    stop = stop_ids(file.metadata)
-    digest, stream = hashlib.sha256(), tokenizer.stream()
-    tokens: list[int] = []
-    times = [time.perf_counter()]
-
-    def seen(logits: np.ndarray) -> None:
-        digest.update(logits.tobytes())
-        if len(times) == 1:
-            times.append(time.perf_counter())
-
-    shown = for_terminal if sys.stdout.isatty() else str
-    if not as_json:
-        click.echo(shown(prompt), nl=False)
-    for token in model.generate(ids, count, sampling, state, stop, seen):
-        tokens.append(token)
-        if not as_json:
-            click.echo(shown(stream.push(token)), nl=False)
-    end = time.perf_counter()
-    if not as_json:
-        click.echo(shown(stream.flush()))
-    if save_state:
-        model.decode(state, tokens[-1])  # the state then covers all of the text shown
-        state.save(save_state)
-    prompt_rate = len(ids) / (times[1] - times[0])
-    rate = (len(tokens) - 1) / (end - times[1]) if len(tokens) > 1 else 0.0
-    if as_json:
-        result = {"text": tokenizer.decode(tokens), "tokens": tokens, "logits_sha256": digest.hexdigest(), "prompt_tokens": len(ids),
-                  "prompt_tokens_per_second": prompt_rate, "tokens_per_second": rate, "profile": profile,
-                  "threads": model.threads}  # fmt: skip
-        click.echo(json.dumps(result))
+    need_text = isinstance(text, str)
+    if is_onnx:
+        loaded = load_onnx(model_path, kernels, threads, tokenizer_path, need_text)
     else:
-        click.echo(
-            f"prompt {len(ids)} tokens, {prompt_rate:.1f} tokens/s; generated {len(tokens)}, {rate:.1f} tokens/s",
-            err=True,
+        loaded = load_gguf(model_path, profile, threads, tokenizer_path, need_text)
+    ids = loaded.encode(text)
+    model: Any = loaded.model
+    state = model.load_state(load_state) if load_state else model.new_state()
+    if not is_onnx:
+        compile_kernels(model)
+    run = _Run(len(ids))
+    if as_json:
+        run.tokens += model.generate(ids, count, sampling, state, loaded.stop, run.seen)
+    else:
+        _show(run, loaded, text, model.generate(ids, count, sampling, state, loaded.stop, run.seen))
+    run.end = time.perf_counter()
+    if save_state:
+        model.decode(state, run.tokens[-1])  # the state then covers all of the text shown
+        state.save(save_state)
+    if as_json:
+        continuation = loaded.tokenizer.decode(run.tokens) if loaded.tokenizer else None
+        click.echo(json.dumps({"text": continuation} | run.as_dict() | loaded.about))
+    else:
+        click.echo(run.summary(), err=True)
+
+
+@dataclass
+class _Run:
+    """What happened: tokens, a digest of all logits, and when."""
+
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
+    start: float = field(default_factory=time.perf_counter)
+    first: float = 0.0  # when the first logits were there
+    end: float = 0.0
+
+    def seen(self, logits: np.ndarray) -> None:
+        self.digest.update(logits.tobytes())
+        self.first = self.first or time.perf_counter()
+
+    @property
+    def prompt_rate(self) -> float:
+        return self.prompt_tokens / (self.first - self.start)
+
+    @property
+    def rate(self) -> float:
+        return (len(self.tokens) - 1) / (self.end - self.first) if len(self.tokens) > 1 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens, "logits_sha256": self.digest.hexdigest(), "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens_per_second": self.prompt_rate, "tokens_per_second": self.rate,
+        }  # fmt: skip
+
+    def summary(self) -> str:
+        return (
+            f"prompt {self.prompt_tokens} tokens, {self.prompt_rate:.1f} tokens/s; "
+            f"generated {len(self.tokens)}, {self.rate:.1f} tokens/s"
         )
+
+
+def _show(run: _Run, loaded: Loaded, prompt: str | list[int], tokens: Any) -> None:
+    """Print the prompt and its continuation as it is made: text, or ids where there is no tokenizer."""
+    shown = for_terminal if sys.stdout.isatty() else str
+    stream = loaded.tokenizer.stream() if loaded.tokenizer else None
+    if isinstance(prompt, list):
+        prompt = loaded.tokenizer.decode(prompt) if loaded.tokenizer else " ".join(map(str, prompt))
+    click.echo(shown(prompt), nl=False)
+    for token in tokens:
+        run.tokens.append(token)
+        click.echo(shown(stream.push(token)) if stream else f" {token}", nl=False)
+    click.echo(shown(stream.flush()) if stream else "")
+
+
+def _refuse_gguf_options(ctx: click.Context) -> None:
+    for name in _GGUF_ONLY:
+        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
+            raise UsageError(f"--{name.replace('_', '-')} is for a GGUF; an ONNX file has its own arithmetic and no saved states")  # fmt: skip

@@ -21,7 +21,7 @@ from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.build import Built, build
 from runtime_ref.kernels.engine import run
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
-from runtime_ref.sampling import Sampling, choose
+from runtime_ref.sampling import Sampling, continue_tokens
 from runtime_ref.state import State, state_arrays
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
@@ -150,28 +150,8 @@ class Model:
         stop: Sequence[int] = (),
         on_logits: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[int]:
-        """Token after token; ends after `max_tokens`, or with a token of `stop` (which is yielded).
-
-        Args:
-            prompt: token ids, at least one.
-            max_tokens: the most tokens to yield.
-            sampling: how to choose; greedy if None.
-            state: continue from here (it is updated); a new state if None.
-            stop: ids that end the text.
-            on_logits: called with the logits each token was chosen from.
-        """
-        how = sampling or Sampling()
-        state = state or self.new_state()
-        rng = np.random.default_rng(how.seed)
-        logits = self.prefill(state, prompt)
-        for position in range(max_tokens):
-            if on_logits:
-                on_logits(logits)
-            token = choose(logits, how, rng)
-            yield token
-            if token in stop or position + 1 == max_tokens:
-                return
-            logits = self.decode(state, token)
+        """Token after token: `sampling.continue_tokens`."""
+        return continue_tokens(self, prompt, max_tokens, sampling, state, stop, on_logits)
 
     def close(self) -> None:
         """End the threads."""

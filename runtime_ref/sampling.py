@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,3 +53,45 @@ def choose(logits: np.ndarray, how: Sampling, rng: np.random.Generator) -> int:
     kept = 1 + int(np.searchsorted(total, how.top_p * total[-1])) if how.top_p < 1.0 else len(order)
     total = total[:kept]
     return int(order[min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), kept - 1)])
+
+
+class Stepping(Protocol):
+    """A model that reads a prompt and then token after token, remembering them in a state of its own."""
+
+    def new_state(self) -> Any: ...
+    def prefill(self, state: Any, tokens: Sequence[int]) -> np.ndarray: ...
+    def decode(self, state: Any, token: int) -> np.ndarray: ...
+
+
+def continue_tokens(
+    model: Stepping,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    state: Any = None,
+    stop: Sequence[int] = (),
+    on_logits: Callable[[np.ndarray], None] | None = None,
+) -> Iterator[int]:
+    """Token after token; ends after `max_tokens`, or with a token of `stop` (which is yielded).
+
+    Args:
+        model: reads the tokens.
+        prompt: token ids, at least one.
+        max_tokens: the most tokens to yield.
+        sampling: how to choose; greedy if None.
+        state: continue from here (it is updated); a new state if None.
+        stop: ids that end the text.
+        on_logits: called with the logits each token was chosen from.
+    """
+    how = sampling or Sampling()
+    state = state or model.new_state()
+    rng = np.random.default_rng(how.seed)
+    logits = model.prefill(state, prompt)
+    for position in range(max_tokens):
+        if on_logits:
+            on_logits(logits)
+        token = choose(logits, how, rng)
+        yield token
+        if token in stop or position + 1 == max_tokens:
+            return
+        logits = model.decode(state, token)

@@ -21,7 +21,7 @@ class Tokenizer:
 
     def __init__(self, text: str, where: str, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> None:
         self._tokenizer = parse_tokenizer(text, where)
-        self._before, self._after = before, after
+        self._before, self._after, self._template = before, after, False
 
     @classmethod
     def from_gguf(cls, gguf: GGUFFile | Path | str, given: Path | None = None) -> Tokenizer:
@@ -40,6 +40,17 @@ class Tokenizer:
         tokenizer._check(file, where)
         return tokenizer
 
+    @classmethod
+    def from_json(cls, path: Path) -> Tokenizer:
+        """The tokenizer of a tokenizer.json; `prompt` adds the tokens that its post-processor adds, such as BOS.
+
+        Raises:
+            TokenizerError: it cannot be read or is damaged.
+        """
+        tokenizer = cls(read_tokenizer(path), str(path))
+        tokenizer._template = True
+        return tokenizer
+
     def _check(self, file: GGUFFile, where: str) -> None:
         embedding = file.tensors.get("token_embd.weight")
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -49,25 +60,34 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        if len(text) > _LONG:
-            return in_background(lambda: self.encode_all([text]))[0]
+        return self._encode(text, special=False)
+
+    def encode_all(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Several texts at once, with or without what the post-processor adds; the GIL is released meanwhile."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
         except TypeError:  # surrogates, from a command line that is not UTF-8
             raise UsageError("the text is not valid Unicode; expected UTF-8") from None
+        return [encoding.ids for encoding in encodings]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Several texts at once; the GIL is released meanwhile."""
+    def prompt(self, text: str) -> list[int]:
+        """`encode`, with the tokens before and after a prompt that the file asks for.
+
+        A GGUF says so in add_bos_token and add_eos_token, a tokenizer.json by itself in its post-processor.
+        """
+        return [*self._before, *self._encode(text, special=self._template), *self._after]
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        if len(text) > _LONG:
+            return in_background(lambda: self.encode_all([text], special))[0]
         try:
-            return [
-                encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            ]
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
         except TypeError:
             raise UsageError("the text is not valid Unicode; expected UTF-8") from None
 
-    def prompt(self, text: str) -> list[int]:
-        """`encode`, with the tokens before and after a prompt that the file asks for (add_bos_token, add_eos_token)."""
-        return [*self._before, *self.encode(text), *self._after]
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id by its content."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

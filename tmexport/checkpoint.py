@@ -15,16 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from tmexport.errors import CheckpointError
-from tmexport.files import atomic_write, file_in, read_text
+from tmexport.files import atomic_write, file_in
 from tmexport.model import Model, load_config
 from tmexport.quantization import Stored, read_quantization, write_quantization
-from tmexport.safetensors_io import StoredTensor, index_safetensors
-from tmexport.torch_bin import index_torch_bin
+from tmexport.safetensors_io import StoredTensor
 from tmexport.types import KINDS, Coded, widest_exact, widest_group
+from tmexport.weight_files import index_folder
 
-_LARGEST_INDEX = 2**22
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
-_STATE_SPACES_EMBEDDING = "backbone.embedding.weight"
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -109,13 +107,13 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         CheckpointError: tensors are missing, unexpected, misshapen, or a file is damaged.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; expected a checkpoint folder with config.json and weights")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder with config.json and weights")
     config, raw = load_config(folder)
     coded = read_quantization(raw, config, folder)
-    stored = _index(folder)
-    if _STATE_SPACES_EMBEDDING in stored:
-        stored[EMBEDDING] = stored.pop(_STATE_SPACES_EMBEDDING)
+    stored = index_folder(folder, config.tensors | {LM_HEAD: None})
     stored = _drop_tied_head(folder, config, stored)
     _check_tensors(folder, config, coded, stored)
     has_tokenizer = os.path.lexists(folder / "tokenizer.json")
@@ -201,50 +199,12 @@ def _stored_forms(folder: Path, config: Model, tensors: Mapping[str, np.ndarray 
     return {role: form for role, (form,) in forms.items() if form is not None}
 
 
-def _index(folder: Path) -> dict[str, StoredTensor]:
-    """Where every tensor lies, whichever way the weights are split over files."""
-    for stem, reader in (("model.safetensors", index_safetensors), ("pytorch_model.bin", index_torch_bin)):
-        if os.path.lexists(folder / stem):
-            return reader(file_in(folder, stem))
-        index = f"{stem}.index.json"
-        if os.path.lexists(folder / index):
-            return _index_shards(folder, file_in(folder, index), reader)
-    raise CheckpointError(f"{folder}: holds no weights; expected model.safetensors or pytorch_model.bin")
-
-
-def _index_shards(folder: Path, index_path: Path, reader: object) -> dict[str, StoredTensor]:
-    try:
-        weight_map = json.loads(read_text(index_path, _LARGEST_INDEX))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index_path}: is not a shard index with a weight_map: {error!r}") from None
-    paths, merged = {}, {}
-    for shard in shards:  # every name, before any file is opened
-        if not isinstance(shard, str) or Path(shard).name != shard or shard.startswith("."):
-            raise CheckpointError(
-                f"{index_path}: names the file {shard!r}; expected a plain file name in the same folder"
-            )
-        paths[shard] = file_in(folder, shard)
-    for shard, path in paths.items():
-        for name, tensor in reader(path).items():  # type: ignore[operator]
-            if name in merged or weight_map.get(name, shard) != shard:
-                raise CheckpointError(
-                    f"{index_path}: {name} is in {shard}, but the index or another shard has it as well; expected one place"
-                )
-            merged[name] = tensor
-    missing = sorted(set(weight_map) - set(merged))
-    if missing:
-        raise CheckpointError(f"{index_path}: {missing[0]} is listed but in no shard")
-    return merged
-
-
 def _drop_tied_head(folder: Path, config: Model, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """A tied head that was saved a second time must be the embedding; then it is left out."""
     if not config.tie_embeddings or LM_HEAD not in stored or EMBEDDING not in stored:
         return stored
     head, embedding = stored[LM_HEAD], stored[EMBEDDING]
-    same_place = (head.path, head.offset, head.shape) == (embedding.path, embedding.offset, embedding.shape)
-    if not same_place and not np.array_equal(head.read(), embedding.read()):
+    if not head.is_at(embedding) and not np.array_equal(head.read(), embedding.read()):
         raise CheckpointError(
             f"{folder}: config.json ties the head to the embedding, but {LM_HEAD} differs from it; "
             "set tie_word_embeddings to false if the head is its own"

@@ -12,6 +12,12 @@ from typing import BinaryIO
 
 from tmexport.errors import CheckpointError, TmexportError
 
+_ENOUGH = 512  # bytes that tell what a file is
+LORA = (
+    "is a LoRA adapter, which is not a model by itself; merge it into its base model "
+    "(peft: model.merge_and_unload().save_pretrained(FOLDER))"
+)
+
 
 def file_in(folder: Path | str, name: str) -> Path:
     """`folder`/`name`, after checking that it is a regular file inside the folder.
@@ -42,7 +48,7 @@ def read_text(path: Path, largest: int) -> str:
     """The text of a small UTF-8 file.
 
     Raises:
-        ValueError: it has more than `largest` bytes, or is not UTF-8.
+        ValueError: it has more than `largest` bytes, is not UTF-8, or is known to be something else.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
@@ -50,7 +56,32 @@ def read_text(path: Path, largest: int) -> str:
         if size > largest:
             raise ValueError(f"has {size} bytes; expected at most {largest}")
         data = file.read(size)
+    found = _named(data[:_ENOUGH])
+    if found is not None:
+        raise ValueError(found)
     return data.decode("utf-8-sig")  # a byte order mark is not part of the text
+
+
+def what_it_is(path: Path) -> str | None:
+    """What a file is that is not what its name says: the rest of a message; None if nothing better is known."""
+    try:
+        with open(path, "rb") as file:
+            return _named(file.read(_ENOUGH))
+    except OSError:
+        return None
+
+
+def _named(start: bytes) -> str | None:
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download the file"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "is a web page (a download that failed?); download the file again"
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file, which is an export and no checkpoint"
+    if start.startswith((b"\xff\xfe{", b"\xff\xfe[", b"\xfe\xff\0{", b"\xfe\xff\0[")):
+        return "is UTF-16 text; save it as UTF-8"
+    return None
 
 
 def silence_stdout() -> None:

@@ -22,16 +22,31 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, absolute byte offset, safetensors dtype name, shape."""
+    """Where a tensor lies: file, absolute byte offset, safetensors dtype name, shape.
+
+    strides: in values, of a tensor that is not contiguous (a torch archive keeps views as they are); else None.
+    """
 
     path: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def span(self) -> int:
+        """The values from the tensor's first to its last in the file."""
+        if self.strides is None or 0 in self.shape:
+            return math.prod(self.shape)
+        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
 
     @property
     def n_bytes(self) -> int:
         return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize if self.dtype in _DTYPES else 0
+
+    def is_at(self, other: StoredTensor) -> bool:
+        """Whether both are the same bytes."""
+        return self == other
 
     def read(self) -> np.ndarray:
         """The tensor in its stored dtype; bfloat16 arrives as fp32 (exact).
@@ -41,7 +56,7 @@ class StoredTensor:
         """
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: dtype {self.dtype} is not supported; expected F32, F16 or BF16")
-        count = math.prod(self.shape)
+        count = self.span
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
@@ -52,7 +67,10 @@ class StoredTensor:
             raise CheckpointError(f"{self.path}: ends inside a tensor; expected {count} values, found {data.size}")
         if self.dtype == "BF16":
             data = (data.astype(np.uint32) << 16).view(np.float32)
-        return data.reshape(self.shape)
+        if self.strides is None or 0 in self.shape:
+            return data.reshape(self.shape)
+        steps = tuple(stride * data.itemsize for stride in self.strides)
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(data, self.shape, steps))
 
 
 def index_safetensors(path: Path) -> dict[str, StoredTensor]:

@@ -23,7 +23,7 @@ class TorchScorer:
         torch.set_num_threads(threads or default_threads())
         config = open_checkpoint(folder).config
         path = find_tokenizer(folder, tokenizer)
-        self._tokenizer = Tokenizer(path.read_text(encoding="utf-8"), str(path))
+        self._tokenizer = Tokenizer(path.read_text(encoding="utf-8-sig"), str(path))
         self.end_of_text = end_of_text_id(config, path)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(folder).to(self._device)

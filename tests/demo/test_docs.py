@@ -34,7 +34,7 @@ def test_command_is_real(words):
         "tmexport gguf a b --type q5_k",
         "tmexport verify a",
         "python -m qat.train --data a --out b --steps many",
-        "python -m runtime_ref.generate a.gguf",
+        "python -m runtime_ref.generate a.gguf --promt x",
         "python scripts/demo/demo.py --scale huge",
     ],
 )

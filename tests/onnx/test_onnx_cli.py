@@ -9,12 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from runtime_ref.generate import generate as generate_command
+from runtime_ref.ort import OrtModel
 from tests.models import random_tensors, ternary_tensors
 from tests.onnx.exporting import FORMS, TIED, peer_model, run
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.config import Mamba2Config
-from tmexport.onnx import OrtModel
-from tmexport.onnx.generate import generate as generate_command
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,12 +114,10 @@ def test_generate_is_the_peers_greedy_continuation(tied, files, tmp_path):
 
 
 def test_generate_with_kernels_has_the_bits_of_runtime_ref(tied, files, tmp_path):
-    from runtime_ref.generate import generate as runtime_command
-
     run("gguf", tied.path, tmp_path / "m.gguf", "--embedding-type", "q8_0")
     options = ["--prompt", "def exact", "-n", "6", "--threads", "1", "--json"]
     ours = CliRunner().invoke(generate_command, [str(files["custom", "q8"]), "--kernels", *options])
-    theirs = CliRunner().invoke(runtime_command, [str(tmp_path / "m.gguf"), "--profile", "exact", *options])
+    theirs = CliRunner().invoke(generate_command, [str(tmp_path / "m.gguf"), "--profile", "exact", *options])
     ours, theirs = json.loads(ours.stdout), json.loads(theirs.stdout)
     assert ours["logits_sha256"] == theirs["logits_sha256"]
     assert ours["tokens"] == theirs["tokens"]

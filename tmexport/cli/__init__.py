@@ -33,6 +33,7 @@ VERBS = {
     "web": Verb(EXPORT, "tmexport.cli.web:web", "Write a page that runs a checkpoint in a browser.", "onnx"),
     "verify": Verb(EXPORT, "tmexport.cli.verify:verify", "Prove that an exported file holds the checkpoint."),
     "inspect": Verb(EXPORT, "tmexport.cli.inspect:inspect", "Show dimensions, types, sizes and zero ratios of a model."),
+    "doctor": Verb(EXPORT, "tmexport.cli.doctor:doctor", "Say what a GGUF of any program is, and what is wrong with it."),
     "generate": Verb(RUN, "runtime_ref.generate:generate", "Continue a text with a GGUF or ONNX file."),
     "perplexity": Verb(RUN, "runtime_ref.perplexity:perplexity", "Bits per byte and perplexity of a GGUF on a text."),
     "bench": Verb(RUN, "runtime_ref.bench.cli:bench", "Time a GGUF: speed, latency, memory, bandwidth."),

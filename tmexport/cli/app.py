@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import click
@@ -126,7 +126,7 @@ def _reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return _MEMORY
-    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+    if any(isinstance(e, RuntimeError) and "can't start new thread" in str(e) for e in _with_causes(error)):
         return _THREADS
     if isinstance(error, OSError):
         if error.filename is not None:
@@ -136,6 +136,13 @@ def _reason(error: BaseException) -> str:
     return one_line(
         f"unexpected {type(error).__name__}{': ' if text else ''}{text} ({TRACEBACK}=1 shows where it came from)"
     )
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those it arose from: a pool that cannot start a thread fails again while it ends."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _say(line: str) -> None:

@@ -88,7 +88,7 @@ class GGUFFile:
         return self.data[info.offset : info.offset + info.nbytes].reshape(-1, row_bytes)
 
 
-class _Cursor:
+class Cursor:
     """A position in the header; every read is checked against the end of the file."""
 
     def __init__(self, data: np.ndarray) -> None:
@@ -142,13 +142,13 @@ def open_gguf(path: Path | str) -> GGUFFile:
     except OSError as error:
         raise GGUFError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
-        metadata, tensors = _parse(_Cursor(data), size)
+        metadata, tensors = _parse(Cursor(data), size)
     except GGUFError as error:
         raise GGUFError(f"{path}: {error}") from None
     return GGUFFile(path, metadata, tensors, data)
 
 
-def _parse(cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _parse(cursor: Cursor, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     magic = bytes(cursor.take(4, "the magic"))
     if magic != b"GGUF":
         raise GGUFError(f"starts with {magic!r}; expected b'GGUF'")
@@ -172,7 +172,7 @@ def _parse(cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, Tensor
         key = cursor.string("a key", _MAX_NAME)
         if key in metadata:
             raise GGUFError(f"has the key {key!r} twice")
-        metadata[key] = _value(cursor, f"the value of {key!r}")
+        metadata[key] = read_value(cursor, f"the value of {key!r}")
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment > 2**20 or alignment & (alignment - 1):
         raise GGUFError(f"general.alignment is {alignment!r}; expected a power of two from 8 to {2**20}")
@@ -185,7 +185,7 @@ def _parse(cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, Tensor
     return metadata, _place(declared, -(-cursor.at // alignment) * alignment, alignment, size)
 
 
-def _value(cursor: _Cursor, what: str) -> Any:
+def read_value(cursor: Cursor, what: str) -> Any:
     kind = cursor.number("I", what)
     if kind in _SCALARS:
         return cursor.number(_SCALARS[kind], what)
@@ -207,7 +207,7 @@ def _value(cursor: _Cursor, what: str) -> Any:
     return StoredArray(count, lambda i: numbers[i].item())
 
 
-def _strings(cursor: _Cursor, count: int, what: str) -> StoredArray:
+def _strings(cursor: Cursor, count: int, what: str) -> StoredArray:
     starts = np.empty(count, np.int64)
     for i in range(count):
         starts[i] = cursor.at
@@ -221,7 +221,7 @@ def _strings(cursor: _Cursor, count: int, what: str) -> StoredArray:
     return StoredArray(count, item)
 
 
-def _declaration(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], GGMLType, int]:
+def _declaration(cursor: Cursor, name: str) -> tuple[tuple[int, ...], GGMLType, int]:
     """One tensor as the header declares it: numpy-order shape, type, offset into the data section."""
     n_dimensions = cursor.number("I", f"the dimensions of {name!r}")
     if not 1 <= n_dimensions <= _MAX_DIMENSIONS:

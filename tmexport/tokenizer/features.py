@@ -16,9 +16,10 @@ from tmexport.errors import TokenizerError
 from tmexport.tokenizer.bytelevel import CHARACTERS, missing_bytes, sample_with
 from tmexport.tokenizer.names import SPECIAL
 from tmexport.tokenizer.overlaps import overlapping
-from tmexport.tokenizer.splits import NAMES, Steps, steps_of
+from tmexport.tokenizer.splits import LLAMA3, NAMES, QWEN2, Steps, steps_of
 
 DECOMPOSED = "cafe\u0301"  # an e and an accent of its own
+LONG_S = "'\u017ft"  # (?i:'s) matches it
 NEUTRAL = "neutral"
 
 
@@ -202,6 +203,10 @@ def _splits(features: Features) -> None:
         whether = "keeps a word that is a token whole (ignore_merges)" if features.ignore_merges else "always merges"
         raise _Refused(f"{whether}; llama.cpp does the opposite for text that is split as {'+'.join(steps)[:60]!r}")
     features.steps = steps
+    if LLAMA3 in steps or QWEN2 in steps:
+        features.warnings.append(
+            f"the text {ascii(LONG_S)[1:-1]!r} may give other tokens in llama.cpp: it splits 's off, but not before a long s (U+017F)"
+        )
 
 
 def _tokens(features: Features) -> None:

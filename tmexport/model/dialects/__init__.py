@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tmexport.errors import ConfigError
-from tmexport.files import file_in, read_text
+from tmexport.files import LORA, file_in, read_text
 from tmexport.model.dialects import mamba1, mamba2
 from tmexport.model.dialects.reading import Family
 from tmexport.model.spec import Model
@@ -41,6 +41,8 @@ def load_config(folder: Path | str) -> tuple[Model, dict[str, Any]]:
         CheckpointError: the file is a link that leaves the folder, or not a file.
     """
     path = Path(folder) / "config.json"
+    if not path.exists() and (path.parent / "adapter_config.json").exists():
+        raise ConfigError(f"{folder}: {LORA}")
     if not path.exists():
         raise ConfigError(f"{path}: no such file; expected a checkpoint folder with a config.json")
     try:

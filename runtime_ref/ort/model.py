@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from runtime_ref.sampling import Sampling, continue_tokens
 from tmexport.errors import UsageError
 from tmexport.onnx.names import GraphState, ModelInfo, OnnxError, info_from_metadata, model_states
 from tmexport.threads import default_threads
+
+_CHUNK = 512  # tokens of a prompt that are read at once
 
 
 class OrtState:
@@ -90,7 +93,7 @@ class OrtModel:
             raise UsageError(f"{threads} threads; expected 1 to 1024")
         options.intra_op_num_threads = threads or default_threads()
         if kernels:
-            from tmexport.onnx.kernels import register_kernels
+            from runtime_ref.ort.custom_ops import register_kernels
 
             register_kernels(options)
         try:
@@ -157,8 +160,15 @@ class OrtModel:
         return logits
 
     def prefill(self, state: OrtState, tokens: Sequence[int]) -> np.ndarray:
-        """Logits fp32 [vocab] after the last of `tokens`, for a state of one text; the state is updated."""
-        return self.run(state, np.array([list(tokens)], np.int64).reshape(1, -1))[0, -1]
+        """Logits fp32 [vocab] after the last of `tokens`, for a state of one text; the state is updated.
+
+        Some at a time: a file that gives the logits of every position would make gigabytes of them for a long prompt.
+        """
+        ids = np.array([list(tokens)], np.int64).reshape(1, -1)
+        for start in range(0, ids.shape[1] - _CHUNK, _CHUNK):
+            self.run(state, ids[:, start : start + _CHUNK])
+        rest = max(0, (ids.shape[1] - 1) // _CHUNK * _CHUNK)
+        return self.run(state, ids[:, rest:])[0, -1]
 
     def decode(self, state: OrtState, token: int) -> np.ndarray:
         """Logits fp32 [vocab] after one more token, for a state of one text; the state is updated."""
@@ -168,34 +178,13 @@ class OrtModel:
         self,
         prompt: Sequence[int],
         max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         state: OrtState | None = None,
         stop: Sequence[int] = (),
-        on_logits: Callable[[np.ndarray], None] = lambda logits: None,
+        on_logits: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[int]:
-        """Token after token; ends after `max_tokens`, or with a token of `stop` (which is yielded).
-
-        Args:
-            prompt: token ids, at least one.
-            max_tokens: the most tokens to yield.
-            temperature: 0 always takes the largest logit.
-            seed: of the random choice.
-            state: continue from here (it is updated); a new state if None.
-            stop: ids that end the text.
-            on_logits: called with the logits each token was chosen from.
-        """
-        check_temperature(temperature)
-        state = state or self.new_state()
-        rng = np.random.default_rng(seed)
-        logits = self.prefill(state, prompt)
-        for position in range(max_tokens):
-            on_logits(logits)
-            token = choose(logits, temperature, rng)
-            yield token
-            if token in stop or position + 1 == max_tokens:
-                return
-            logits = self.decode(state, token)
+        """Token after token: `runtime_ref.sampling.continue_tokens`."""
+        return continue_tokens(self, prompt, max_tokens, sampling, state, stop, on_logits)
 
     def _step(self, state: OrtState, ids: np.ndarray) -> np.ndarray:
         """One token for each text, with bindings that are made once: binding anew would take a millisecond a token."""
@@ -231,24 +220,9 @@ class OrtModel:
             raise OnnxError(f"{self.path}: onnxruntime cannot run it: {_one_line(error)}") from None
         finally:
             if self.kernels:
-                from tmexport.onnx.kernels import raise_failure
+                from runtime_ref.ort.custom_ops import raise_failure
 
                 raise_failure()
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises UsageError unless it is 0 or a positive finite number."""
-    if not 0.0 <= temperature < float("inf"):
-        raise UsageError(f"temperature is {temperature}; expected 0 or more")
-
-
-def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """The next token: the largest logit at temperature 0, else drawn from softmax(logits / temperature)."""
-    if temperature == 0.0:
-        return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / temperature
-    total = np.cumsum(np.exp(scaled - scaled.max()))
-    return min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), len(total) - 1)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,174 @@
+"""Checkpoints as they lie about: names that trainers wrap, views, nested and old archives, byte order marks, and what is no checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import SMALL, random_tensors, write_small, write_state_spaces
+from tmexport.checkpoint import open_checkpoint
+from tmexport.errors import CheckpointError, ConfigError
+from tmexport.model import mamba2_model
+
+NAMES = {
+    "torch.compile": lambda n: "_orig_mod." + n,
+    "data parallel": lambda n: "module." + n,
+    "both": lambda n: "module._orig_mod." + n,
+    "compiled layers": lambda n: n.replace("layers.0.", "layers.0._orig_mod.").replace("mixer.", "mixer._orig_mod."),
+    "FSDP": lambda n: "_fsdp_wrapped_module." + n.replace("layers.1.", "layers.1._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    "PEFT": lambda n: "base_model.model." + n,
+    "Lightning": lambda n: "model." + n,
+    "another class's root": lambda n: n.replace("backbone.", "model."),
+    "no root (Mamba2Model)": lambda n: n.replace("backbone.", ""),
+    "state-spaces": lambda n: n.replace("embeddings", "embedding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("group_size", [None, 64], ids=["dense", "ternary"])
+@pytest.mark.parametrize("wrapped", NAMES)
+def test_names_as_trainers_write_them(tmp_path, wrapped, group_size):
+    write_small(tmp_path, group_size=group_size)
+    expected = open_checkpoint(tmp_path)
+    expected = {name: expected.dense(name) for name in expected.names}
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({NAMES[wrapped](name): value for name, value in state.items()}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(np.array_equal(checkpoint.dense(name), value) for name, value in expected.items())
+
+
+def test_names_in_shards(tmp_path):
+    write_small(tmp_path)
+    state = {"_orig_mod." + n: v for n, v in load_file(tmp_path / "model.safetensors").items()}
+    (tmp_path / "model.safetensors").unlink()
+    files = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: value for name, value in state.items() if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    checkpoint, tensors = open_checkpoint(tmp_path), random_tensors(SMALL)
+    assert all(np.array_equal(checkpoint.dense(name), tensors[name]) for name in checkpoint.names)
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path):
+    write_small(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["module.backbone.norm_f.weight"] = state["backbone.norm_f.weight"].clone()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"norm_f.weight and .*norm_f.weight are both backbone.norm_f.weight"):
+        open_checkpoint(tmp_path)
+
+
+def _views(state):
+    """Every matrix as a transposed, a sliced or a strided view; one vector expanded."""
+    changed = {}
+    for number, (name, value) in enumerate(state.items()):
+        if value.ndim == 1:
+            changed[name] = torch.cat([torch.full((3,), 9.0), value])[3:]
+            continue
+        wide = torch.full((value.shape[0], *value.shape[1:-1], 2 * value.shape[-1]), 9.0)
+        wide[..., ::2] = value
+        narrow = torch.full((*value.shape[:-1], value.shape[-1] + 5), 9.0)
+        narrow[..., 2:-3] = value
+        transposed = value.transpose(0, -1).contiguous().transpose(0, -1)
+        changed[name] = (wide[..., ::2], narrow[..., 2:-3], transposed)[number % 3]
+        assert torch.equal(changed[name], value)
+    changed["backbone.layers.0.mixer.D"] = torch.tensor([1.5]).expand(len(state["backbone.layers.0.mixer.D"]))
+    return changed
+
+
+SAVED = {
+    "as it is": lambda s: s,
+    "parameters": lambda s: {n: torch.nn.Parameter(v) for n, v in s.items()},
+    "Lightning": lambda s: {"state_dict": {"model." + n: v for n, v in s.items()}, "epoch": 3, "optimizer_states": [{"x": torch.zeros(2)}]},
+    "a trainer's": lambda s: {"model": s, "step": 7, "best": 1.5},
+    "DeepSpeed": lambda s: {"module": s, "global_steps": 7},
+    "torch's tutorial": lambda s: {"model_state_dict": s, "loss": 0.5},
+    "views": _views,
+    "half": lambda s: {n: v.to(torch.bfloat16) for n, v in s.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old_form", [False, True], ids=["zip", "before 1.6"])
+@pytest.mark.parametrize("how", SAVED)
+def test_whatever_torch_saves(tmp_path, how, old_form):
+    tensors = random_tensors(SMALL)
+    write_state_spaces(tmp_path, SMALL, tensors, SMALL.vocab_size)
+    state = SAVED[how]({name: torch.from_numpy(value) for name, value in tensors.items()})
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old_form)
+    checkpoint = open_checkpoint(tmp_path)
+    expected = _views({n: torch.from_numpy(v) for n, v in tensors.items()}) if how == "views" else None
+    for name in checkpoint.names:
+        value = torch.from_numpy(tensors[name]) if expected is None else expected[name]
+        value = value.to(torch.bfloat16).float() if how == "half" else value
+        assert np.array_equal(checkpoint.dense(name), value.numpy()), name
+
+
+def test_a_tied_head_in_an_old_archive_is_compared(tmp_path):
+    config = mamba2_model(256, 1, 512, d_state=64)
+    tensors = random_tensors(config)
+    write_state_spaces(tmp_path, config, tensors, config.vocab_size)
+    state = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    state["lm_head.weight"] = state["backbone.embeddings.weight"] + 1
+    for old_form in (True, False):
+        torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old_form)
+        with pytest.raises(CheckpointError, match="lm_head.weight differs"):
+            open_checkpoint(tmp_path)
+
+
+def test_byte_order_marks_in_json(tmp_path):
+    write_small(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert open_checkpoint(tmp_path).config == SMALL
+    path.write_bytes(path.read_text(encoding="utf-8-sig").encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"config.json: .*is UTF-16 text; save it as UTF-8"):
+        open_checkpoint(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 269\n"
+PAGE = b"\n<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(POINTER, "is a git-lfs pointer.*git lfs pull"), (PAGE, "is a web page"), (b"GGUF\3\0\0\0", "is a GGUF file")],
+    ids=["git-lfs", "page", "gguf"],
+)
+def test_files_that_are_something_else(tmp_path, name, content, message):
+    write_small(tmp_path)
+    if name != "config.json":
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((CheckpointError, ConfigError), match=f"{name}: .*{message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_lora_adapter_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/mamba2-130m"}))
+    save_file({"base_model.model.backbone.layers.0.mixer.in_proj.lora_A.weight": torch.zeros(8, 4)}, tmp_path / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(ConfigError, match="is a LoRA adapter.*merge_and_unload"):
+        open_checkpoint(tmp_path)
+    write_small(tmp_path / "ckpt")
+    (tmp_path / "config.json").write_bytes((tmp_path / "ckpt" / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="holds no weights.*is a LoRA adapter"):
+        open_checkpoint(tmp_path)
+    state = load_file(tmp_path / "ckpt" / "model.safetensors")
+    state["base_model.model.backbone.layers.0.mixer.in_proj.lora_A.default.weight"] = torch.zeros(8, 256)
+    save_file(state, tmp_path / "ckpt" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="lora_A.default.weight: it is a LoRA adapter"):
+        open_checkpoint(tmp_path / "ckpt")
+
+
+def test_weights_under_another_name_are_named(tmp_path):
+    write_small(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match="holds no weights.*found consolidated.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_file_instead_of_a_folder(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="model.gguf: is a file; expected a checkpoint folder"):
+        open_checkpoint(tmp_path / "model.gguf")
