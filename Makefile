@@ -5,18 +5,19 @@ VENV ?= .venv
 DEMO_OUT ?= demo_out
 DEMO_ARGS ?=
 TEST_ARGS ?=
-QUICK = -m "not slow and not peer"
+QUICK = -m "not slow and not peer and not network"
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint lowest versions clean venv
+.PHONY: help demo demo-from-scratch test quick lint lowest versions clean venv
 
 help:
-	@echo "make demo    train a small Mamba-2, make it ternary, export it to GGUF, prove it and run it (into $(DEMO_OUT)/)"
+	@echo "make demo    make a small pretrained Mamba-2 ternary, export it to GGUF, prove it and run it (into $(DEMO_OUT)/)"
+	@echo "make demo-from-scratch   the same, and train that Mamba-2 first"
 	@echo "make test    ruff, then every test"
 	@echo "make quick   the tests that are neither slow nor ask another program"
-	@echo "make lint    ruff and the import contract"
+	@echo "make lint    ruff alone: rules and formatting"
 	@echo "make lowest  the quick tests with the lowest versions that pyproject.toml allows (into $(VENV)-lowest/)"
 	@echo "make versions  the quick tests with every Python of $(PYTHONS) that is here (into $(VENV)-python3.x/)"
 	@echo "make clean   remove $(VENV)/, $(DEMO_OUT)/ and caches"
@@ -29,6 +30,9 @@ venv:
 
 demo: venv
 	@$(RUN) scripts/demo/demo.py --out $(DEMO_OUT) $(DEMO_ARGS)
+
+demo-from-scratch: venv
+	@$(RUN) scripts/demo/demo.py --out $(DEMO_OUT) --from-scratch $(DEMO_ARGS)
 
 test: lint
 	$(RUN) -m pytest $(TEST_ARGS)

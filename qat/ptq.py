@@ -59,14 +59,18 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="checkpoint folder")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="folder to write")
-@click.option("--group-size", type=int, default=256, show_default=True, help="64, 128 or 256")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="Checkpoint folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--group-size", type=int, default=256, show_default=True, help="Weights that share a scale: 64, 128 or 256."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def rtn(teacher: Path, out: Path, group_size: int, as_json: bool) -> None:
     """Round to nearest.
 
-    Example: python -m qat.ptq rtn --teacher out/teacher --out out/rtn
+    \b
+    Example:
+      tmexport ptq rtn --teacher out/teacher --out out/rtn
     """
     zero_ratio = round_to_nearest(teacher, out, group_size)
     if as_json:
