@@ -17,7 +17,6 @@ from typing import NoReturn
 import click
 
 from tmexport.errors import TmexportError, one_line
-from tmexport.files import silence_stdout
 
 TRACEBACK = "TMEXPORT_TRACEBACK"
 _SIGNALS = {"SIGTERM": 143, "SIGHUP": 129}  # they unwind as Ctrl-C does, so that temporary files are removed
@@ -99,7 +98,7 @@ def _report(error: BaseException) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, BrokenPipeError):  # the reader has enough
-        silence_stdout()
+        _silence_stdout()
         return 1
     with contextlib.suppress(OSError, ValueError):
         _flush()  # what was said so far, before the reason why there is no more
@@ -110,7 +109,7 @@ def _report(error: BaseException) -> int:
         _say("error: " + _usage(error))
         return error.exit_code
     _say("error: " + _reason(error))
-    silence_stdout()
+    _silence_stdout()
     return error.exit_code if isinstance(error, TmexportError) else 1
 
 
@@ -143,6 +142,12 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _silence_stdout() -> None:
+    """Send what is still buffered for stdout nowhere: it cannot be written, and the flush at exit must not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:
