@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from tests.tokenizer.real import cached
-from tests.tokenizer.scripts import SCRIPTS
+from tests.tokenizer.samples import SCRIPTS
 from tmexport.model import mamba2_model
 from tmexport.tokenizer.gguf import export_tokenizer, vocabulary_as_json
 from tmexport.tokenizer.parse import parse_tokenizer
