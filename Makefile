@@ -8,10 +8,11 @@ TEST_ARGS ?=
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean venv
+.PHONY: help demo demo-from-scratch test lint clean venv
 
 help:
-	@echo "make demo    train a small Mamba-2, make it ternary, export it to GGUF, prove it and run it (into $(DEMO_OUT)/)"
+	@echo "make demo    make a small pretrained Mamba-2 ternary, export it to GGUF, prove it and run it (into $(DEMO_OUT)/)"
+	@echo "make demo-from-scratch   the same, and train that Mamba-2 first"
 	@echo "make test    ruff, then every test"
 	@echo "make lint    ruff alone: rules and formatting"
 	@echo "make clean   remove $(VENV)/, $(DEMO_OUT)/ and caches"
@@ -24,6 +25,9 @@ venv:
 
 demo: venv
 	@$(RUN) scripts/demo/demo.py --out $(DEMO_OUT) $(DEMO_ARGS)
+
+demo-from-scratch: venv
+	@$(RUN) scripts/demo/demo.py --out $(DEMO_OUT) --from-scratch $(DEMO_ARGS)
 
 test: lint
 	$(RUN) -m pytest $(TEST_ARGS)

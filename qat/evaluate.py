@@ -25,6 +25,7 @@ from qat.data import find_files, is_dataset, load_tokenizer, read_documents
 from qat.losses import distillation_loss
 from qat.model import LanguageModel, load_model
 from tmexport.checkpoint import open_checkpoint
+from tmexport.cli.options import threads_option
 from tmexport.cli.progress import progress_bar
 from tmexport.documents import Score, encode_documents, score_documents, start_token
 from tmexport.errors import UsageError
@@ -105,15 +106,17 @@ def evaluate(folder: Path, data: list[Path], tokenizer: Path | None = None) -> S
     multiple=True,
     required=True,
     type=click.Path(path_type=Path),
-    help="text, JSON Lines, Parquet or a folder; repeatable",
+    help="Text, JSON Lines, Parquet or a folder; repeatable.",
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if the checkpoint has none")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer.json, if the checkpoint has none.")
+@threads_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(checkpoint: Path, data: tuple[Path, ...], tokenizer: Path | None, threads: int | None, as_json: bool) -> None:
     """Bits per byte and perplexity of CHECKPOINT (a folder) on text.
 
-    Example: python -m qat.evaluate out/student --data heldout.jsonl --json
+    \b
+    Example:
+      tmexport evaluate out/student --data heldout.jsonl --json
     """
     torch.set_num_threads(threads or default_threads())
     score = evaluate(checkpoint, list(data), tokenizer)

@@ -137,11 +137,13 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     for field in reversed(dataclasses.fields(Recipe)):
         flag = "--" + field.name.replace("_", "-")
         kind = _KINDS[str(field.type)]
-        text = f"{field.metadata['help']} [{str(field.default).lower()}]"
+        said = field.metadata["help"]
+        text = f"{said[0].upper()}{said[1:]}. Default: {str(field.default).lower()}."
         if kind is bool:
             command = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)(command)
         else:
-            command = click.option(flag, field.name, type=kind, default=None, help=text)(command)
+            flags = ("-t", flag) if field.name == "threads" else (flag,)  # -t is --threads in every command
+            command = click.option(*flags, field.name, type=kind, default=None, help=text)(command)
     return command
 
 

@@ -82,7 +82,7 @@ def load_onnx(path: Path, kernels: bool, threads: int | None, given: Path | None
         raise UsageError(f"{path}: no such file; expected a file written by `tmexport onnx`")
     where = given or tokenizer_path(path)
     tokenizer = _tokenizer(lambda: Tokenizer.from_json(where), need_text or given is not None)
-    model = import_with("onnx", "tmexport.onnx.ort_model").OrtModel.load(path, threads, kernels)
+    model = import_with("onnx", "runtime_ref.ort.model").OrtModel.load(path, threads, kernels)
     stop = end_tokens(tokenizer.vocabulary() if tokenizer else {}, model.config.eos_token_id)
     return Loaded(model, tokenizer, stop, {"form": model.info.form, "kernels": kernels})
 

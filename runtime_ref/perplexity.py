@@ -25,6 +25,7 @@ from runtime_ref.command import compile_kernels
 from runtime_ref.model import Model
 from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
+from tmexport.cli.options import threads_option
 from tmexport.cli.progress import progress_bar
 from tmexport.documents import encode_documents, read_documents, score_documents, start_token
 
@@ -50,10 +51,14 @@ def end_of_text(model: Model, tokenizer: Tokenizer) -> int | None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_path", metavar="MODEL.gguf", type=click.Path(path_type=Path))
 @click.argument("text_path", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
+@click.option("--tokenizer", "tokenizer_path", type=click.Path(path_type=Path),
+              help="A tokenizer.json. Default: the one in the file, or else the file's own vocabulary.")  # fmt: skip
+@threads_option
 @click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def perplexity(model_path: Path, text_path: Path, threads: int | None, profile: str, as_json: bool) -> None:
+def perplexity(
+    model_path: Path, text_path: Path, tokenizer_path: Path | None, threads: int | None, profile: str, as_json: bool
+) -> None:
     """Tokens, perplexity and bits per byte of MODEL.gguf on FILE.
 
     A .jsonl file has one document in each line's "text", any other file is one document; a document is read as one stream,
@@ -61,10 +66,10 @@ def perplexity(model_path: Path, text_path: Path, threads: int | None, profile: 
 
     \b
     Example:
-      python -m runtime_ref.perplexity model.gguf heldout.txt --json
+      tmexport perplexity model.gguf heldout.txt --json
     """
     texts = list(read_documents(text_path))
-    tokenizer = Tokenizer.from_gguf(model_path)
+    tokenizer = Tokenizer.from_gguf(model_path, tokenizer_path)
     model = Model.load(model_path, profile, threads)
     with progress_bar("tokenising", sum(map(len, texts)), unit="characters") as bar:
         documents = list(encode_documents(texts, tokenizer.encode_all, end_of_text(model, tokenizer), bar.advance))

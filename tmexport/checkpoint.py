@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tmexport.errors import CheckpointError
+from tmexport.errors import CheckpointError, NotTernaryError, ScaleError
 from tmexport.files import atomic_write, file_in
 from tmexport.model import Model, load_config
 from tmexport.quantization import Stored, read_quantization, write_quantization
 from tmexport.safetensors_io import StoredTensor
-from tmexport.types import KINDS, Coded, widest_exact, widest_group
+from tmexport.types import KINDS, Coded, rounded_scales, widest_exact, widest_group
 from tmexport.weight_files import index_folder
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
@@ -35,6 +35,7 @@ class Checkpoint:
     """A checkpoint folder whose tensors are all there with the right shapes; the data is read on demand.
 
     coded: how the weights of each role that is not dense are stored. `tokenizer` is the tokenizer.json, if there is one.
+    round_scales: whether a dense weight that is ternary but for its scales counts as ternary, with these rounded to fp16.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Checkpoint:
     coded: Mapping[str, Stored]
     tokenizer: Path | None
     stored: Mapping[str, StoredTensor]
+    round_scales: bool = False
 
     @property
     def group_size(self) -> int | None:
@@ -62,15 +64,35 @@ class Checkpoint:
         """The codes and scales of a weight: as stored, or of this kind read exactly from a dense tensor, in its widest groups.
 
         Raises:
-            NotTernaryError: the dense tensor is not of this kind.
+            NotTernaryError: the dense tensor is not of this kind; a ScaleError if only its scales are in the way.
             CheckpointError: the stored codes or scales are damaged.
         """
         form = self.form(name)
         if form is None:
-            return widest_exact(self.stored[name].read(), name, kind)
+            return self._read_exactly(name, kind)
         known = KINDS[form.kind]
         codes = known.unpack(self.stored[name + ".codes"].read(), name)
         return known.tensor(codes, self.stored[name + ".scales"].read(), form.group_size).check(name)
+
+    def _read_exactly(self, name: str, kind: str) -> Coded:
+        weight = self.stored[name].read()
+        try:
+            return widest_exact(weight, name, kind)
+        except NotTernaryError as refusal:
+            try:
+                rounded, error = rounded_scales(weight, name, kind)
+            except NotTernaryError:
+                raise refusal from None
+            if self.round_scales:
+                return rounded
+            raise ScaleError(
+                f"{name}: is {kind} but for its scales, which are no fp16 numbers; --round-scales rounds them "
+                f"(largest relative error {error:.1e})"
+            ) from None
+
+    def scale_error(self, name: str, kind: str = "ternary") -> float:
+        """The largest relative error that rounding the scales of a dense weight to fp16 makes; 0 if there is nothing to round."""
+        return 0.0 if self.form(name) is not None else rounded_scales(self.stored[name].read(), name, kind)[1]
 
     def values(self, name: str) -> np.ndarray:
         """A tensor as it is stored, fp16 or fp32 (bf16 arrives as fp32); codes are multiplied out. All exact."""
@@ -99,8 +121,10 @@ def shared_group_size(checkpoint: Checkpoint, names: Iterable[str], kind: str = 
     return widest
 
 
-def open_checkpoint(folder: Path | str) -> Checkpoint:
+def open_checkpoint(folder: Path | str, round_scales: bool = False) -> Checkpoint:
     """Open a checkpoint folder of any dialect and check that it holds exactly the model its config.json describes.
+
+    round_scales: see Checkpoint.
 
     Raises:
         ConfigError: config.json is missing or describes something that cannot be exported.
@@ -118,7 +142,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     _check_tensors(folder, config, coded, stored)
     has_tokenizer = os.path.lexists(folder / "tokenizer.json")
     tokenizer = file_in(folder, "tokenizer.json") if has_tokenizer else None
-    return Checkpoint(folder, config, coded, tokenizer, stored)
+    return Checkpoint(folder, config, coded, tokenizer, stored, round_scales)
 
 
 def write_checkpoint(

@@ -47,6 +47,10 @@ class NotTernaryError(TmexportError):
     """A weight that must be exactly ternary is not."""
 
 
+class ScaleError(NotTernaryError):
+    """A weight is ternary but for its scales, which are no fp16 numbers; asked to, an export rounds them."""
+
+
 class TokenizerError(TmexportError):
     """A tokenizer that the target format cannot represent faithfully."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,12 +81,6 @@ def _named(start: bytes) -> str | None:
     if start.startswith((b"\xff\xfe{", b"\xff\xfe[", b"\xfe\xff\0{", b"\xfe\xff\0[")):
         return "is UTF-16 text; save it as UTF-8"
     return None
-
-
-def silence_stdout() -> None:
-    """Send what is still buffered for stdout nowhere: it cannot be written, and the flush at exit must not fail again."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

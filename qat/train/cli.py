@@ -25,27 +25,27 @@ from tmexport.errors import UsageError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--teacher", type=click.Path(path_type=Path), help="checkpoint folder of the full-precision model")
-@click.option("--from-scratch", is_flag=True, help="train a full-precision model from nothing instead")
+@click.option("--teacher", type=click.Path(path_type=Path), help="Checkpoint folder of the full-precision model.")
+@click.option("--from-scratch", is_flag=True, help="Train a full-precision model from nothing instead.")
 @click.option(
     "--data",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="text, JSON Lines, Parquet, a folder, or hf:NAME[:CONFIG[:SPLIT]], read through datasets; repeatable",
+    help="Text, JSON Lines, Parquet, a folder, or hf:NAME[:CONFIG[:SPLIT]], read through datasets; repeatable.",
 )
 @click.option(
-    "--held-out", multiple=True, type=click.Path(path_type=Path), help="text to score during training; repeatable"
+    "--held-out", multiple=True, type=click.Path(path_type=Path), help="Text to score during training; repeatable."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="folder for the result")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json, if the teacher's folder has none")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the result.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer.json, if the teacher's folder has none.")
 @click.option(
-    "--cache", type=click.Path(path_type=Path), help="folder for tokens and teacher's predictions [OUT/cache]"
+    "--cache", type=click.Path(path_type=Path), help="Folder for tokens and teacher's predictions. Default: OUT/cache."
 )
-@click.option("--recipe", "recipe_name", help="a TOML file, or a name: " + ", ".join(known_recipes()))
-@click.option("--resume", is_flag=True, help="go on with the run in OUT, if there is one")
-@click.option("--plan", "plan_only", is_flag=True, help="print what the recipe costs (memory, FLOPs, hours) and stop")
-@click.option("--accelerator", default="h100", show_default=True, help="for --plan: " + ", ".join(ACCELERATORS))
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object at the end")
+@click.option("--recipe", "recipe_name", help="A TOML file, or a name: " + ", ".join(known_recipes()))
+@click.option("--resume", is_flag=True, help="Go on with the run in OUT, if there is one.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print what the recipe costs (memory, FLOPs, hours) and stop.")
+@click.option("--accelerator", default="h100", show_default=True, help="For --plan: " + ", ".join(ACCELERATORS))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @options
 def main(
     teacher: Path | None,
@@ -64,7 +64,9 @@ def main(
 ) -> None:
     """Train a ternary student from a teacher (quantisation-aware training with distillation).
 
-    Example: python -m qat.train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
+    \b
+    Example:
+      tmexport train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
     """
     if plan_only:
         recipe = load_recipe(recipe_name, "teacher" if from_scratch else "student", flags)

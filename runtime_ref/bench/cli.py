@@ -56,9 +56,16 @@ def _check_outputs(report: Path | None, plot: Path | None) -> None:
 @click.option(
     "-n", "count", type=click.IntRange(1), default=64, show_default=True, help="Tokens of the generation test."
 )
-@click.option("-t", "threads", default="1,2", show_default=True, callback=_numbers, help="Numbers of threads.")
+@click.option("-t", "--threads", default="1,2", show_default=True, callback=_numbers, help="Numbers of threads.")
 @click.option("-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each test.")
-@click.option("--profile", "profiles", default=",".join(PRESETS), show_default=True, callback=_names(tuple(PRESETS)))
+@click.option(
+    "--profile",
+    "profiles",
+    default=",".join(PRESETS),
+    show_default=True,
+    callback=_names(tuple(PRESETS)),
+    help="Presets to time.",
+)
 @click.option("--depth", "depths", default="0,1000,8000", show_default=True, callback=_numbers,
               help="Context lengths at which a decoded token is timed.")  # fmt: skip
 @click.option("--chunks", default="1,8,32,128,512", show_default=True, callback=_numbers,
@@ -94,9 +101,9 @@ def bench(
 
     \b
     Examples:
-      python -m runtime_ref.bench model.gguf -p 128 -n 64 -t 1,2 -r 5 --profile exact,fast --json
-      python -m runtime_ref.bench model.gguf --workloads chat,document,stream --report bench.html
-      python -m runtime_ref.bench --compare before.json after.json
+      tmexport bench model.gguf -p 128 -n 64 -t 1,2 -r 5 --profile exact,fast --json
+      tmexport bench model.gguf --workloads chat,document,stream --report bench.html
+      tmexport bench --compare before.json after.json
     """
     if pair:
         if model_path:

@@ -58,8 +58,9 @@ class EnergyRun:
         self._sample(self._meters)
         sensors = [m for m in self._meters if m.wrap is None]
         if sensors:
-            self._thread = threading.Thread(target=self._watch, args=(sensors,), daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._watch, args=(sensors,), daemon=True)
+            thread.start()
+            self._thread = thread  # only now: the exit waits for it
         return self
 
     def __exit__(self, *_: object) -> None:

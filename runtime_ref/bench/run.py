@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_ref.arithmetic import PRESETS
+from runtime_ref.bench.bandwidth import read_bandwidth
 from runtime_ref.bench.energy import find_meters
 from runtime_ref.bench.machine import conditions, describe
 from runtime_ref.bench.measure import (
@@ -31,7 +32,6 @@ from runtime_ref.bench.measure import (
 from runtime_ref.bench.sizes import file_sizes
 from runtime_ref.bench.workloads import WORKLOADS, tokens_of
 from runtime_ref.command import compile_kernels
-from runtime_ref.kernels.bandwidth import read_bandwidth
 from runtime_ref.memory import need, parse_size
 from runtime_ref.model import Model
 from tmexport.gguf.reader import open_gguf

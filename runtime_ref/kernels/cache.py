@@ -115,10 +115,15 @@ class KernelCache(_Cache):
             with contextlib.suppress(OSError):
                 yield from folder.glob(f"{self._name}-*.kernel")
 
+    def _source(self) -> bytes:
+        """The file that the function is in, which may lie outside this package; nothing for code that is in none."""
+        path = Path(self._function.__code__.co_filename)
+        return path.read_bytes() if path.is_file() else b""
+
     def _file_name(self, sig: Any, codegen: Any) -> str:
         cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
         about = (
-            repr(sig), codegen.magic_tuple(), self._function.__code__.co_code, dumps(cells) if cells else b"",
+            repr(sig), codegen.magic_tuple(), self._source(), self._function.__code__.co_code, dumps(cells) if cells else b"",
             numba.__version__, llvmlite.__version__, sys.implementation.cache_tag,
         )  # fmt: skip
         key = hashlib.sha256(repr(about).encode()).hexdigest()[:20]

@@ -34,6 +34,11 @@ def features() -> set[str]:
     return found | {"neon"} if _is_arm64() else found
 
 
+def core() -> str:
+    """LLVM's name of the core that Numba compiles for."""
+    return config.CPU_NAME or llvm.get_host_cpu_name()
+
+
 def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 

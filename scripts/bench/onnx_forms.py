@@ -55,7 +55,7 @@ class Runner:
 
 def serve(path: str, threads: int) -> None:
     """The onnxruntime end of a Runner; "ready" comes with the seconds of loading and the peak of memory in MB."""
-    from tmexport.onnx import OrtModel
+    from runtime_ref.ort import OrtModel
 
     start = time.perf_counter()
     model = OrtModel.load(path, threads)

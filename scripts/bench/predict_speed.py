@@ -49,9 +49,9 @@ PROMPT, ANSWER = 128, 32  # tokens that --check reads and generates
 def measured_speeds(threads: int) -> Speeds:
     """This machine's speeds with so many threads."""
     from runtime_ref.bench.machine import hardware
+    from runtime_ref.bench.rates import ternary_rate
     from runtime_ref.bench.run import measured_bandwidth
     from runtime_ref.kernels.isa import PRIMITIVES, select
-    from runtime_ref.kernels.rates import ternary_rate
 
     bandwidth = measured_bandwidth([threads], hardware())[threads]
     macs = ternary_rate("fast", threads) / threads

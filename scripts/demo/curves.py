@@ -1,4 +1,4 @@
-"""The demo's picture: bits per byte over the tokens of both trainings, and the zero ratio during the second."""
+"""The demo's picture: bits per byte over the tokens trained on, and the zero ratio during QAT."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ def read_metrics(checkpoint: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
-def draw_curves(teacher: Path, student: Path, results: dict[str, Any], out: Path) -> None:
-    """Write the PNG `out` from the two trainings' metrics and the demo's results."""
+def draw_curves(teacher: Path | None, student: Path, results: dict[str, Any], out: Path) -> None:
+    """Write the PNG `out` from the trainings' metrics (the teacher's too, if it was trained here) and the demo's results."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    before, after = read_metrics(teacher), read_metrics(student)
+    before, after = read_metrics(teacher) if teacher else [], read_metrics(student)
     scores = {name: model["bits_per_byte"] for name, model in results["models"].items()}
-    switch = before[-1]["tokens"] / 1e6
+    switch = before[-1]["tokens"] / 1e6 if before else 0.0
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained")
 
     for entries, start, colour, label in (
         (before, 0.0, TEACHER, "teacher, full precision"),
         (after, switch, STUDENT, "ternary by QAT"),
     ):
+        if not entries:
+            continue
         tokens = [start + entry["tokens"] / 1e6 for entry in entries]
         left.plot(tokens, [entry["bits_per_byte"] for entry in entries], color=colour, alpha=0.25, linewidth=0.8)
         scored = [entry for entry in entries if "held_out_bits_per_byte" in entry]
@@ -45,7 +47,8 @@ def draw_curves(teacher: Path, student: Path, results: dict[str, Any], out: Path
         )
     left.plot([switch], [scores["rtn"]], "X", color=ROUNDED, markersize=10, label="ternary by rounding", zorder=5)
     left.axvline(switch, color=ROUNDED, linewidth=0.8, linestyle=":")
-    left.axhline(scores["teacher"], color=TEACHER, linewidth=0.8, linestyle="--")
+    label = None if before else "teacher, full precision"
+    left.axhline(scores["teacher"], color=TEACHER, linewidth=0.8, linestyle="--", label=label)
     # The first steps from random weights would squeeze everything that follows.
     low = min(scores.values())
     left.set_ylim(low - 0.2, max(scores["rtn"], low + 0.8) + 0.25)

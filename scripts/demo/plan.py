@@ -22,6 +22,7 @@ from scripts.demo.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "qat" / "recipes" / "demo-cpu.toml"
+SHIPPED_TEACHER = Path(__file__).parent / "teacher"  # trained once; its recipe and metrics lie beside it
 PROMPT = "Fellow citizens, the state of the Union is"
 
 
@@ -49,9 +50,10 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies in the output folder."""
+    """Where everything lies in the output folder; from_scratch: the teacher is trained there, not taken from the repository."""
 
     out: Path
+    from_scratch: bool = False
 
     @property
     def train(self) -> Path:
@@ -109,10 +111,12 @@ def sections(layout: Layout, scale: Scale) -> dict[str, list[Step]]:
     data = (train, held_out, RECIPE)
     llamacpp = Path(os.path.relpath(ROOT / "scripts" / "peers" / "run_llamacpp.py"))
     prompt, ask = Path(PROMPT), f"-n {scale.tokens} --threads 1"  # a Path, so that it stays one word
-    return {
+    trained = {
         "Train a small Mamba-2 from scratch: the teacher": [
             Step("train-teacher", train_teacher, data, (teacher,), resumable=True),
         ],
+    }
+    return (trained if layout.from_scratch else {}) | {
         "Make it ternary without training: rounding, the baseline": [
             Step(
                 "ptq-rtn",

@@ -34,8 +34,13 @@ from scripts.machines.emulated_cpu import EmulatedCpu, EmulatedFunction, Emulati
 from scripts.machines.logit_hashes import logits_digest
 from tmexport.cli.app import run_command
 
-# LLVM's name of a core, and the instruction set that the runtime chooses on it.
-CORES = {"icelake-server": "avx512vnni", "sapphirerapids": "avx512vnni", "znver4": "avx512vnni", "alderlake": "avxvnni"}
+# LLVM's name of a core, and the instruction set that the runtime chooses on it; the emulated CPU has no AMX.
+CORES = {
+    "icelake-server": "avx512vnni",
+    "sapphirerapids": "avx512vnni",
+    "znver4": "avx512tables",
+    "alderlake": "avxvnni",
+}
 PROFILES = ("exact", "fast")
 PROMPT, DECODED = 40, 8
 

@@ -24,8 +24,8 @@ from typing import Any
 import click
 from tokenizers import Tokenizer
 
+from runtime_ref.ort import OrtModel
 from tmexport.cli.app import run_command
-from tmexport.onnx import OrtModel
 
 
 class Browser:

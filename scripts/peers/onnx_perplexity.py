@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer
 
 from qat.model import load_model
+from runtime_ref.ort import OrtModel
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.app import run_command
-from tmexport.onnx import OrtModel
 from tmexport.onnx.export import export_onnx
 from tmexport.onnx.graph import build_graph
 

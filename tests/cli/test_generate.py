@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from runtime_ref.generate import generate
+from runtime_ref.ort import OrtModel
 from runtime_ref.sampling import Sampling
 from runtime_ref.tokenizer import Tokenizer
 from tests.commands import invoke
@@ -19,7 +20,6 @@ from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli import cli
 from tmexport.gguf.export import plan_export
 from tmexport.model import mamba2_model
-from tmexport.onnx import OrtModel
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ class DemoRun:
         return json.loads(self.stdout.strip().split("\n")[-1])
 
 
-def run_demo(out: Path) -> DemoRun:
-    command = [sys.executable, "scripts/demo/demo.py", "--scale", "tiny", "--out", str(out)]
+def run_demo(out: Path, *args: str) -> DemoRun:
+    command = [sys.executable, "scripts/demo/demo.py", "--scale", "tiny", "--out", str(out), *args]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     return DemoRun(done.returncode, done.stdout, done.stderr, out)

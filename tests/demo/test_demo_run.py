@@ -1,10 +1,12 @@
 """scripts/demo/demo.py from end to end at its tiny scale, once: what it prints is what is in the files."""
 
 import json
+import lzma
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def test_files_are_what_the_table_says(demo, results):
         types = {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
         assert types["blk.0.ssm_in.weight"] == types["blk.0.ssm_out.weight"] == wanted
         assert f"{path.stat().st_size / 1e6:.2f}" in demo.stdout
-    assert results["models"]["student"]["verified_codes"] == 256 * (1024 + 128 + 8) + 512 * 256
+    assert results["models"]["student"]["verified_codes"] == 4 * (256 * (1024 + 128 + 8) + 512 * 256)
 
 
 def test_both_runtimes_ran_every_file_and_agree_at_the_start(results):
@@ -92,7 +94,7 @@ def test_closing_list_names_every_file_with_a_phrase(demo):
 
 def test_commands_shown_are_the_documented_ones(demo):
     shown = [line[2:] for line in demo.stdout.split("\n") if line.startswith("$ ")]
-    heads = ["python -m qat.train --from-scratch", "python -m qat.ptq rtn", "python -m qat.train --teacher"]
+    heads = ["python -m qat.ptq rtn", "python -m qat.train --teacher"]
     heads += ["python -m qat.evaluate"] * 3 + ["tmexport gguf"] * 3 + ["tmexport verify", "tmexport inspect"] * 3
     heads += ["python -m runtime_ref.perplexity"]
     heads += [
@@ -111,7 +113,7 @@ def test_second_run_reuses_and_mends(demo, tmp_path):
     kept = demo.out.rename(demo.out.with_name("kept"))
     try:
         copy.rename(demo.out)
-        shutil.rmtree(demo.out / "teacher" / "checkpoints")
+        (demo.out / "teacher" / "config.json").unlink()  # comes back as it was
         damaged = bytearray((demo.out / "student.gguf").read_bytes())
         damaged[-1] ^= 1
         (demo.out / "student.gguf").write_bytes(damaged)
@@ -120,7 +122,7 @@ def test_second_run_reuses_and_mends(demo, tmp_path):
         lines = again.stdout.split("\n")
         done = [lines[i - 1].split()[1:] for i, line in enumerate(lines) if "done in" in line]
         assert [words[1] for words in done] == ["gguf"]
-        assert again.stdout.count("unchanged, reused") == 24
+        assert again.stdout.count("unchanged, reused") == 23
         assert (demo.out / "student.gguf").read_bytes() == (kept / "student.gguf").read_bytes()
     finally:
         shutil.rmtree(demo.out)
@@ -184,3 +186,21 @@ def test_table_fits_eighty_columns():
     assert "…" not in text
     for value in ("1.500", "0.300", "TQ1_0", "12.35", "1,234", "91.3 %"):
         assert value in text
+
+
+def test_from_scratch_trains_the_teacher_first(tmp_path):
+    demo = run_demo(tmp_path / "out", "--from-scratch")
+    assert demo.code == 0, demo.stdout + demo.stderr
+    assert "$ python -m qat.train --from-scratch" in demo.stdout
+    assert len((demo.out / "teacher" / "metrics.jsonl").read_text().splitlines()) == 6
+    assert image.imread(demo.out / "curves.png").shape[1] > 800
+
+
+def test_the_shipped_teacher_is_the_one_whose_training_is_kept():
+    """Its files are small, and the log beside it is of the recipe beside it."""
+    folder = ROOT / "scripts" / "demo" / "teacher"
+    assert sum((folder / name).stat().st_size for name in ("config.json", "tokenizer.json", "model.safetensors")) < 6e6
+    lines = lzma.decompress((folder / "metrics.jsonl.xz").read_bytes()).decode().splitlines()
+    recipe = tomllib.loads((folder / "recipe.toml").read_text())["teacher"]
+    assert len(lines) == recipe["steps"]
+    assert json.loads(lines[-1])["tokens"] == recipe["steps"] * recipe["batch_size"] * recipe["seq_len"] == 8_192_000

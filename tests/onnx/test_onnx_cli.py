@@ -10,11 +10,11 @@ import torch
 from click.testing import CliRunner
 
 from runtime_ref.generate import generate as generate_command
+from runtime_ref.ort import OrtModel
 from tests.models import random_tensors, ternary_tensors
 from tests.onnx.exporting import FORMS, TIED, peer_model, run
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.config import Mamba2Config
-from tmexport.onnx import OrtModel
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -10,10 +10,11 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from runtime_ref.generate import generate
+from runtime_ref.ort import OrtModel
 from tests.onnx.exporting import FORMS, TIED, export, feed, run, token_ids
 from tests.onnx.test_onnx_graph import check_whole
 from tmexport.errors import TmexportError
-from tmexport.onnx import OrtModel, writer
+from tmexport.onnx import writer
 from tmexport.onnx.names import OnnxError
 
 LIMIT = 100_000

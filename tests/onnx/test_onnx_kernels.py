@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.model import Model
+from runtime_ref.ort import OrtModel
 from runtime_ref.reference import ReferenceModel
 from runtime_ref.weights import load_weights
 from tests.onnx.exporting import export, token_ids
 from tmexport.errors import UsageError
 from tmexport.gguf.export import plan_export
-from tmexport.onnx import OrtModel
 
 IDS = 40  # more than the rows the kernels take at a time
 
@@ -74,8 +74,8 @@ def test_any_split_gives_the_same_bits(exact, cuts):
 def test_weights_that_begin_alike_are_told_apart():
     """The library copies weights for every call, so they are known by content: here two that differ in the last byte."""
     from runtime_ref.arithmetic import Int16
+    from runtime_ref.ort.custom_ops import ternary_matmul
     from runtime_ref.reference import integer_matmul, quantize
-    from tmexport.onnx.kernels import ternary_matmul
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 1, 256)).astype(np.float32)
@@ -91,8 +91,8 @@ def test_weights_that_begin_alike_are_told_apart():
 
 
 def test_what_the_kernels_cannot_compute_is_one_clear_error():
+    from runtime_ref.ort.custom_ops import q8_matmul, rms_norm, ternary_matmul
     from tmexport.errors import GGUFError
-    from tmexport.onnx.kernels import q8_matmul, rms_norm, ternary_matmul
 
     x, codes, scales = np.ones((1, 1, 64), np.float32), np.zeros((8, 16), np.uint8), np.ones((8, 1), np.float32)
     with pytest.raises(UsageError, match="a scale that fp16 does not hold"):
@@ -122,7 +122,7 @@ def test_another_profile_is_refused(files, tmp_path):
 
 
 def test_ctrl_c_inside_an_operator_reaches_the_caller(files, monkeypatch):
-    from tmexport.onnx import kernels
+    from runtime_ref.ort import custom_ops as kernels
 
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -4,10 +4,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from runtime_ref.ort import OrtModel
 from runtime_ref.sampling import Sampling
 from tests.onnx.exporting import TIED, export, feed, token_ids
 from tmexport.errors import UsageError
-from tmexport.onnx import OrtModel
 from tmexport.onnx.names import OnnxError
 
 

@@ -77,6 +77,33 @@ def test_dotprod_is_found_where_the_kernel_reports_it_and_llvm_can_compile_it(co
     assert isa.available() == (["neon_dotprod"] if expected else []) + ["neon", "portable"]
 
 
+@pytest.mark.parametrize(
+    ("core", "given", "expected"),
+    [
+        ("znver4", "avx512f avx512bw avx512vl avx512vnni avx2 f16c", isa.Avx512Tables),
+        ("znver5", "avx512f avx512bw avx512vl avx512vnni avx2 f16c", isa.Avx512Vnni),
+        ("icelake-server", "avx512f avx512bw avx512vl avx512vnni avx2 f16c", isa.Avx512Vnni),
+        ("znver4", "avx2 f16c", isa.Avx2),
+    ],
+)
+def test_a_set_that_was_measured_faster_on_a_core_is_chosen_there(core, given, expected, monkeypatch):
+    """isa.MEASURED is the rule; a set the CPU lacks is never chosen."""
+    monkeypatch.delenv("RUNTIME_REF_ISA", raising=False)
+    monkeypatch.setattr(config, "CPU_NAME", core)
+    monkeypatch.setattr(config, "CPU_FEATURES", ",".join(f"+{name}" for name in given.split()))
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    assert isinstance(isa.select(), expected)
+
+
+@pytest.mark.parametrize(("permitted", "expected"), [(True, "amx"), (False, "avx512vnni")])
+def test_amx_is_there_where_the_system_permits_it(permitted, expected, monkeypatch):
+    given = "amx-tile amx-int8 avx512f avx512bw avx512vl avx512vnni f16c"
+    monkeypatch.setattr(config, "CPU_FEATURES", ",".join(f"+{name}" for name in given.split()))
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu, "_tiles_permitted", lambda: permitted)
+    assert isa.available()[0] == expected
+
+
 def test_byte_sums_of_a_group_fit_16_bits():
     """What the AVX2 and NEON kernels rely on: 64 pairs of codes 0..2 and int8 values never leave int16."""
     assert np.iinfo(np.int16).max >= 64 * 2 * 2 * 127

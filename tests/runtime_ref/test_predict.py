@@ -10,7 +10,7 @@ import pytest
 
 from runtime_ref.bench import predict
 from runtime_ref.bench.predict import Speeds, decode_seconds, prefill_seconds, work_of, work_of_file
-from runtime_ref.kernels.rates import ternary_rate
+from runtime_ref.bench.rates import ternary_rate
 from runtime_ref.model import Model
 from tests.models import SMALL, write_small
 from tmexport.checkpoint import open_checkpoint

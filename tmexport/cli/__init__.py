@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import click
 
@@ -13,8 +12,7 @@ from tmexport.cli.options import HELP
 from tmexport.extras import import_with
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     """group: its section in --help. target: module:object of the click command. extra: of pyproject.toml, what it needs."""
 
     group: str

@@ -11,13 +11,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import click
 
 from tmexport.errors import TmexportError, one_line
-from tmexport.files import silence_stdout
 
 TRACEBACK = "TMEXPORT_TRACEBACK"
 _SIGNALS = {"SIGTERM": 143, "SIGHUP": 129}  # they unwind as Ctrl-C does, so that temporary files are removed
@@ -99,7 +98,7 @@ def _report(error: BaseException) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, BrokenPipeError):  # the reader has enough
-        silence_stdout()
+        _silence_stdout()
         return 1
     with contextlib.suppress(OSError, ValueError):
         _flush()  # what was said so far, before the reason why there is no more
@@ -110,7 +109,7 @@ def _report(error: BaseException) -> int:
         _say("error: " + _usage(error))
         return error.exit_code
     _say("error: " + _reason(error))
-    silence_stdout()
+    _silence_stdout()
     return error.exit_code if isinstance(error, TmexportError) else 1
 
 
@@ -126,7 +125,7 @@ def _reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return _MEMORY
-    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+    if any(isinstance(e, RuntimeError) and "can't start new thread" in str(e) for e in _with_causes(error)):
         return _THREADS
     if isinstance(error, OSError):
         if error.filename is not None:
@@ -136,6 +135,19 @@ def _reason(error: BaseException) -> str:
     return one_line(
         f"unexpected {type(error).__name__}{': ' if text else ''}{text} ({TRACEBACK}=1 shows where it came from)"
     )
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those it arose from: a pool that cannot start a thread fails again while it ends."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _silence_stdout() -> None:
+    """Send what is still buffered for stdout nowhere: it cannot be written, and the flush at exit must not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from tmexport.cli.options import HELP, PATH, no_tokenizer_option, tokenizer_option
+from tmexport.cli.options import (
+    HELP,
+    PATH,
+    no_tokenizer_option,
+    round_scales_option,
+    tokenizer_option,
+    warn_of_rounded_scales,
+)
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 
@@ -20,6 +27,7 @@ from tmexport.errors import UsageError
 @click.option("--embedding-type", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", show_default=True,
               help="Type of the embedding and of an untied head; auto is f16, or the smallest that holds its codes.")  # fmt: skip
 @click.option("--ptq", type=click.Choice(["rtn"]), help="Round weights that are not ternary to nearest. Loses quality.")
+@round_scales_option
 @tokenizer_option
 @no_tokenizer_option
 @click.option("--dry-run", is_flag=True, help="Print what would be written, write nothing.")
@@ -30,6 +38,7 @@ def gguf(
     kind: str,
     embedding_type: str,
     ptq: str | None,
+    round_scales: bool,
     tokenizer: Path | None,
     no_tokenizer: bool,
     dry_run: bool,
@@ -48,12 +57,16 @@ def gguf(
 
     if output is None and not dry_run:
         raise click.UsageError("missing argument OUTPUT, the GGUF to write (only --dry-run goes without)")
+    if ptq and round_scales:
+        raise click.UsageError("--ptq rounds everything and --round-scales nothing but scales; choose one")
     if ptq and kind == "f16":
         raise click.UsageError("--ptq rounds to a ternary type; it cannot be combined with --type f16")
     if tokenizer and no_tokenizer:
         raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, round_scales)
     plan = plan_export(source, kind, embedding_type, ptq == "rtn", tokenizer, no_tokenizer)
+    if round_scales and kind != "f16":
+        warn_of_rounded_scales(source)
     if ptq:
         click.echo("warning: --ptq rtn rounds weights that are not ternary; quality will be lost", err=True)
     for sentence in plan.warnings:

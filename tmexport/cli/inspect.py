@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tmexport.cli.options import HELP, PATH, json_option
+from tmexport.cli.options import EMBEDDINGS, HELP, PATH, json_option
 from tmexport.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from tmexport.inspect import Summary
+
+_WORDS = {stored: word for word, stored in EMBEDDINGS.items()}
 
 
 @click.command(context_settings=HELP)
@@ -56,7 +58,7 @@ def _show(path: Path, summary: Summary) -> None:
         versions = ", ".join(f"{domain} {version}" for domain, version in summary.onnx["opset"].items())
         functions = ", ".join(summary.onnx["functions"]) or "none"
         console.print(
-            f"form {summary.onnx['form']}, embedding {summary.onnx['embedding_type']}, logits {summary.onnx['logits']}, operators of {versions}, "
+            f"form {summary.onnx['form']}, embedding {_WORDS[summary.onnx['embedding_type']]}, logits {summary.onnx['logits']}, operators of {versions}, "
             f"IR version {summary.onnx['ir_version']}, {summary.onnx['nodes']} nodes, functions: {functions}",
             soft_wrap=True,
         )

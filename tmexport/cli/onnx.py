@@ -14,6 +14,7 @@ from tmexport.cli.options import (
     json_option,
     no_tokenizer_option,
     onnx_embedding_option,
+    round_scales_option,
     tokenizer_option,
 )
 from tmexport.cli.progress import progress_bar
@@ -32,6 +33,7 @@ from tmexport.extras import import_with
               help="past_ssm.0 ..., or those of onnxruntime-genai's model builder.")  # fmt: skip
 @click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
               help="Of every position, or of the last one only (a faster prefill).")  # fmt: skip
+@round_scales_option
 @tokenizer_option
 @no_tokenizer_option
 @json_option
@@ -43,6 +45,7 @@ def onnx(
     opset: int | None,
     io_names: str,
     logits: str,
+    round_scales: bool,
     tokenizer: Path | None,
     no_tokenizer: bool,
     as_json: bool,
@@ -64,7 +67,7 @@ def onnx(
 
     if tokenizer and no_tokenizer:
         raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, round_scales)
     if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
         raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
     graph = build_graph(source, form, EMBEDDINGS[embedding_type], opset, io_names, logits)

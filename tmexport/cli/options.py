@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from tmexport.checkpoint import Checkpoint
 
 PATH = click.Path(path_type=Path)
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -36,6 +39,19 @@ tokenizer_option = click.option(
 no_tokenizer_option = click.option(
     "--no-tokenizer", is_flag=True, help="Leave the tokenizer out; the file takes token ids only."
 )
+round_scales_option = click.option(
+    "--round-scales",
+    is_flag=True,
+    help="Take weights that are ternary but for scales that are no fp16 numbers (one fp32 scale, as BitNet's), and round these.",
+)
+
+
+def warn_of_rounded_scales(checkpoint: Checkpoint) -> None:
+    """Say how much --round-scales changed."""
+    error = max(map(checkpoint.scale_error, checkpoint.config.projections))
+    click.echo(f"warning: --round-scales: the largest relative error of a scale in fp16 is {error:.1e}", err=True)
+
+
 EMBEDDINGS = {"q8_0": "q8", "f16": "f16", "f32": "f32"}  # the command's word -> the one in the files' metadata
 onnx_embedding_option = click.option(
     "--embedding-type",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tmexport.cli.options import HELP, PATH, json_option
+from tmexport.cli.options import HELP, PATH, json_option, round_scales_option
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import TmexportError
 from tmexport.extras import import_with
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", type=PATH)
 @click.argument("exported", type=PATH)
 @click.option("--texts", type=PATH, help="Also tokenise this file (text, or .jsonl) with llama.cpp; needs xllamacpp.")
+@round_scales_option
 @json_option
-def verify(checkpoint: Path, exported: Path, texts: Path | None, as_json: bool) -> None:
+def verify(checkpoint: Path, exported: Path, texts: Path | None, round_scales: bool, as_json: bool) -> None:
     """Prove that EXPORTED holds CHECKPOINT: codes and scales bit for bit, the rest within its type's rounding.
 
     Exits with 0, or with 1 and the first difference named.
@@ -38,7 +39,7 @@ def verify(checkpoint: Path, exported: Path, texts: Path | None, as_json: bool) 
 
     if texts is not None and exported.suffix == ".onnx":
         raise click.UsageError("--texts asks llama.cpp, which reads a GGUF")
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, round_scales)
     with progress_bar("comparing", len(source.names), unit="tensors") as bar:
         if exported.suffix == ".onnx":
             verify_onnx = import_with("onnx", "tmexport.onnx.verify").verify_onnx

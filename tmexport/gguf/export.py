@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tmexport.checkpoint import Checkpoint, shared_group_size
-from tmexport.errors import NotTernaryError, UsageError
+from tmexport.errors import NotTernaryError, ScaleError, UsageError
 from tmexport.gguf.names import gguf_values, model_metadata
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
@@ -83,6 +83,8 @@ def plan_export(
         UsageError: the dimensions do not divide into the type's blocks.
     """
     config = checkpoint.config
+    if ptq:  # the nearest ternary matrix to one with an fp32 scale keeps its codes
+        checkpoint = replace(checkpoint, round_scales=True)
     types, group_size = _projection_types(checkpoint, kind, ptq)
     by_role = dict(types)
     for tensor in config.tensors.values():
@@ -197,6 +199,8 @@ def _embedding_type(checkpoint: Checkpoint, tensor: ModelTensor, kind: str, embe
 
 
 def _refusal(error: NotTernaryError) -> NotTernaryError:
+    if isinstance(error, ScaleError):  # says what to do by itself
+        return error
     return NotTernaryError(
         f"{error}; train it with `python -m qat.train`, export it as it is with --type f16, "
         "or round it with --ptq rtn, which loses quality"

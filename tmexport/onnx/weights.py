@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tmexport.checkpoint import Checkpoint, shared_group_size
-from tmexport.errors import NotTernaryError, TmexportError
+from tmexport.errors import NotTernaryError, ScaleError, TmexportError
 from tmexport.gguf.names import gguf_values
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
@@ -32,6 +32,8 @@ def projections_group_size(checkpoint: Checkpoint) -> int:
     """
     try:
         return shared_group_size(checkpoint, checkpoint.config.projections)
+    except ScaleError:
+        raise
     except NotTernaryError as error:
         raise NotTernaryError(
             f"{error}; train it with `python -m qat.train`: ONNX holds ternary weights only"

@@ -204,6 +204,29 @@ def widest_exact(weight: np.ndarray, name: str, kind: str = "ternary") -> Coded:
     return KINDS[kind].exact(weight, name, smallest)
 
 
+def rounded_scales(weight: np.ndarray, name: str, kind: str = "ternary") -> tuple[Coded, float]:
+    """A dense matrix that is of a kind but for scales that are no fp16 numbers (BitNet's: one fp32), with these rounded.
+
+    A code times a scale is minus the scale, 0, or the scale: rounding every weight to fp16 rounds the scale.
+
+    Returns:
+        the codes, and the largest relative error of a scale (at most 2^-11).
+
+    Raises:
+        NotTernaryError: no group size fits even so, or a weight vanishes.
+    """
+    with np.errstate(over="ignore"):
+        rounded = weight.astype(np.float16)
+    if ((rounded == 0) & (weight != 0)).any():
+        raise NotTernaryError(f"{name}: holds weights too small for fp16")
+    found, worst = widest_exact(rounded, name, kind), 0.0
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        part, near = weight[start : start + _ROWS_AT_ONCE], rounded[start : start + _ROWS_AT_ONCE]
+        kept = part != 0
+        worst = max(worst, float(np.abs(near[kept] / part[kept].astype(np.float64) - 1).max(initial=0)))
+    return found, worst
+
+
 def smallest_exact(codes: str, group_size: int, rows: Iterable[int]) -> GGMLType | None:
     """The container with the fewest bits that holds `codes` in groups of group_size, for rows of all these lengths."""
     lengths = tuple(rows)

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from runtime_ref.sampling import Sampling, continue_tokens
 from tmexport.errors import UsageError
 from tmexport.onnx.names import GraphState, ModelInfo, OnnxError, info_from_metadata, model_states
 from tmexport.threads import default_threads
-
-if TYPE_CHECKING:
-    from runtime_ref.sampling import Sampling
 
 _CHUNK = 512  # tokens of a prompt that are read at once
 
@@ -95,7 +93,7 @@ class OrtModel:
             raise UsageError(f"{threads} threads; expected 1 to 1024")
         options.intra_op_num_threads = threads or default_threads()
         if kernels:
-            from tmexport.onnx.kernels import register_kernels
+            from runtime_ref.ort.custom_ops import register_kernels
 
             register_kernels(options)
         try:
@@ -186,8 +184,6 @@ class OrtModel:
         on_logits: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[int]:
         """Token after token: `runtime_ref.sampling.continue_tokens`."""
-        from runtime_ref.sampling import continue_tokens
-
         return continue_tokens(self, prompt, max_tokens, sampling, state, stop, on_logits)
 
     def _step(self, state: OrtState, ids: np.ndarray) -> np.ndarray:
@@ -224,7 +220,7 @@ class OrtModel:
             raise OnnxError(f"{self.path}: onnxruntime cannot run it: {_one_line(error)}") from None
         finally:
             if self.kernels:
-                from tmexport.onnx.kernels import raise_failure
+                from runtime_ref.ort.custom_ops import raise_failure
 
                 raise_failure()
 

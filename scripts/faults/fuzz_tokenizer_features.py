@@ -1,6 +1,6 @@
 """Random tokenizer.json features: whenever one is exported without a warning, llama.cpp's tokens must equal the tokenizer's.
 
-Usage: python scripts/fuzz_tokenizer_features.py --seconds 1800 [--seed 1]
+Usage: python scripts/faults/fuzz_tokenizer_features.py --seconds 1800 [--seed 1]
 
 Needs xllamacpp. Cases run in child processes of 50 seeds, so that a crash of llama.cpp costs one child and is a finding. The
 last line on stdout is one JSON object; exit code 1 if there is a finding.
@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SEEDS_A_CHILD = 50
 
 

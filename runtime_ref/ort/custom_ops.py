@@ -42,7 +42,7 @@ def register_kernels(session_options: Any) -> None:
     except ImportError:
         raise UsageError("the package onnxruntime-extensions is not installed; run: pip install onnxruntime-extensions") from None  # fmt: skip
     try:
-        import runtime_ref.kernels.operators  # noqa: F401  # Numba, before onnxruntime's threads need it
+        import runtime_ref.ort.operators  # noqa: F401  # Numba, before onnxruntime's threads need it
     except ImportError as error:
         raise UsageError(f"runtime_ref's kernels cannot be imported: {error}; run: pip install numba") from None
     _packed.clear()  # weights of sessions that may be gone; one that lives packs its own again
@@ -123,7 +123,7 @@ def raise_failure() -> None:
 
 def ternary_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, profile: str) -> np.ndarray:
     """x [B, T, k], codes uint8 [n, k/4], scales fp32 [n, k/g] -> [B, T, n]."""
-    from runtime_ref.kernels.operators import matmul, pack_ternary
+    from runtime_ref.ort.operators import matmul, pack_ternary
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_ternary, codes, scales), len(codes), group_size), x)
@@ -131,7 +131,7 @@ def ternary_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_s
 
 def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], codes int8 [n, k], scales fp32 [n, k/32] -> [B, T, n]."""
-    from runtime_ref.kernels.operators import matmul, pack_q8
+    from runtime_ref.ort.operators import matmul, pack_q8
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_q8, codes, scales), len(codes), 32), x)
@@ -139,7 +139,7 @@ def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str
 
 def dense_matmul(x: np.ndarray, weight: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], weight fp32 [n, k] -> [B, T, n]."""
-    from runtime_ref.kernels.operators import matmul, pack_dense
+    from runtime_ref.ort.operators import matmul, pack_dense
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, pack_dense(weight), len(weight), 32), x)
@@ -147,7 +147,7 @@ def dense_matmul(x: np.ndarray, weight: np.ndarray, profile: str) -> np.ndarray:
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], weight [k] -> [B, T, k]."""
-    from runtime_ref.kernels import operators
+    from runtime_ref.ort import operators
 
     _check_profile(profile)
     return _by_rows(lambda rows: operators.rms_norm(rows, weight, float(epsilon)), x)
@@ -167,8 +167,8 @@ def selective_scan(
     profile: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A mixer between its projections; shapes as in `tmexport.onnx.functions`."""
-    from runtime_ref.kernels import operators
     from runtime_ref.kernels.build import Small
+    from runtime_ref.ort import operators
 
     _check_profile(profile)
     taps_first = np.ascontiguousarray(conv_weight[:, 0].T)
@@ -184,7 +184,7 @@ def _by_rows(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.
 
 def _once(pack: Callable[..., Packed], *weight: np.ndarray) -> Packed:
     """`pack(*weight)`, made once for these bytes: the library copies a weight for every call, so only its content knows it."""
-    from runtime_ref.kernels.operators import same
+    from runtime_ref.ort.operators import same
 
     key = (pack, *((array.shape, array.reshape(-1)[:_SAMPLE].tobytes()) for array in weight))
     known = _packed.setdefault(key, [])

@@ -1,6 +1,6 @@
-"""The kernels one operator at a time, for a program that brings arrays of its own (`tmexport.onnx.kernels`).
+"""The kernels one operator at a time, for a program that brings arrays of its own (`runtime_ref.ort.custom_ops`).
 
-Profile exact, one thread. Weights are in the layout of `pack.py`; the functions give the bits of
+Profile exact, one thread. Weights are in the layout of `kernels/pack.py`; the functions give the bits of
 `runtime_ref.reference` for many rows at once.
 """
 
