@@ -13,6 +13,7 @@ from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, Ternar
 from tmexport.errors import GGUFError
 from tmexport.gguf.names import config_from_metadata, group_sizes_of
 from tmexport.gguf.reader import GGUFFile, open_gguf
+from tmexport.model import Model
 from tmexport.types import GGMLType, decode_codes, decode_values, joined_scales
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def gguf_source(path: Path | str) -> Source:
 def source_of(gguf: GGUFFile) -> Source:
     """A validated file as a source."""
     config = config_from_metadata(gguf)
+    check_branches(config, gguf.path)
     groups = group_sizes_of(gguf)
 
     def matrix(name: str) -> Matrix:
@@ -56,6 +58,17 @@ def source_of(gguf: GGUFFile) -> Source:
     return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
 
 
+def check_branches(model: Model, where: object) -> None:
+    """Raises GGUFError if a block has a branch that this runtime has no specification and no kernels for."""
+    for block in model.blocks:
+        for branch in block.branches:
+            if branch.kind not in _BRANCHES:
+                raise GGUFError(
+                    f"{where}: has {branch.kind} layers, which this runtime does not compute; run it with llama.cpp"
+                )
+
+
+_BRANCHES = ("mamba2",)
 _BLOCK_BITS = {GGMLType.Q8_0: 8, GGMLType.Q4_0: 4}  # of values rounded in blocks of 32
 _FAST_BLOCKS = {GGMLType.TQ1_0: 256, GGMLType.TQ2_0: 256, GGMLType.Q2_0: 32, GGMLType.Q1_0: 32, GGMLType.Q4_0: 32}
 

@@ -19,6 +19,7 @@ import click
 import numpy as np
 
 from runtime_ref.arithmetic import preset_of
+from runtime_ref.gguf_source import check_branches
 from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.state import state_arrays
 from tmexport.config import Mamba2Config
@@ -85,7 +86,9 @@ def need(gguf: GGUFFile, profile: str, states: int = 1, compiles: int = 1) -> Ne
         GGUFError: it is not a Mamba-2.
     """
     layout = {name: (info.shape, info.type) for name, info in gguf.tensors.items()}
-    return _need(gguf, config_from_metadata(gguf), layout, profile, states, compiles)
+    model = config_from_metadata(gguf)
+    check_branches(model, gguf.path)
+    return _need(gguf, model, layout, profile, states, compiles)
 
 
 def check_memory(path: Path | str, limit: int, profile: str, states: int = 1, compiles: int = 1) -> Need:
