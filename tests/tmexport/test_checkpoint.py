@@ -109,3 +109,14 @@ def test_writing_refuses_mixed_groups_and_wrong_shapes(tmp_path):
         write_checkpoint(tmp_path, SMALL, tensors | {first: random_ternary(*tensors[first].shape, 64)})
     with pytest.raises(CheckpointError, match=f"{second}: found nothing"):
         write_checkpoint(tmp_path, SMALL, {name: t for name, t in tensors.items() if name != second})
+
+
+def test_what_lies_beside_a_tokenizer_goes_with_it(tmp_path):
+    write_small(tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    source = open_checkpoint(tmp_path / "a")
+    write_checkpoint(tmp_path / "b", source.config, {n: source.dense(n) for n in source.names}, source.tokenizer)
+    assert (tmp_path / "b" / "generation_config.json").read_text() == '{"eos_token_id": [0, 5]}'
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "b" / "tokenizer_config.json").exists()
