@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import qat.evaluate
-import qat.ptq
+import qat.ptq.cli
 import qat.train.cli
 from qat.errors import TrainingError
 from qat.evaluate import evaluate
 from qat.model import load_model
-from qat.ptq import round_to_nearest
+from qat.ptq.making import make
 from qat.recipe import Recipe, load_recipe
 from qat.train.hooks import Hook, find_collapse
 from qat.train.training import train
@@ -77,7 +77,7 @@ def test_evaluate_by_hand(teacher, corpus, tmp_path):
 
 def test_qat_beats_rounding(teacher, corpus, tmp_path):
     summary = train(STUDENT, [corpus], tmp_path / "qat", teacher, held_out=[corpus])
-    round_to_nearest(teacher, tmp_path / "rtn", 64)
+    make("rtn", teacher, tmp_path / "rtn", group_size=64)
     scores = {
         name: evaluate(path, [corpus]).bits_per_byte
         for name, path in (("teacher", teacher), ("rtn", tmp_path / "rtn"), ("qat", tmp_path / "qat"))
@@ -95,7 +95,7 @@ def test_qat_beats_rounding(teacher, corpus, tmp_path):
 
 
 def test_rtn_is_absmean(teacher, tmp_path):
-    round_to_nearest(teacher, tmp_path, 64)
+    make("rtn", teacher, tmp_path, group_size=64)
     source, rounded = open_checkpoint(teacher), open_checkpoint(tmp_path)
     for name in source.names:
         wanted = (
@@ -312,7 +312,7 @@ def test_vocabulary_of_another_model(teacher, corpus, tmp_path):
 
 
 def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
-    round_to_nearest(teacher, tmp_path / "rtn", 64)
+    make("rtn", teacher, tmp_path / "rtn", group_size=64)
     with pytest.raises(CheckpointError, match="already ternary"):
         train(STUDENT, [corpus], tmp_path / "a", tmp_path / "rtn")
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -320,7 +320,7 @@ def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
     with pytest.raises(UsageError, match="is the teacher's folder"):
         train(STUDENT, [corpus], teacher, teacher, resume=True)
     with pytest.raises(UsageError, match="is the teacher's folder"):
-        round_to_nearest(teacher, teacher, 64)
+        make("rtn", teacher, teacher, group_size=64)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     with pytest.raises(TextError, match="holds no text"):
@@ -360,7 +360,7 @@ def test_commands(teacher, corpus, tmp_path):
             qat.train.cli.main,
             ["--teacher", "TEACHER", "--data", "CORPUS", "--batch-size", "3", "--accumulate", "2"],
         ),
-        (qat.ptq.main, ["rtn", "--teacher", "TEACHER"]),  # groups of 256 do not fit a width of 64
+        (qat.ptq.cli.main, ["rtn", "--teacher", "TEACHER"]),  # groups of 256 do not fit a width of 64
         (qat.evaluate.main, ["--data", "CORPUS"]),
     ],
 )

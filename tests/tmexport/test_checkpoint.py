@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from tests.models import SMALL, random_tensors, random_ternary, ternary_tensors, write_small, write_state_spaces
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError
+from tmexport.model import mamba2_model
 
 
 def test_a_folder_saved_by_transformers_sharded_and_in_bfloat16(tmp_path):
@@ -29,7 +29,7 @@ def test_a_folder_saved_by_transformers_sharded_and_in_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_state_spaces_dialect(tmp_path, tied):
-    config = Mamba2Config(256, 2, 512, d_state=64, n_groups=2, tie_embeddings=tied)
+    config = mamba2_model(256, 2, 512, d_state=64, n_groups=2, tie_embeddings=tied)
     tensors = random_tensors(config)
     write_state_spaces(tmp_path, config, tensors, vocab_size=500)
     checkpoint = open_checkpoint(tmp_path)
@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_the_model_it_says(tmp_path, change, message):
 
 
 def test_a_tied_head_that_differs_is_refused(tmp_path):
-    config = Mamba2Config(256, 1, 512, d_state=64)
+    config = mamba2_model(256, 1, 512, d_state=64)
     write_small(tmp_path, config)
     _rewrite(tmp_path, lambda s: s.update({"lm_head.weight": s["backbone.embeddings.weight"] + 1}))
     with pytest.raises(CheckpointError, match="lm_head.weight differs"):
