@@ -43,7 +43,7 @@ def test_wrong_commands_are_noticed(line):
         parse(*click_command(line.split()))
 
 
-@pytest.mark.parametrize("line", ["make deom", "make test PYTHONS=3"])
+@pytest.mark.parametrize("line", ["make deom", "make test PYTHONZ=3"])
 def test_wrong_make_commands_are_noticed(line):
     with pytest.raises(AssertionError, match="the Makefile has no"):
         check_make(line.split())
