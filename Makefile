@@ -1,20 +1,25 @@
-# The two commands that do everything, set-up included: make demo, make test. They need Python 3.11+ and make.
+# Everything in one command each, set-up included: make demo, make test. They need Python 3.11+ and make.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo_out
 DEMO_ARGS ?=
 TEST_ARGS ?=
+QUICK = -m "not slow and not peer and not network"
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-from-scratch test lint clean venv
+.PHONY: help demo demo-from-scratch test quick lint lowest versions clean venv
 
 help:
 	@echo "make demo    make a small pretrained Mamba-2 ternary, export it to GGUF, prove it and run it (into $(DEMO_OUT)/)"
 	@echo "make demo-from-scratch   the same, and train that Mamba-2 first"
 	@echo "make test    ruff, then every test"
+	@echo "make quick   the tests that are neither slow nor ask another program"
 	@echo "make lint    ruff alone: rules and formatting"
+	@echo "make lowest  the quick tests with the lowest versions that pyproject.toml allows (into $(VENV)-lowest/)"
+	@echo "make versions  the quick tests with every Python of $(PYTHONS) that is here (into $(VENV)-python3.x/)"
 	@echo "make clean   remove $(VENV)/, $(DEMO_OUT)/ and caches"
 	@echo
 	@echo "Each sets up what it needs in $(VENV)/. Another Python: make demo PYTHON=python3.12"
@@ -32,10 +37,23 @@ demo-from-scratch: venv
 test: lint
 	$(RUN) -m pytest $(TEST_ARGS)
 
+quick: venv
+	$(RUN) -m pytest $(QUICK) $(TEST_ARGS)
+
+lowest:
+	@$(PYTHON) scripts/setup_venv.py $(VENV)-lowest --lowest
+	$(VENV)-lowest/bin/python -m pytest $(QUICK) $(TEST_ARGS)
+
+versions:
+	@for python in $(PYTHONS); do \
+	    $$python -c "" 2>/dev/null || { echo "$$python is not installed: left out"; continue; }; \
+	    $(MAKE) --no-print-directory quick PYTHON=$$python VENV=$(VENV)-$$python || exit 1; \
+	done
+
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build tmexport.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* $(DEMO_OUT) build tmexport.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.model import LanguageModel, ResidualBlock
-from qat.quantizer import make_ternary
+from qat.quantizer import make_low_bit
 from qat.recipe import Recipe
 from tmexport.errors import UsageError
 from tmexport.model import Model, mamba2_model
@@ -86,7 +86,7 @@ def make_plan(recipe: Recipe, config: Model, accelerator: str, with_teacher: boo
     with torch.device("meta"):
         model = LanguageModel(config)
     if with_teacher:
-        make_ternary(model, recipe.group_size)
+        make_low_bit(model, recipe.weights, recipe.group_size, ternary_embedding=recipe.ternary_embedding)
     parameters = sum(p.numel() for p in model.parameters())
     ternary = sum(m.in_features * m.out_features for m in model.projections().values())
     head = config.vocab_size * config.d_model

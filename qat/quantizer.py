@@ -1,11 +1,15 @@
-"""The ternary fake-quantiser: fp32 latent weights train, their ternary rounding computes.
+"""Fake-quantisers: fp32 latent weights train, their rounding to codes and scales computes; one for each kind of weight.
 
-scale = mean|w| of the group, recomputed at every forward and rounded to fp16; code = round(clip(w / scale, -1, 1)); the
-gradient passes straight through to the latent weight (Ternary Mamba, arXiv 2606.18114; BitNet b1.58, arXiv 2402.17764).
-The same convention as `tmexport.types.ternary.quantize_absmean`, so what is exported is bit for bit what was trained.
+scale = mean|w| of the group, recomputed at every forward and rounded to fp16; the code is round(clip(w / scale, -1, 1)) of a
+ternary weight (Ternary Mamba, arXiv 2606.18114; BitNet b1.58, arXiv 2402.17764) and the sign of a binary one (Bi-Mamba, arXiv
+2411.11843); the gradient passes straight through to the latent weight. The same rules as `quantize` of the kinds in
+`tmexport.types`, so what is exported is bit for bit what was trained.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,8 +18,8 @@ from torch.nn.utils import parametrize
 
 from qat.model import LanguageModel
 from tmexport.errors import UsageError
-from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE
-from tmexport.types.ternary import GROUP_SIZES, TernaryTensor
+from tmexport.types import KINDS, Coded
+from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE, in_words
 
 
 def group_scales(weight: Tensor, group_size: int) -> Tensor:
@@ -25,40 +29,80 @@ def group_scales(weight: Tensor, group_size: int) -> Tensor:
     return mean.clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)).to(torch.float16)
 
 
-def group_codes(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """round(clip(w / scale, -1, 1)), halves to even, as fp32 [n, k / group_size, group_size]."""
+def _ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
+    """round(clip(w / scale, -1, 1)), halves to even."""
+    return (weight / scale).clamp_(-1, 1).round_()
+
+
+def _binary_codes(weight: Tensor, scale: Tensor) -> Tensor:
+    """The sign, +1 for 0."""
+    return torch.where(weight < 0, -1.0, 1.0).to(weight.dtype)
+
+
+_CODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ternary": _ternary_codes, "binary": _binary_codes}
+
+
+def round_to_codes(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
+    """The code of every weight, as numbers of the weight's dtype; `scale` broadcasts against it. kind: a key of KINDS."""
+    return _CODES[kind](weight, scale)
+
+
+def group_codes(weight: Tensor, scales: Tensor, group_size: int, kind: str) -> Tensor:
+    """The codes as fp32 [n, k / group_size, group_size]."""
     grouped = weight.detach().float().unflatten(-1, (-1, group_size))
-    return (grouped / scales.float()[..., None]).clamp_(-1, 1).round_()
+    return round_to_codes(kind, grouped, scales.float()[..., None])
 
 
 class _StraightThrough(torch.autograd.Function):
     """Forward: code * scale, exactly. Backward: the identity."""
 
     @staticmethod
-    def forward(ctx: object, weight: Tensor, group_size: int) -> Tensor:
+    def forward(ctx: object, weight: Tensor, group_size: int, kind: str) -> Tensor:
         scales = group_scales(weight, group_size)
-        return group_codes(weight, scales, group_size).mul_(scales.float()[..., None]).flatten(-2)
+        return group_codes(weight, scales, group_size, kind).mul_(scales.float()[..., None]).flatten(-2)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
-class TernaryWeight(nn.Module):
+class FakeQuantizer(nn.Module):
     """Parametrization of a `weight` [n, k]: the latent fp32 weight goes in, code * scale (fp32) comes out."""
+
+    kind: ClassVar[str]
 
     def __init__(self, group_size: int) -> None:
         super().__init__()
         self.group_size = group_size
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self.group_size)
+        return _StraightThrough.apply(weight, self.group_size, self.kind)
 
-    def quantize(self, latent: Tensor) -> TernaryTensor:
+    def scales(self, latent: Tensor) -> Tensor:
+        """fp16 [n, k / group_size]."""
+        return group_scales(latent, self.group_size)
+
+    @torch.no_grad()
+    def quantize(self, latent: Tensor) -> Coded:
         """The codes and scales that `forward` uses for this latent weight."""
-        scales = group_scales(latent, self.group_size)
-        codes = group_codes(latent, scales, self.group_size).flatten(-2).to(torch.int8)
-        return TernaryTensor(codes.cpu().numpy(), scales.cpu().numpy(), self.group_size)
+        scales = self.scales(latent)
+        codes = group_codes(latent, scales, self.group_size, self.kind).flatten(-2).to(torch.int8)
+        return KINDS[self.kind].tensor(codes.cpu().numpy(), scales.cpu().numpy(), self.group_size)
+
+
+class TernaryWeight(FakeQuantizer):
+    """Codes -1, 0 and 1."""
+
+    kind = "ternary"
+
+
+class BinaryWeight(FakeQuantizer):
+    """Codes -1 and 1."""
+
+    kind = "binary"
+
+
+QUANTIZERS: dict[str, type[FakeQuantizer]] = {q.kind: q for q in (TernaryWeight, BinaryWeight)}
 
 
 class _RoundThrough(torch.autograd.Function):
@@ -92,54 +136,80 @@ class LearnedTernaryWeight(TernaryWeight):
         codes = _RoundThrough.apply((weight.unflatten(-1, (-1, self.group_size)) / scale).clamp(-1, 1), False)
         return (codes * scale).flatten(-2)
 
-    @torch.no_grad()
-    def quantize(self, latent: Tensor) -> TernaryTensor:
-        scales = self._rounded_scale().to(torch.float16)
-        codes = group_codes(latent, scales, self.group_size).flatten(-2).to(torch.int8)
-        return TernaryTensor(codes.cpu().numpy(), scales.cpu().numpy(), self.group_size)
+    def scales(self, latent: Tensor) -> Tensor:
+        return self._rounded_scale().detach().to(torch.float16)
 
 
-def make_ternary(model: LanguageModel, group_size: int, learned_scale: bool = False) -> LanguageModel:
-    """Put a fake-quantiser on every in_proj and out_proj of `model`, in place.
+def make_low_bit(
+    model: LanguageModel,
+    kind: str,
+    group_size: int,
+    learned_scale: bool = False,
+    ternary_embedding: bool = False,
+) -> LanguageModel:
+    """Put a fake-quantiser of a kind on every projection of `model`, in place.
+
+    Args:
+        model: changed and returned.
+        kind: a key of QUANTIZERS.
+        group_size: weights that share a scale.
+        learned_scale: ternary only: the scales are parameters.
+        ternary_embedding: the embedding and the head become ternary too (Slender-Mamba), in groups of the same size.
 
     Raises:
-        UsageError: the group size is not 64, 128 or 256, or does not divide the rows.
+        UsageError: the group size is none of the kind's, or does not divide the rows; or the scale of a binary weight is learned.
     """
-    if group_size not in GROUP_SIZES:
-        raise UsageError(f"group size {group_size} is not supported; expected 64, 128 or 256")
+    if learned_scale and kind != "ternary":
+        raise UsageError(f"--learned-scale studies ternary weights, not {kind} ones; leave it out")
     for name, module in model.projections().items():
-        if module.in_features % group_size:
-            raise UsageError(
-                f"{name} has rows of {module.in_features} weights, not a multiple of the group size {group_size}; "
-                "choose a smaller --group-size"
-            )
-        quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else TernaryWeight(group_size)
-        parametrize.register_parametrization(module, "weight", quantiser)
+        _attach(module, name, kind, group_size, learned_scale)
+    if ternary_embedding:
+        _attach(model.backbone.embeddings, "the embedding", "ternary", group_size)
+        if not model.config.tie_embeddings:
+            _attach(model.lm_head, "the head", "ternary", group_size)
     return model
 
 
-def quantized_weights(model: LanguageModel) -> dict[str, TernaryTensor]:
-    """Codes and scales of every ternary weight of `model`, by its Hugging Face name."""
+def _attach(module: nn.Module, name: str, kind: str, group_size: int, learned_scale: bool = False) -> None:
+    sizes, length = KINDS[kind].group_sizes, module.weight.shape[1]  # type: ignore[union-attr,index]
+    if group_size not in sizes:
+        raise UsageError(f"{kind} weights in groups of {group_size} are not supported; expected {in_words(sizes)}")
+    if length % group_size:
+        raise UsageError(
+            f"{name} has rows of {length} weights, not a multiple of the group size {group_size}; "
+            "choose a smaller --group-size"
+        )
+    quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else QUANTIZERS[kind](group_size)  # type: ignore[arg-type]
+    parametrize.register_parametrization(module, "weight", quantiser)
+
+
+def _quantized(model: LanguageModel) -> dict[str, nn.Module]:
+    """The modules with a fake-quantiser, by name, in the order of the file."""
+    names = [name.removesuffix(".weight") for name, tensor in model.config.tensors.items() if tensor.low_bit]
+    modules = {name: model.get_submodule(name) for name in names}
+    return {name: module for name, module in modules.items() if parametrize.is_parametrized(module, "weight")}
+
+
+def quantized_weights(model: LanguageModel) -> dict[str, Coded]:
+    """Codes and scales of every low-bit weight of `model`, by its Hugging Face name."""
     return {
         f"{name}.weight": module.parametrizations.weight[0].quantize(module.parametrizations.weight.original)  # type: ignore[union-attr,index,operator,arg-type]
-        for name, module in model.projections().items()
-        if parametrize.is_parametrized(module, "weight")
+        for name, module in _quantized(model).items()
     }
 
 
 @torch.no_grad()
 def zero_ratios(model: LanguageModel) -> dict[str, float]:
-    """Share of zero codes of every ternary weight, by the name of its module."""
-    ratios = {}
-    for name, module in model.projections().items():
-        if parametrize.is_parametrized(module, "weight"):
-            ratios[name] = 1.0 - torch.count_nonzero(module.weight).item() / module.weight.numel()
-    return ratios
+    """Share of zero codes of every low-bit weight, by the name of its module."""
+    return {
+        name: 1.0 - torch.count_nonzero(module.weight).item() / module.weight.numel()  # type: ignore[union-attr,operator,arg-type]
+        for name, module in _quantized(model).items()
+    }
 
 
-def model_tensors(model: LanguageModel) -> dict[str, np.ndarray | TernaryTensor]:
+def model_tensors(model: LanguageModel) -> dict[str, np.ndarray | Coded]:
     """Every tensor of a model by its Hugging Face name: codes and scales where it is fake-quantised, else fp32."""
-    tensors: dict[str, np.ndarray | TernaryTensor] = {**quantized_weights(model)}
+    tensors: dict[str, np.ndarray | Coded] = {**quantized_weights(model)}
     for name in model.config.tensors:
         if name not in tensors:
             tensors[name] = model.get_parameter(name).detach().float().cpu().numpy()

@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from tmexport.errors import UsageError
+from tmexport.types import KINDS
 
 RECIPES = files("qat") / "recipes"  # in the wheel
 _FREE_ON_RESUME = {
@@ -47,7 +48,9 @@ class Recipe:
     expand: int = _setting(2, "from scratch: d_inner / d_model", 1)
     n_groups: int = _setting(1, "from scratch: groups of B and C", 1)
     vocab_size: int = _setting(4096, "from scratch: size of the tokenizer that is trained", 257)
-    group_size: int = _setting(256, "weights that share a scale: 64, 128 or 256", 64, 256)
+    weights: str = _setting("ternary", f"kind of the student's weights: {', '.join(KINDS)}")
+    group_size: int = _setting(0, "weights that share a scale; 0 = the widest group of their kind", 0, 256)
+    ternary_embedding: bool = _setting(False, "train the embedding and the head ternary too")
     learned_scale: bool = _setting(
         False, "train the scales instead of recomputing them; to study the collapse it causes"
     )
@@ -100,6 +103,10 @@ class Recipe:
                 raise UsageError(f"{field.name} is {value}; expected a number from {low:g} to {high:g}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
+        if self.weights not in KINDS:
+            raise UsageError(f"weights is {self.weights!r}; expected {' or '.join(map(repr, KINDS))}")
+        if not self.group_size:
+            object.__setattr__(self, "group_size", KINDS[self.weights].group_sizes[0])
         if self.tokens:
             object.__setattr__(self, "steps", max(1, self.tokens // self.tokens_per_step))
             object.__setattr__(self, "tokens", 0)

@@ -1,6 +1,8 @@
 """Create the virtual environment that the Makefile uses, and install the project into it with its [dev] extra.
 
-Usage: python3 scripts/setup_venv.py .venv
+Usage: python3 scripts/setup_venv.py .venv [--lowest]
+
+--lowest: the [test] extra instead, every dependency that pyproject.toml names in the lowest version that it allows.
 
 Standard library only, because nothing else is there yet. Done once: a stamp file in the environment remembers what it was
 made for (this checkout, this Python, this pyproject.toml), and as long as that holds, nothing is done. An environment
@@ -23,9 +25,19 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
-def wanted_stamp(venv: Path) -> str:
+def wanted_stamp(venv: Path, lowest: bool = False) -> str:
     project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    return f"checkout {ROOT}\nvenv {venv}\npython {sys.version.split()[0]}\npyproject {project}\n"
+    versions = "lowest" if lowest else "newest"
+    return f"checkout {ROOT}\nvenv {venv}\npython {sys.version.split()[0]}\npyproject {project}\nversions {versions}\n"
+
+
+def lowest_constraints() -> list[str]:
+    """`name==version` for every `name>=version` of pyproject.toml."""
+    import tomllib  # not at the top: an older Python must get as far as our own message
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return sorted(line.replace(">=", "==") for line in named if ">=" in line)
 
 
 def is_ours(venv: Path) -> bool:
@@ -88,8 +100,9 @@ def main() -> None:
             f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; name one: make PYTHON=python3.12 ..."
         )
     venv = Path(os.path.abspath(sys.argv[1]))
+    lowest = sys.argv[2:] == ["--lowest"]
     stamp = venv / "tmexport.stamp"
-    wanted = wanted_stamp(venv)
+    wanted = wanted_stamp(venv, lowest)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted and is_ours(venv):
         return
     if not is_ours(venv):
@@ -106,7 +119,12 @@ def main() -> None:
     log = venv / "setup.log"
     log.write_text("", encoding="utf-8")
     run_logged([sys.executable, "-m", "venv", str(venv)], log, f"Preparing {os.path.relpath(venv)}/ ...")
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off", *cpu_index(), "-e", ".[dev]"]
+    what = ["-e", ".[dev]"]
+    if lowest:
+        constraints = venv / "lowest.txt"
+        constraints.write_text("\n".join(lowest_constraints()) + "\n", encoding="utf-8")
+        what = ["-c", str(constraints), "-e", ".[test]"]
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off", *cpu_index(), *what]
     run_logged(pip, log, "Installing tmexport and what it needs (PyTorch among it; a few minutes, once) ...")
     stamp.write_text(wanted, encoding="utf-8")
 

@@ -1,7 +1,45 @@
-"""For every test: the signals of a foreground program, whoever started pytest."""
+"""For every test: the signals of a foreground program, whoever started pytest; which modules are slow, and which ask a peer."""
 
 import signal
+
+import pytest
 
 # A shell starts a job in the background with SIGINT ignored, and an ignored signal stays ignored in children: the tests
 # that send Ctrl-C to a command would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Folders and modules whose tests need a training, a compilation of the whole forward pass or a process each; single slow
+# tests elsewhere carry the mark themselves.
+SLOW = (
+    "demo/test_demo_run.py",
+    "demo/test_docs.py::test_readme_commands_run",
+    "cli/test_generate.py",
+    "cli/test_kernel_cache.py",
+    "hostile/test_hostile_fuzz.py",
+    "hostile/test_hostile_resources.py",
+    "hostile/test_hostile_runtime.py",
+    "hostile/test_hostile_training.py",
+    "hostile/test_hostile_writes.py",
+    "qat/test_qat_processes.py",
+    "qat/test_qat_train.py",
+    "qat/test_qat_baselines.py",
+    "qat/test_qat_plan.py",
+    "qat/test_study.py",
+    "runtime_ref/",
+    "test_zero_shot.py",
+)
+PEER = (
+    "onnx/",
+    "runtime_ref/test_runtime_llamacpp.py",
+    "tmexport/test_llamacpp.py",
+    "tmexport/test_mamba1.py",
+    "tokenizer/test_against_llamacpp.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        where = item.nodeid.removeprefix("tests/")
+        for mark, places in ((pytest.mark.slow, SLOW), (pytest.mark.peer, PEER)):
+            if where.startswith(places):
+                item.add_marker(mark)

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from tmexport.checkpoint import EMBEDDING, expected_shapes, write_checkpoint
-from tmexport.config import Mamba2Config
-from tmexport.model import Model
+from tmexport.model import Model, mamba2_model
 from tmexport.types import Coded
 from tmexport.types.binary import BinaryTensor
 from tmexport.types.ternary import TernaryTensor
 
-SMALL = Mamba2Config(d_model=256, n_layer=2, vocab_size=512, d_state=64, tie_embeddings=False)
+SMALL = mamba2_model(d_model=256, n_layer=2, vocab_size=512, d_state=64, tie_embeddings=False)
 
 
-def random_tensors(config: Mamba2Config, seed: int = 0) -> dict[str, np.ndarray]:
+def random_tensors(config: Model, seed: int = 0) -> dict[str, np.ndarray]:
     """fp32 weights by Hugging Face name, drawn as mamba_ssm initialises them (A in [1, 16], dt in [1e-3, 1e-1])."""
     rng = np.random.default_rng(seed)
     tensors = {}
@@ -67,9 +66,7 @@ def coded_tensors(
     return tensors
 
 
-def ternary_tensors(
-    config: Mamba2Config, group_size: int = 256, seed: int = 0
-) -> dict[str, np.ndarray | TernaryTensor]:
+def ternary_tensors(config: Model, group_size: int = 256, seed: int = 0) -> dict[str, np.ndarray | TernaryTensor]:
     """`random_tensors` with exactly ternary projections."""
     tensors: dict[str, np.ndarray | TernaryTensor] = dict(random_tensors(config, seed))
     for index, name in enumerate(config.projections):
@@ -77,7 +74,7 @@ def ternary_tensors(
     return tensors
 
 
-def write_state_spaces(folder: Path, config: Mamba2Config, tensors: dict[str, np.ndarray], vocab_size: int) -> None:
+def write_state_spaces(folder: Path, config: Model, tensors: dict[str, np.ndarray], vocab_size: int) -> None:
     """The same weights as `state-spaces/mamba2-*` has them: pytorch_model.bin, mamba_ssm's names and config.json."""
     import torch
 
@@ -126,7 +123,7 @@ def train_tokenizer(path: Path, size: int = 500) -> Path:
     return path
 
 
-def write_small(folder: Path, config: Mamba2Config = SMALL, group_size: int | None = None, seed: int = 0) -> Path:
+def write_small(folder: Path, config: Model = SMALL, group_size: int | None = None, seed: int = 0) -> Path:
     """A checkpoint folder with a tokenizer; ternary if a group size is given."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(config, seed) if group_size is None else ternary_tensors(config, group_size, seed)

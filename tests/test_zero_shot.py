@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from tests.models import write_small
 from tmexport.checkpoint import open_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
 from tmexport.gguf.export import plan_export
+from tmexport.model import mamba2_model
 from zero_shot.cli import zero_shot
 from zero_shot.examples import load_examples, package_folder
 from zero_shot.metrics import Metric, Result, measure, pool
@@ -25,7 +25,7 @@ from zero_shot.torch_scorer import TorchScorer
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    config = Mamba2Config(d_model=256, n_layer=1, vocab_size=512, d_state=64)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=512, d_state=64)
     return write_small(tmp_path_factory.mktemp("zero_shot") / "ckpt", config, group_size=256)
 
 

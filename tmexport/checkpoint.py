@@ -24,6 +24,8 @@ from tmexport.weight_files import index_folder
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
+BESIDE_TOKENIZER = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of these dimensions, by Hugging Face name, in the order of the layers."""
@@ -159,7 +161,7 @@ def write_checkpoint(
         folder: made if it is not there.
         config: the dimensions.
         tensors: by Hugging Face name, exactly those of `expected_shapes(config)`; fp16 or fp32 arrays.
-        tokenizer: a tokenizer.json to copy.
+        tokenizer: a tokenizer.json to copy, with the files of BESIDE_TOKENIZER that lie beside it.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen, or those of one role differ in kind or group size.
@@ -195,6 +197,9 @@ def write_checkpoint(
         except OSError as error:
             raise CheckpointError(f"{tokenizer}: cannot be read: {error.strerror}") from None
         _write(folder / "tokenizer.json", text)
+        for name in BESIDE_TOKENIZER:  # chat templates and end tokens, which a GGUF carries too
+            if os.path.lexists(Path(tokenizer).parent / name):
+                _write(folder / name, file_in(Path(tokenizer).parent, name).read_bytes())
     _write(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
     _write(folder / "model.safetensors", save(flat, metadata={"format": "pt"}))
 

@@ -37,11 +37,10 @@ class TorchScorer:
         hidden = self.model.backbone(self._ids([context]), states)[:, -1:].repeat(len(continuations), 1, 1)
         longest = max(len(tokens) for tokens in continuations)
         if longest > 1:
-            for state in states:
-                assert state.conv is not None
-                assert state.ssm is not None
-                state.conv = state.conv.repeat(len(continuations), 1, 1)
-                state.ssm = state.ssm.repeat(len(continuations), 1, 1, 1)
+            for state in (state for block in states for state in block):  # one state a branch
+                for name, value in vars(state).items():
+                    assert value is not None
+                    setattr(state, name, value.repeat(len(continuations), *[1] * (value.ndim - 1)))
             padded = [tokens[:-1] + [0] * (longest - len(tokens)) for tokens in continuations]
             hidden = torch.cat([hidden, self.model.backbone(self._ids(padded), states)], 1)
         results = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,10 @@ class Mamba2Mixer(nn.Module):
     """A Mamba-2 mixer, [batch, time, d_model] -> the same shape. `eps`: of its norm; `depth`: blocks of the model."""
 
     fresh_state = Mamba2State
+    norms_before: ClassVar = {
+        "in_proj": None,
+        "out_proj": "norm",
+    }  # whose output each projection reads; None: the block's
 
     def __init__(self, config: Mamba2, eps: float, depth: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
 from qat.memory import keep_freed_memory
 from qat.model import LanguageModel, load_model
 from qat.plan import config_of
-from qat.quantizer import make_ternary, model_tensors
+from qat.quantizer import make_low_bit, model_tensors
 from qat.recipe import Recipe
 from qat.tokenizer import END_OF_TEXT, train_tokenizer
 from qat.train.curves import draw_curves
@@ -100,8 +100,10 @@ def _prepare(
         config = _config_of(recipe, tokenizer)
     else:
         checkpoint = open_checkpoint(teacher)
-        if checkpoint.group_size is not None:
-            raise CheckpointError(f"{teacher}: is already ternary; expected a full-precision teacher")
+        if kinds := {form.kind for form in checkpoint.coded.values()}:
+            raise CheckpointError(
+                f"{teacher}: is already {' and '.join(sorted(kinds))}; expected a full-precision teacher"
+            )
         config, tokenizer = checkpoint.config, find_tokenizer(teacher, tokenizer)
         teacher_model = load_model(teacher).requires_grad_(False).eval()
         if recipe.dtype == "bfloat16":
@@ -112,7 +114,7 @@ def _prepare(
     student = LanguageModel(config)
     if teacher_model is not None:
         student.load_state_dict(load_model(teacher).state_dict())
-        make_ternary(student, recipe.group_size, recipe.learned_scale)
+        make_low_bit(student, recipe.weights, recipe.group_size, recipe.learned_scale, recipe.ternary_embedding)
     run = Run(
         recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
     )

@@ -21,7 +21,7 @@ import numpy as np
 from tests.models import random_tensors, random_ternary, write_state_spaces
 from tmexport.checkpoint import write_checkpoint
 from tmexport.cli.app import run_command
-from tmexport.config import Mamba2Config
+from tmexport.model import mamba2_model
 
 RUNS = [
     ("ternary", ["--type", "auto", "--embedding-type", "q8_0"]),
@@ -35,8 +35,8 @@ RUNS = [
 
 def prepare(folder: Path, layers: int) -> int:
     """Write the four checkpoints; returns the bytes of the largest tensor (the fp16 embedding)."""
-    config = Mamba2Config(d_model=2048, n_layer=layers, vocab_size=50288)
-    one = Mamba2Config(d_model=2048, n_layer=1, vocab_size=50288)
+    config = mamba2_model(d_model=2048, n_layer=layers, vocab_size=50288)
+    one = mamba2_model(d_model=2048, n_layer=1, vocab_size=50288)
     layer = {name: values.astype(np.float16) for name, values in random_tensors(one).items()}
     prefix = "backbone.layers.0."
     dense = {n: v for n, v in layer.items() if not n.startswith(prefix)}

@@ -80,13 +80,13 @@ def prepare(work: Path, size: str) -> dict[str, Path]:
     """The checkpoint, the GGUF and the three ONNX files, written unless they are there."""
     from scripts.bench.random_model import SIZES, random_ternary, random_values
     from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
-    from tmexport.config import Mamba2Config
     from tmexport.gguf.export import plan_export
+    from tmexport.model import mamba2_model
     from tmexport.onnx.export import export_onnx
     from tmexport.onnx.graph import build_graph
 
     d_model, n_layer = SIZES[size]
-    config = Mamba2Config(d_model=d_model, n_layer=n_layer, vocab_size=50288)
+    config = mamba2_model(d_model=d_model, n_layer=n_layer, vocab_size=50288)
     folder = work / f"ckpt-{size}"
     if not (folder / "model.safetensors").exists():
         rng, tensors = np.random.default_rng(0), {}

@@ -33,8 +33,8 @@ from runtime_ref.bench.predict import (
 )
 from scripts.bench.random_model import BODY, EMBEDDING, SIZES
 from tmexport.cli.app import run_command
-from tmexport.config import Mamba2Config
 from tmexport.gguf.reader import open_gguf
+from tmexport.model import mamba2_model
 
 # Assumed, not measured: GB/s of all threads, GMAC/s and G elements/s of one thread. docs/edge.md says from what.
 BOARDS = {
@@ -157,7 +157,7 @@ def main(
         works = {path.name: work_of_file(open_gguf(path)) for path in models}
         for size in sizes or (() if models else ("130m", "370m", "1.3b")):
             d_model, n_layer = SIZES[size]
-            config = Mamba2Config(d_model=d_model, n_layer=n_layer, vocab_size=50288)
+            config = mamba2_model(d_model=d_model, n_layer=n_layer, vocab_size=50288)
             works[size] = work_of(config, BODY[kind], EMBEDDING[embedding_type], 64 if kind == "q2_0" else 256)
         if boards:
             machines = BOARDS

@@ -15,9 +15,9 @@ import click
 import numpy as np
 
 from tmexport.cli.app import run_command
-from tmexport.config import Mamba2Config
 from tmexport.gguf.names import model_metadata, tensor_shapes
 from tmexport.gguf.writer import PlannedTensor, write_gguf
+from tmexport.model import mamba2_model
 from tmexport.types import FILE_TYPES, GGMLType, encode_codes, encode_values
 from tmexport.types.ternary import TernaryTensor
 
@@ -68,7 +68,7 @@ def main(output: Path, size: str, kind: str, embedding_type: str, group_size: st
     if kind != "q2_0" and group != 256:
         raise click.UsageError(f"{kind} stores one scale for 256 weights; expected --group-size 256")
     d_model, n_layer = SIZES[size]
-    config = Mamba2Config(d_model=d_model, n_layer=n_layer, vocab_size=50288)
+    config = mamba2_model(d_model=d_model, n_layer=n_layer, vocab_size=50288)
     rng = np.random.default_rng(seed)
 
     def planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from qat.model import LanguageModel
 from qat.model.mamba2 import default_chunk
 from qat.plan import config_of, describe, layer_activations, make_plan
-from qat.quantizer import make_ternary
+from qat.quantizer import make_low_bit
 from qat.recipe import load_recipe
 from qat.train.step import Step, make_optimizer
 from tmexport.cli.app import run_command
@@ -42,7 +42,7 @@ def main(name: str, layers: int, seq_len: int, threads: int) -> None:
     teacher = LanguageModel(config).requires_grad_(False)
     student = LanguageModel(config)
     student.load_state_dict(teacher.state_dict())
-    make_ternary(student, recipe.group_size)
+    make_low_bit(student, "ternary", recipe.group_size)
     optimizer = make_optimizer(student, small)
     own = {p.untyped_storage().data_ptr() for p in student.parameters()}
     kept: dict[int, Tensor] = {}
@@ -64,7 +64,7 @@ def main(name: str, layers: int, seq_len: int, threads: int) -> None:
     seconds = time.perf_counter() - began
 
     with torch.device("meta"):
-        shapes = make_ternary(LanguageModel(config), recipe.group_size)
+        shapes = make_low_bit(LanguageModel(config), "ternary", recipe.group_size)
     _, planned = layer_activations(shapes.backbone.layers[0], 1, seq_len, config.d_model, False)
     head = 4 * config.vocab_size * config.d_model  # the gradient of the head, which the loss keeps
     plan = make_plan(recipe, full, "h100", True)

@@ -31,9 +31,9 @@ def make_checkpoint(folder: Path, seed: int) -> Path:
     """Large enough (40 MB) that writing takes a while."""
     from tests.models import ternary_tensors
     from tmexport.checkpoint import write_checkpoint
-    from tmexport.config import Mamba2Config
+    from tmexport.model import mamba2_model
 
-    config = Mamba2Config(d_model=512, n_layer=4, vocab_size=16384, d_state=64)
+    config = mamba2_model(d_model=512, n_layer=4, vocab_size=16384, d_state=64)
     write_checkpoint(folder, config, ternary_tensors(config, 256, seed))
     return folder
 

@@ -33,9 +33,9 @@ STEPS = 60
 def prepare(work: Path) -> tuple[Path, Path]:
     """A random teacher and a text."""
     from tests.models import write_small
-    from tmexport.config import Mamba2Config
+    from tmexport.model import mamba2_model
 
-    config = Mamba2Config(d_model=64, n_layer=1, vocab_size=512, d_state=16, headdim=32, eos_token_id=0)
+    config = mamba2_model(d_model=64, n_layer=1, vocab_size=512, d_state=16, headdim=32, eos_token_id=0)
     text = work / "text.jsonl"
     rows = [
         f"The union of the States is the work of the people. Year {1800 + i}: " + "peace and commerce. " * 12

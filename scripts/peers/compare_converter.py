@@ -21,9 +21,9 @@ import numpy as np
 from tests.models import random_tensors
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli.app import run_command
-from tmexport.config import Mamba2Config
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.reader import open_gguf
+from tmexport.model import mamba2_model
 
 
 def fetch_llama_cpp(folder: Path) -> Path:
@@ -80,7 +80,7 @@ def main(llama_cpp: Path | None, seed: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = llama_cpp or fetch_llama_cpp(folder)
-        config = Mamba2Config(d_model=768, n_layer=24, vocab_size=50288)
+        config = mamba2_model(d_model=768, n_layer=24, vocab_size=50288)
         write_checkpoint(folder / "ckpt", config, random_tensors(config, seed))
         command = [sys.executable, str(source / "convert_hf_to_gguf.py"), str(folder / "ckpt"), "--outtype", "f16"]
         subprocess.run([*command, "--outfile", str(folder / "theirs.gguf")], check=True, capture_output=True)

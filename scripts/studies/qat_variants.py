@@ -2,7 +2,7 @@
 
     python scripts/studies/qat_variants.py --teacher out/teacher --data train.jsonl --held-out heldout.jsonl --out study --seeds 3
 
-Trains (`qat.train`) every variant and seed on the same number of tokens, and applies every method of `qat.baselines`, where the
+Trains (`qat.train`) every variant and seed on the same number of tokens, and applies every method of `qat.ptq` and scripts/studies/untrained.py, where the
 seed picks the calibration text; scores all on the held-out text, document by document. What is done is kept: runs in
 OUT/<variant>-<seed>, scores in OUT/scores/, and a second start goes on where the first stopped. Writes OUT/table.md (every
 score there is), OUT/zero_ratio.png (over time, of every trained variant) and, last on stdout, one JSON object.
@@ -25,12 +25,13 @@ import click
 import numpy as np
 import torch
 
-from qat.baselines import METHODS
 from qat.data import Batches, TokenStream, find_files, tokenize_files
 from qat.evaluate import documents_of, end_of_text_id, find_tokenizer, score_document
 from qat.model import LanguageModel, load_model
+from qat.ptq.making import make
 from qat.recipe import load_recipe
 from qat.train.training import train
+from scripts.studies.untrained import CORRECTIONS
 from tmexport.cli.app import run_command
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
@@ -46,9 +47,9 @@ VARIANTS: dict[str, dict[str, float | int | bool]] = {
     "20 steps of alignment first": {"align_steps": 20},
 }
 ROUNDING = {f"round to nearest, group {size}": size for size in (256, 128, 64)}
-CORRECTIONS = [name for name in METHODS if name != "round to nearest"]  # groups of 256
+ROUNDED = {"GPTQ-style": "gptq", "AWQ-like": "awq", "sigma-delta": "sigma-delta"}  # groups of 256
 WITHOUT_SEED = {"teacher", *ROUNDING, "sigma-delta"}  # these read no text
-NAMES = ["teacher", *ROUNDING, *CORRECTIONS, *VARIANTS]
+NAMES = ["teacher", *ROUNDING, *ROUNDED, *CORRECTIONS, *VARIANTS]
 _PATH = click.Path(path_type=Path)
 
 
@@ -97,8 +98,10 @@ class Study:
             return self.score(self.model)
         text, _ = self.tokens(self.data)
         ids = torch.from_numpy(Batches(np.array(text.tokens), 256, self.sequences, seed)(0)[:, :-1])
-        method = METHODS["round to nearest" if name in ROUNDING else name]
-        return self.score(method(self.model, ids, ROUNDING.get(name, 256)))
+        if name in CORRECTIONS:
+            return self.score(CORRECTIONS[name](self.model, ids, 256))
+        make(ROUNDED.get(name, "rtn"), self.teacher, self.folder(name, seed), "ternary", ROUNDING.get(name, 256), ids)
+        return self.score(load_model(self.folder(name, seed)))
 
     def fingerprint(self, name: str) -> dict[str, Any]:
         """What a score depends on; another teacher, text or budget makes it worthless."""
@@ -107,7 +110,7 @@ class Study:
             [str(path), path.stat().st_size if path.is_file() else 0]
             for path in find_files([*self.data, *self.held_out])
         ]
-        budget = self.steps if name in VARIANTS else self.sequences if name in CORRECTIONS else None
+        budget = self.steps if name in VARIANTS else self.sequences if name in (*ROUNDED, *CORRECTIONS) else None
         return {"teacher": weights, "texts": texts, "budget": budget}
 
     def kept(

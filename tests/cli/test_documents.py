@@ -18,10 +18,10 @@ from tests.demo.running import ROOT
 from tests.models import ternary_tensors, train_tokenizer
 from tmexport.background import in_background
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.documents import Score, encode_documents, read_documents, score_documents, start_token
 from tmexport.errors import TextError
 from tmexport.gguf.export import plan_export
+from tmexport.model import mamba2_model
 
 BOM = b"\xef\xbb\xbf"
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
     """A small ternary model in both forms: the checkpoint folder and its GGUF; its config and tokenizer have a BOM."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer(folder / "tokenizer.json", 300)
-    config = Mamba2Config(d_model=256, n_layer=1, vocab_size=320, d_state=64)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=320, d_state=64)
     tensors = ternary_tensors(config)
     tensors["backbone.embeddings.weight"] *= 0.1
     write_checkpoint(folder / "ckpt", config, tensors, tokenizer)

@@ -13,6 +13,8 @@ from tmexport.cli import cli, load
 
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "scripts" / "demo" / "data" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]

@@ -9,7 +9,7 @@ import pytest
 from tests.demo.commands import DOCUMENTS, FOREIGN, check_make, click_command, commands_in, parse
 from tests.demo.running import ROOT
 from tests.models import random_tensors, write_state_spaces
-from tmexport.config import Mamba2Config
+from tmexport.model import mamba2_model
 
 EVERY = [
     pytest.param(words, id=f"{document.relative_to(ROOT)}: {' '.join(words)}"[:100])
@@ -43,7 +43,7 @@ def test_wrong_commands_are_noticed(line):
         parse(*click_command(line.split()))
 
 
-@pytest.mark.parametrize("line", ["make deom", "make test PYTHONS=3"])
+@pytest.mark.parametrize("line", ["make deom", "make test PYTHONZ=3"])
 def test_wrong_make_commands_are_noticed(line):
     with pytest.raises(AssertionError, match="the Makefile has no"):
         check_make(line.split())
@@ -61,7 +61,7 @@ def test_readme_commands_run(demo, tmp_path, monkeypatch, capfd):
     assert demo.code == 0, demo.stderr
     shutil.copytree(demo.out, tmp_path / "demo_out")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    config = Mamba2Config(d_model=256, n_layer=1, vocab_size=320, d_state=64)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=320, d_state=64)
     write_state_spaces(tmp_path / "mamba2-130m", config, random_tensors(config), 320)
     shutil.copy(demo.out / "teacher" / "tokenizer.json", tmp_path / "mamba2-130m")
     monkeypatch.chdir(tmp_path)

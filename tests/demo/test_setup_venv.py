@@ -1,5 +1,6 @@
 """When the Makefile's environment is reused, and when it is not; nothing is installed here."""
 
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,14 @@ def test_stamp_names_all_that_it_depends_on(venv, tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text("changed")
     monkeypatch.setattr(setup_venv, "ROOT", tmp_path)
     assert setup_venv.wanted_stamp(venv) != first
+
+
+def test_the_lowest_versions_are_those_of_pyproject(venv):
+    lines = setup_venv.lowest_constraints()
+    assert "numba==0.66" in lines
+    assert "torch==2.7" in lines
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", line) for line in lines)
+    assert setup_venv.wanted_stamp(venv, lowest=True) != setup_venv.wanted_stamp(venv)
 
 
 def test_environment_of_another_place_or_python_is_not_ours(venv, tmp_path):

@@ -24,15 +24,15 @@ from tests.hostile.builders import (
     ternary_arrays,
 )
 from tmexport.checkpoint import open_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
 from tmexport.gguf.names import config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
+from tmexport.model import mamba2_model
 from tmexport.tokenizer.gguf import export_tokenizer
 from tmexport.tokenizer.parse import parse_tokenizer
 from tmexport.types import decode_values
 
-TOKENIZER_MODEL = Mamba2Config(d_model=64, n_layer=1, vocab_size=512)
+TOKENIZER_MODEL = mamba2_model(d_model=64, n_layer=1, vocab_size=512)
 
 
 def peak_bytes(action: Callable[[], object]) -> int:

@@ -9,8 +9,8 @@ import pytest
 
 from tests.hostile.builders import CONFIG, checkpoint, dense_config, tokenizer_json
 from tests.hostile.targets import TOKENIZER_MODEL, peak_bytes, read_checkpoint
-from tmexport.config import load_config
 from tmexport.errors import ConfigError, TmexportError, TokenizerError
+from tmexport.model import load_config
 from tmexport.tokenizer.gguf import export_tokenizer
 from tmexport.tokenizer.parse import parse_tokenizer
 

@@ -12,14 +12,14 @@ from tests.commands import invoke
 from tests.models import ternary_tensors, train_tokenizer
 from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint, write_checkpoint
 from tmexport.cli import cli
-from tmexport.config import Mamba2Config
+from tmexport.model import Model, mamba2_model
 from tmexport.onnx.export import export_onnx
 from tmexport.onnx.graph import build_graph
 from tmexport.tokenizer.gguf import export_tokenizer
 
-TIED = Mamba2Config(d_model=256, n_layer=2, vocab_size=384, d_state=32, headdim=32)
-UNTIED = Mamba2Config(d_model=256, n_layer=2, vocab_size=320, d_state=64, tie_embeddings=False)
-GROUPS = Mamba2Config(d_model=256, n_layer=2, vocab_size=320, d_state=32, headdim=64, n_groups=2)
+TIED = mamba2_model(d_model=256, n_layer=2, vocab_size=384, d_state=32, headdim=32)
+UNTIED = mamba2_model(d_model=256, n_layer=2, vocab_size=320, d_state=64, tie_embeddings=False)
+GROUPS = mamba2_model(d_model=256, n_layer=2, vocab_size=320, d_state=32, headdim=64, n_groups=2)
 FORMS = ("ort", "portable", "custom")
 EMBEDDINGS = ("q8", "f16", "f32")
 
@@ -29,7 +29,7 @@ def run(*args: object, command: click.Command = cli) -> Result:
     return invoke(command, *args)
 
 
-def write_ternary(folder: Path, config: Mamba2Config, group_size: int = 64, seed: int = 0) -> Checkpoint:
+def write_ternary(folder: Path, config: Model, group_size: int = 64, seed: int = 0) -> Checkpoint:
     """A random ternary checkpoint with a tokenizer, opened."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(folder / "tokenizer.json", 300) if config.vocab_size >= 300 else None
@@ -45,7 +45,7 @@ def export(checkpoint: Checkpoint, path: Path, *args: object, **options: object)
     return path
 
 
-def zero_state(config: Mamba2Config, batch: int) -> dict[str, np.ndarray]:
+def zero_state(config: Model, batch: int) -> dict[str, np.ndarray]:
     """The inputs past_* before the first token, written out from docs/onnx.md."""
     state = {}
     for i in range(config.n_layer):
@@ -54,7 +54,7 @@ def zero_state(config: Mamba2Config, batch: int) -> dict[str, np.ndarray]:
     return state
 
 
-def feed(runner: object, config: Mamba2Config, ids: np.ndarray) -> np.ndarray:
+def feed(runner: object, config: Model, ids: np.ndarray) -> np.ndarray:
     """Logits of ids [batch, time] from the zero state; `runner` is an InferenceSession or a ReferenceEvaluator."""
     return runner.run(["logits"], {"input_ids": ids, **zero_state(config, len(ids))})[0]
 
@@ -63,8 +63,8 @@ def peer_model(checkpoint: Checkpoint, dequantize_embedding: bool = False) -> ob
     """transformers' Mamba2ForCausalLM with these weights; the embedding through gguf's own Q8_0 if asked."""
     import gguf
     import torch
-    from transformers import Mamba2Config as PeerConfig
     from transformers import Mamba2ForCausalLM
+    from transformers import Model as PeerConfig
 
     raw = checkpoint.config.to_hf()
     model = Mamba2ForCausalLM(PeerConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")}))
@@ -92,5 +92,5 @@ def share_of_spread(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / (wanted.max() - wanted.min()))
 
 
-def token_ids(config: Mamba2Config, *shape: int, seed: int = 1) -> np.ndarray:
+def token_ids(config: Model, *shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape)

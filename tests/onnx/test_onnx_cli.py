@@ -14,7 +14,7 @@ from runtime_ref.ort import OrtModel
 from tests.models import random_tensors, ternary_tensors
 from tests.onnx.exporting import FORMS, TIED, peer_model, run
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.config import Mamba2Config
+from tmexport.model import mamba2_model
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -32,7 +32,7 @@ def test_export_writes_three_files_and_says_so(tied, tmp_path, form):
 
 def test_weights_take_little_more_than_the_gguf_of_the_same_types(tmp_path):
     """At a shape where the weights count; the GGUF's own size is the measure."""
-    config = Mamba2Config(d_model=512, n_layer=6, vocab_size=4096)
+    config = mamba2_model(d_model=512, n_layer=6, vocab_size=4096)
     write_checkpoint(tmp_path / "ckpt", config, ternary_tensors(config, 256))
     gguf = json.loads(run("gguf", tmp_path / "ckpt", tmp_path / "m.gguf", "--type", "tq2_0", "--embedding-type", "q8_0", "--json").stdout)  # fmt: skip
     sizes = {f: json.loads(run("onnx", tmp_path / "ckpt", tmp_path / "m.onnx", "--ops", f, "--json").stdout)["bytes"] for f in FORMS}  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from tests.onnx.exporting import EMBEDDINGS, FORMS, export, run, write_ternary
-from tmexport.config import Mamba2Config
+from tmexport.model import mamba2_model
 from tmexport.types.ternary import TernaryTensor
 
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
@@ -29,7 +29,7 @@ def independent_codes(model, name, shape):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("group_size", [64, 128, 256])
 def test_codes_and_scales_are_the_checkpoints_bit_for_bit(tmp_path, form, group_size):
-    config = Mamba2Config(d_model=256, n_layer=1, vocab_size=128, d_state=16)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=128, d_state=16)
     checkpoint = write_ternary(tmp_path / "ckpt", config, group_size)
     model = onnx.load(export(checkpoint, tmp_path / "m.onnx", form))
     for which in ("in_proj", "out_proj"):

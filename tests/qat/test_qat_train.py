@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import qat.evaluate
-import qat.ptq
+import qat.ptq.cli
 import qat.train.cli
 from qat.errors import TrainingError
 from qat.evaluate import evaluate
 from qat.model import load_model
-from qat.ptq import round_to_nearest
+from qat.ptq.making import make
 from qat.recipe import Recipe, load_recipe
 from qat.train.hooks import Hook, find_collapse
 from qat.train.training import train
@@ -77,7 +77,7 @@ def test_evaluate_by_hand(teacher, corpus, tmp_path):
 
 def test_qat_beats_rounding(teacher, corpus, tmp_path):
     summary = train(STUDENT, [corpus], tmp_path / "qat", teacher, held_out=[corpus])
-    round_to_nearest(teacher, tmp_path / "rtn", 64)
+    make("rtn", teacher, tmp_path / "rtn", group_size=64)
     scores = {
         name: evaluate(path, [corpus]).bits_per_byte
         for name, path in (("teacher", teacher), ("rtn", tmp_path / "rtn"), ("qat", tmp_path / "qat"))
@@ -95,7 +95,7 @@ def test_qat_beats_rounding(teacher, corpus, tmp_path):
 
 
 def test_rtn_is_absmean(teacher, tmp_path):
-    round_to_nearest(teacher, tmp_path, 64)
+    make("rtn", teacher, tmp_path, group_size=64)
     source, rounded = open_checkpoint(teacher), open_checkpoint(tmp_path)
     for name in source.names:
         wanted = (
@@ -312,7 +312,7 @@ def test_vocabulary_of_another_model(teacher, corpus, tmp_path):
 
 
 def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
-    round_to_nearest(teacher, tmp_path / "rtn", 64)
+    make("rtn", teacher, tmp_path / "rtn", group_size=64)
     with pytest.raises(CheckpointError, match="already ternary"):
         train(STUDENT, [corpus], tmp_path / "a", tmp_path / "rtn")
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -320,7 +320,7 @@ def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
     with pytest.raises(UsageError, match="is the teacher's folder"):
         train(STUDENT, [corpus], teacher, teacher, resume=True)
     with pytest.raises(UsageError, match="is the teacher's folder"):
-        round_to_nearest(teacher, teacher, 64)
+        make("rtn", teacher, teacher, group_size=64)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     with pytest.raises(TextError, match="holds no text"):
@@ -360,7 +360,7 @@ def test_commands(teacher, corpus, tmp_path):
             qat.train.cli.main,
             ["--teacher", "TEACHER", "--data", "CORPUS", "--batch-size", "3", "--accumulate", "2"],
         ),
-        (qat.ptq.main, ["rtn", "--teacher", "TEACHER"]),  # groups of 256 do not fit a width of 64
+        (qat.ptq.cli.main, ["rtn", "--teacher", "TEACHER"]),  # groups of 256 do not fit a width of 64
         (qat.evaluate.main, ["--data", "CORPUS"]),
     ],
 )
@@ -398,3 +398,25 @@ def test_ctrl_c_exits_130(teacher, corpus, tmp_path):
     assert "Traceback" not in stderr
     saved = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
     assert saved["step"] == len(metrics.read_text().splitlines())
+
+
+@pytest.mark.parametrize("changes", [{"weights": "binary"}, {"weights": "binary", "ternary_embedding": True}], ids=str)
+def test_low_bit_of_other_kinds_trains_resumes_and_exports(corpus, tmp_path, changes):
+    """Binary weights, and a ternary embedding: better than rounding, the same bits after a stop, codes in a GGUF."""
+    train(Recipe(**{**TINY, "d_model": 128}), [corpus], tmp_path / "teacher")
+    settings = {**TINY, "lr": 3e-3, "weight_decay": 0.0, "group_size": 0, **changes}
+    assert Recipe(**settings).group_size == 128
+    for name, minutes in (("whole", 0.0), ("parts", 1e-6)):
+        train(Recipe(**settings, minutes=minutes), [corpus], tmp_path / name, tmp_path / "teacher")
+    assert len(curve(tmp_path / "parts")) == 1
+    train(Recipe(**settings), [corpus], tmp_path / "parts", tmp_path / "teacher", resume=True)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    make("rtn", tmp_path / "teacher", tmp_path / "rtn", "binary")
+    scores = {name: evaluate(tmp_path / name, [corpus]).bits_per_byte for name in ("rtn", "whole")}
+    assert scores["whole"] < scores["rtn"]
+    found = open_checkpoint(tmp_path / "whole")
+    embedding = found.form("backbone.embeddings.weight")
+    assert (embedding.kind if embedding else None) == ("ternary" if "ternary_embedding" in changes else None)
+    assert {found.form(name).kind for name in found.config.projections} == {"binary"}

@@ -1,40 +1,53 @@
 """The fake-quantiser against tmexport.types.ternary, exact arithmetic, and the exported checkpoint."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qat.model import LanguageModel, load_model
 from qat.quantizer import (
+    QUANTIZERS,
     LearnedTernaryWeight,
     TernaryWeight,
-    make_ternary,
+    make_low_bit,
     model_tensors,
     quantized_weights,
     zero_ratios,
 )
+from tests.qat.tiny import tiny_config
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import UsageError
-from tmexport.types.ternary import quantize_absmean
+from tmexport.types import KINDS
 
 
-@pytest.mark.parametrize("group_size", [64, 128, 256])
-def test_equals_the_exporter_where_sums_are_exact(group_size):
+def test_every_kind_has_a_quantizer():
+    assert set(QUANTIZERS) == set(KINDS)
+
+
+FORMS = [(kind, size) for kind in KINDS for size in KINDS[kind].group_sizes]
+
+
+@pytest.mark.parametrize(("kind", "group_size"), FORMS)
+def test_equals_the_exporter_where_sums_are_exact(kind, group_size):
     # Multiples of 2^-8 below 1: sums of 256 of them are exact in fp32, so no order of summation can matter.
     weight = (np.random.default_rng(0).integers(-256, 257, (24, 512)) / 256).astype(np.float32)
-    wanted = quantize_absmean(weight, group_size)
-    got = TernaryWeight(group_size).quantize(torch.from_numpy(weight))
+    wanted = KINDS[kind].quantize(weight, group_size)
+    got = QUANTIZERS[kind](group_size).quantize(torch.from_numpy(weight))
     assert np.array_equal(got.codes, wanted.codes)
     assert np.array_equal(got.scales.view(np.uint16), wanted.scales.view(np.uint16))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-7, 1e-4, 0.02, 1.0, 1e4, 1e6]), st.sampled_from([64, 128, 256]))
-def test_equals_the_exporter_within_one_rounding(seed, spread, group_size):
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-7, 1e-4, 0.02, 1.0, 1e4, 1e6]), st.sampled_from(FORMS))
+def test_equals_the_exporter_within_one_rounding(seed, spread, form):
+    kind, group_size = form
     weight = (np.random.default_rng(seed).standard_normal((8, 512)) * spread).astype(np.float32)
-    wanted = quantize_absmean(weight, group_size)
-    module = TernaryWeight(group_size)
+    wanted = KINDS[kind].quantize(weight, group_size)
+    module = QUANTIZERS[kind](group_size)
     got = module.quantize(torch.from_numpy(weight)).check("w")
     distance = np.abs(got.scales.view(np.uint16).astype(int) - wanted.scales.view(np.uint16).astype(int))
     assert distance.max() <= 1  # the order of an fp32 sum may move a scale to the neighbouring fp16
@@ -69,7 +82,7 @@ def test_gradient_passes_straight_through():
 
 
 def test_exported_checkpoint_is_what_computed(tiny_model, tmp_path):
-    make_ternary(tiny_model, 128)
+    make_low_bit(tiny_model, "ternary", 128)
     write_checkpoint(tmp_path, tiny_model.config, model_tensors(tiny_model))
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.group_size == 128
@@ -86,7 +99,7 @@ def test_exported_checkpoint_is_what_computed(tiny_model, tmp_path):
 
 
 def test_autocast_keeps_the_weight_fp32(tiny_model):
-    make_ternary(tiny_model, 256)
+    make_low_bit(tiny_model, "ternary", 256)
     module = next(iter(tiny_model.projections().values()))
     with torch.autocast("cpu", torch.bfloat16):
         assert module.weight.dtype == torch.float32
@@ -96,7 +109,50 @@ def test_autocast_keeps_the_weight_fp32(tiny_model):
 @pytest.mark.parametrize("group_size", [32, 100, 512])
 def test_refuses_group_sizes(tiny_model, group_size):
     with pytest.raises(UsageError, match="64, 128 or 256"):
-        make_ternary(tiny_model, group_size)
+        make_low_bit(tiny_model, "ternary", group_size)
+    with pytest.raises(UsageError, match="expected 128"):
+        make_low_bit(tiny_model, "binary", group_size)
+
+
+def test_binary_values():
+    """Signs of a group of 128, +1 for both zeros; one scale; the gradient passes straight through."""
+    weight = torch.full((1, 128), -0.5)
+    weight[0, :4] = torch.tensor([0.0, -0.0, 0.75, 0.25])  # mean |w| = 63 / 128
+    weight.requires_grad_(True)
+    module = QUANTIZERS["binary"](128)
+    stored = module.quantize(weight).check("w")
+    assert stored.codes[0, :5].tolist() == [1, 1, 1, 1, -1]
+    assert float(stored.scales[0, 0]) == 63 / 128
+    dense = module(weight)
+    assert dense.detach()[0].tolist() == [63 / 128] * 4 + [-63 / 128] * 124
+    upstream = torch.randn(1, 128)
+    (dense * upstream).sum().backward()
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_low_bit_embedding_and_head_are_in_the_checkpoint(tmp_path, kind, tied):
+    torch.manual_seed(5)
+    model = LanguageModel(tiny_config(d_model=128, vocab_size=64, tie_embeddings=tied))
+    make_low_bit(model, kind, 128, ternary_embedding=True)
+    ids = torch.randint(0, 64, (2, 9))
+    model(ids).square().sum().backward()
+    assert model.backbone.embeddings.parametrizations.weight.original.grad.abs().sum() > 0
+    write_checkpoint(tmp_path, model.config, model_tensors(model))
+    checkpoint = open_checkpoint(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    embedding = {"kind": "ternary", "group_size": 128}
+    wanted = {role: {"kind": kind, "group_size": 128} for role in ("in_proj", "out_proj")} | {"embedding": embedding}
+    assert raw["version"] == 2
+    assert raw["weights"] == wanted | ({} if tied else {"head": embedding})
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            assert np.array_equal(checkpoint.dense(f"{name}.weight"), module.weight.detach().numpy()), name
+    again = load_model(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids), model(ids))
+    assert set(zero_ratios(model)) == {name.removesuffix(".weight") for name in quantized_weights(model)}
 
 
 def test_learned_scale_has_the_gradient_of_lsq():

@@ -9,9 +9,10 @@ import numpy as np
 from runtime_ref.model import Model
 from runtime_ref.reference import ReferenceModel
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix, load_weights, memory_source
-from tmexport.config import Mamba2Config
+from tmexport.model import Model as ModelSpec
+from tmexport.model import mamba2_model
 
-CONFIG = Mamba2Config(d_model=256, n_layer=2, vocab_size=300, d_state=64, n_groups=2)
+CONFIG = mamba2_model(d_model=256, n_layer=2, vocab_size=300, d_state=64, n_groups=2)
 TOKENS = [5, 299, 0, 17, 17, 255, 63, 128, 4, 5]
 
 
@@ -33,7 +34,7 @@ def matrix(rng: np.random.Generator, n: int, k: int, kind: str) -> Matrix:
 
 
 def tensors(
-    config: Mamba2Config, body: str = "ternary256", embedding: str = "q8_0", head: str | None = None, seed: int = 0
+    config: ModelSpec, body: str = "ternary256", embedding: str = "q8_0", head: str | None = None, seed: int = 0
 ) -> dict[str, np.ndarray | Matrix]:
     """Every tensor of a model; head None ties it to the embedding."""
     rng, c = np.random.default_rng(seed), config

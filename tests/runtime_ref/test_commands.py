@@ -19,10 +19,10 @@ from tests.commands import invoke
 from tests.models import ternary_tensors
 from tests.runtime_ref.small import sha
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.documents import read_documents
 from tmexport.errors import TokenizerError, UsageError
 from tmexport.gguf.export import plan_export
+from tmexport.model import mamba2_model
 
 TEXT = "Fellow citizens — naïve ☃ and 𝄞, the state of the Union is strong.\n" * 3
 
@@ -40,7 +40,7 @@ def gguf(tmp_path_factory):
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = Mamba2Config(d_model=256, n_layer=1, vocab_size=288, d_state=64)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=288, d_state=64)
     tensors = ternary_tensors(config)
     tensors["backbone.embeddings.weight"] *= 0.1
     write_checkpoint(folder / "ckpt", config, tensors, folder / "tokenizer.json")
@@ -151,7 +151,7 @@ def test_every_line_of_a_jsonl_file_is_a_document(tmp_path):
 
 
 def test_a_file_without_a_tokenizer_is_refused(gguf, tmp_path):
-    config = Mamba2Config(d_model=256, n_layer=1, vocab_size=32, d_state=64)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=32, d_state=64)
     write_checkpoint(tmp_path / "ckpt", config, ternary_tensors(config), None)
     plan_export(open_checkpoint(tmp_path / "ckpt"), "tq2_0", "q8_0").write(tmp_path / "m.gguf", lambda t: None)
     with pytest.raises(TokenizerError, match="has no tokenizer.huggingface.json and no vocabulary"):

@@ -12,15 +12,15 @@ from runtime_ref.memory import check_memory, need, parse_size
 from runtime_ref.model import Model
 from tests.models import write_small
 from tmexport.checkpoint import open_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.errors import TmexportError
 from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, low_bit_types, plan_export, tensor_layout
 from tmexport.gguf.names import model_metadata
 from tmexport.gguf.reader import open_gguf
 from tmexport.gguf.writer import PlannedTensor, file_bytes, header_bytes
+from tmexport.model import mamba2_model
 from tmexport.types import FILE_TYPES
 
-BIG = Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288)  # 1.3b
+BIG = mamba2_model(d_model=2048, n_layer=48, vocab_size=50288)  # 1.3b
 
 
 def header_only(path, config, kind, embedding, group=256):

@@ -15,11 +15,11 @@ from runtime_ref.weights import memory_source
 from tests.models import SMALL, ternary_tensors
 from tests.runtime_ref.small import CONFIG, TOKENS, all_logits, sha, source, tensors
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.errors import GGUFError, UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.names import group_sizes_of
 from tmexport.gguf.reader import open_gguf
+from tmexport.model import mamba2_model
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_an_overflow_in_the_head_is_named():
 
 
 def test_dimensions_the_kernels_cannot_run_are_refused():
-    config = Mamba2Config(d_model=256, n_layer=1, vocab_size=32, d_state=24)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=32, d_state=24)
     with pytest.raises(GGUFError, match="d_state is 24"):
         Model(memory_source(config, tensors(config)), "exact", 1)
 
@@ -196,3 +196,14 @@ def test_sampling_follows_the_probabilities_and_top_p():
 def test_sampling_refuses_nonsense(bad):
     with pytest.raises(UsageError):
         Sampling(**bad)
+
+
+def test_branches_without_kernels_are_refused():
+    from dataclasses import replace
+
+    from tmexport.model import Block
+
+    other = replace(CONFIG.blocks[0].branches[0], chunk_size=128)
+    mixed = replace(CONFIG, blocks=(CONFIG.blocks[0], Block((other,))))
+    with pytest.raises(GGUFError, match="this runtime computes equal blocks of mamba2"):
+        Model(memory_source(mixed, tensors(CONFIG)), "exact", 1)

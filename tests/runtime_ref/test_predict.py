@@ -14,12 +14,12 @@ from runtime_ref.bench.rates import ternary_rate
 from runtime_ref.model import Model
 from tests.models import SMALL, write_small
 from tmexport.checkpoint import open_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.reader import open_gguf
+from tmexport.model import mamba2_model
 from tmexport.types import GGMLType
 
-BIG = Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288)
+BIG = mamba2_model(d_model=2048, n_layer=48, vocab_size=50288)
 WORK = work_of(BIG, GGMLType.TQ2_0, GGMLType.Q8_0)
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "predict_speed.py"
 NEVER = 1e30  # a speed that costs nothing

@@ -11,7 +11,7 @@ from runtime_ref.kernels.pack import PackedTernary, pack
 from runtime_ref.kernels.scratch import allocate
 from runtime_ref.weights import TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
-from tmexport.config import Mamba2Config
+from tmexport.model import mamba2_model
 
 LARGEST = {"exact": 32512, "fast": 127}  # activations as the quantiser makes them
 
@@ -34,7 +34,7 @@ def stack(codes, scales):
 def quantised(q, q_scale, block):
     """A Scratch's rows that hold these activations."""
     tokens, k = q.shape
-    s = allocate(tokens, Mamba2Config(d_model=k, n_layer=1, vocab_size=1))
+    s = allocate(tokens, mamba2_model(d_model=k, n_layer=1, vocab_size=1))
     upper = (q + 128) >> 8
     s.q[:, :k], s.high[:tokens, :k], s.low[:tokens, :k] = q, upper, q - 256 * upper
     s.q_scale[:, : k // block] = q_scale

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from tests.models import SMALL, random_tensors, random_ternary, ternary_tensors, write_small, write_state_spaces
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.errors import CheckpointError
+from tmexport.model import mamba2_model
 
 
 def test_a_folder_saved_by_transformers_sharded_and_in_bfloat16(tmp_path):
@@ -29,7 +29,7 @@ def test_a_folder_saved_by_transformers_sharded_and_in_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_state_spaces_dialect(tmp_path, tied):
-    config = Mamba2Config(256, 2, 512, d_state=64, n_groups=2, tie_embeddings=tied)
+    config = mamba2_model(256, 2, 512, d_state=64, n_groups=2, tie_embeddings=tied)
     tensors = random_tensors(config)
     write_state_spaces(tmp_path, config, tensors, vocab_size=500)
     checkpoint = open_checkpoint(tmp_path)
@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_the_model_it_says(tmp_path, change, message):
 
 
 def test_a_tied_head_that_differs_is_refused(tmp_path):
-    config = Mamba2Config(256, 1, 512, d_state=64)
+    config = mamba2_model(256, 1, 512, d_state=64)
     write_small(tmp_path, config)
     _rewrite(tmp_path, lambda s: s.update({"lm_head.weight": s["backbone.embeddings.weight"] + 1}))
     with pytest.raises(CheckpointError, match="lm_head.weight differs"):
@@ -109,3 +109,14 @@ def test_writing_refuses_mixed_groups_and_wrong_shapes(tmp_path):
         write_checkpoint(tmp_path, SMALL, tensors | {first: random_ternary(*tensors[first].shape, 64)})
     with pytest.raises(CheckpointError, match=f"{second}: found nothing"):
         write_checkpoint(tmp_path, SMALL, {name: t for name, t in tensors.items() if name != second})
+
+
+def test_what_lies_beside_a_tokenizer_goes_with_it(tmp_path):
+    write_small(tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    source = open_checkpoint(tmp_path / "a")
+    write_checkpoint(tmp_path / "b", source.config, {n: source.dense(n) for n in source.names}, source.tokenizer)
+    assert (tmp_path / "b" / "generation_config.json").read_text() == '{"eos_token_id": [0, 5]}'
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "b" / "tokenizer_config.json").exists()

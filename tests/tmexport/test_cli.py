@@ -9,8 +9,8 @@ from tests.commands import invoke
 from tests.models import SMALL, random_tensors, ternary_tensors, train_tokenizer, write_small, write_state_spaces
 from tmexport.checkpoint import write_checkpoint
 from tmexport.cli import cli
-from tmexport.config import Mamba2Config
 from tmexport.gguf.reader import open_gguf
+from tmexport.model import mamba2_model
 from tmexport.safetensors_io import index_safetensors
 
 
@@ -150,7 +150,7 @@ def test_the_size_of_the_1_3b_shape(tmp_path):
     The published peer stores the same model in 744 MB (arXiv 2606.18114). What is expected here is counted by hand:
     bits a weight from llama.cpp's block sizes, and 32 bits for what its kernels only accept as F32.
     """
-    config = Mamba2Config(d_model=2048, n_layer=48, vocab_size=50288)
+    config = mamba2_model(d_model=2048, n_layer=48, vocab_size=50288)
     _write_sparse_ternary(tmp_path, config)
     projections = 48 * (8512 * 2048 + 2048 * 4096)
     embedding = 50288 * 2048 * 34 // 32
@@ -188,7 +188,7 @@ def _write_sparse_ternary(folder, config):
 
 
 def test_both_dialects_export_the_same_tensors_at_the_130m_shape(tmp_path):
-    config = Mamba2Config(d_model=768, n_layer=24, vocab_size=50288)
+    config = mamba2_model(d_model=768, n_layer=24, vocab_size=50288)
     tensors = random_tensors(config)
     write_checkpoint(tmp_path / "hf", config, tensors)
     write_state_spaces(tmp_path / "ss", config, tensors, vocab_size=50277)
@@ -222,7 +222,7 @@ def test_both_dialects_export_the_same_tensors_at_the_130m_shape(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(tmp_path, args, code, message):
-    fp = write_small(tmp_path / "fp", Mamba2Config(256, 1, 512, d_state=64))
+    fp = write_small(tmp_path / "fp", mamba2_model(256, 1, 512, d_state=64))
     result = run(*(arg.format(fp=fp, out=tmp_path / "m.gguf") for arg in args))
     assert result.exit_code == code
     assert message in result.stderr

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from tmexport.config import Mamba2Config, load_config, parse_config
 from tmexport.errors import ConfigError
+from tmexport.model import load_config, mamba2_model, parse_config
 from tmexport.model.dialects.mamba2 import HF_INERT, HF_RULES, SSM_CFG_RULES, STATE_SPACES_RULES
 
 # state-spaces/mamba2-130m's config.json, as published
@@ -18,12 +18,12 @@ PUBLISHED_130M = {
 
 def test_the_published_130m_config():
     config = parse_config(PUBLISHED_130M)
-    assert config == Mamba2Config(d_model=768, n_layer=24, vocab_size=50288)
+    assert config == mamba2_model(d_model=768, n_layer=24, vocab_size=50288)
     assert (config.d_inner, config.n_heads, config.d_in_proj) == (1536, 24, 3352)  # shapes of the published weights
 
 
 def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
-    config = Mamba2Config(256, 3, 640, d_state=64, n_groups=2, rms_eps=1e-6, tie_embeddings=False, eos_token_id=0)
+    config = mamba2_model(256, 3, 640, d_state=64, n_groups=2, rms_eps=1e-6, tie_embeddings=False, eos_token_id=0)
     theirs = transformers.Mamba2Config(**config.to_hf())
     theirs.save_pretrained(tmp_path)
     assert load_config(tmp_path)[0] == config
@@ -51,7 +51,7 @@ def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
     ],
 )
 def test_what_cannot_be_represented_is_refused(change, message):
-    raw = Mamba2Config(256, 2, 512, d_state=64).to_hf() | change
+    raw = mamba2_model(256, 2, 512, d_state=64).to_hf() | change
     with pytest.raises(ConfigError, match=message):
         parse_config(raw)
 
@@ -98,7 +98,7 @@ def _logits(raw, state=None):
 
 def test_keys_that_do_not_matter_load_and_are_inert_in_transformers():
     assert set(INERT) == set(HF_INERT)
-    raw = Mamba2Config(64, 2, 32, d_state=16, headdim=32).to_hf()
+    raw = mamba2_model(64, 2, 32, d_state=16, headdim=32).to_hf()
     expected, state = _logits(raw)
     for key, value in INERT.items():
         assert parse_config(raw | {key: value}).tensors == parse_config(raw).tensors
@@ -107,7 +107,7 @@ def test_keys_that_do_not_matter_load_and_are_inert_in_transformers():
 
 
 def test_swish_is_silu_in_transformers():
-    raw = Mamba2Config(64, 2, 32, d_state=16, headdim=32).to_hf()
+    raw = mamba2_model(64, 2, 32, d_state=16, headdim=32).to_hf()
     expected, state = _logits(raw)
     assert parse_config(raw | {"hidden_act": "swish"}) == parse_config(raw)
     assert torch.equal(_logits(raw | {"hidden_act": "swish"}, state)[0], expected)
@@ -121,7 +121,7 @@ def test_swish_is_silu_in_transformers():
 def test_every_rule_lets_its_values_pass_and_refuses_another(place, rule):
     def described(value):
         if place == "hf":
-            return Mamba2Config(256, 2, 512, d_state=64).to_hf() | {rule.key: value}
+            return mamba2_model(256, 2, 512, d_state=64).to_hf() | {rule.key: value}
         change = {rule.key: value} if place == "top" else {"ssm_cfg": {"layer": "Mamba2", rule.key: value}}
         return PUBLISHED_130M | change
 

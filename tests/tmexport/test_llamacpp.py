@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from tests.llama import Llama
 from tests.models import SMALL, write_small
 from tmexport.checkpoint import open_checkpoint
-from tmexport.config import Mamba2Config
 from tmexport.gguf.export import plan_export
+from tmexport.model import mamba2_model
 
 TEXTS = [
     "Fellow citizens of the Senate, it's 1862.",
@@ -56,7 +56,7 @@ def clear_continuations(model, tokenizer, wanted=5, count=64):
 
 @pytest.mark.parametrize(
     "config",
-    [SMALL, Mamba2Config(256, 2, 512, d_state=128, n_groups=2, tie_embeddings=False)],
+    [SMALL, mamba2_model(256, 2, 512, d_state=128, n_groups=2, tie_embeddings=False)],
     ids=["one group", "two groups"],
 )
 def test_f16_continues_as_transformers_does(tmp_path, config):

@@ -11,6 +11,7 @@ from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli.gguf import gguf
 from tmexport.cli.onnx import onnx
 from tmexport.cli.verify import verify
+from tmexport.cli.web import web
 from tmexport.errors import NotTernaryError, ScaleError
 from tmexport.gguf.reader import open_gguf
 from tmexport.types import decode_codes
@@ -39,7 +40,8 @@ def _run(command, *args):
 
 def test_it_is_refused_with_the_error_of_rounding(tmp_path):
     folder, _ = _folder(tmp_path)
-    for command, name in ((gguf, "a.gguf"), (onnx, "a.onnx")):
+    for command, name in ((gguf, "a.gguf"), (onnx, "a.onnx"), (web, "site")):
+        assert any("--round-scales" in option.opts for option in command.params)
         with pytest.raises(ScaleError, match=rf"--round-scales rounds them \(largest relative error {ERROR:.1e}\)"):
             _run(command, folder, tmp_path / name)
     assert not (tmp_path / "a.gguf").exists()

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.tokenizer.scripts import SCRIPTS
+from tests.tokenizer.samples import SCRIPTS
 from tmexport.errors import TokenizerError
 from tmexport.model import mamba2_model
 from tmexport.tokenizer.gguf import export_tokenizer

