@@ -50,6 +50,11 @@ def build(source: Source, preset: Preset) -> Built:
         GGUFError: damaged tensors, or types and dimensions that the kernels do not compute.
     """
     c = source.config
+    kinds = {branch.kind for block in c.blocks for branch in block.branches}
+    if kinds != {"mamba2"} or len(set(c.blocks)) > 1:
+        raise GGUFError(
+            f"the model has blocks of {', '.join(sorted(kinds))}; this runtime computes equal blocks of mamba2"
+        )
     for what, size in (("d_model", c.d_model), ("headdim", c.headdim), ("d_state", c.d_state)):
         if size % 16:
             raise GGUFError(f"{what} is {size}; this runtime needs a multiple of 16")
