@@ -17,7 +17,7 @@ help:
 	@echo "make demo-from-scratch   the same, and train that Mamba-2 first"
 	@echo "make test    ruff, then every test"
 	@echo "make quick   the tests that are neither slow nor ask another program"
-	@echo "make lint    ruff alone: rules and formatting"
+	@echo "make lint    ruff, and the contract of imports"
 	@echo "make lowest  the quick tests with the lowest versions that pyproject.toml allows (into $(VENV)-lowest/)"
 	@echo "make versions  the quick tests with every Python of $(PYTHONS) that is here (into $(VENV)-python3.x/)"
 	@echo "make clean   remove $(VENV)/, $(DEMO_OUT)/ and caches"
@@ -53,6 +53,7 @@ versions:
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 clean:
 	rm -rf $(VENV) $(VENV)-* $(DEMO_OUT) build tmexport.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
