@@ -1,1 +1,1 @@
-"""Quantisation-aware training of ternary Mamba-2 models with distillation: `python -m qat.train`, `.evaluate`, `.ptq`."""
+"""Low-bit state-space models by training with distillation (`qat.train`) or without (`qat.ptq`); `qat.evaluate` scores them."""

@@ -398,3 +398,25 @@ def test_ctrl_c_exits_130(teacher, corpus, tmp_path):
     assert "Traceback" not in stderr
     saved = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
     assert saved["step"] == len(metrics.read_text().splitlines())
+
+
+@pytest.mark.parametrize("changes", [{"weights": "binary"}, {"weights": "binary", "ternary_embedding": True}], ids=str)
+def test_low_bit_of_other_kinds_trains_resumes_and_exports(corpus, tmp_path, changes):
+    """Binary weights, and a ternary embedding: better than rounding, the same bits after a stop, codes in a GGUF."""
+    train(Recipe(**{**TINY, "d_model": 128}), [corpus], tmp_path / "teacher")
+    settings = {**TINY, "lr": 3e-3, "weight_decay": 0.0, "group_size": 0, **changes}
+    assert Recipe(**settings).group_size == 128
+    for name, minutes in (("whole", 0.0), ("parts", 1e-6)):
+        train(Recipe(**settings, minutes=minutes), [corpus], tmp_path / name, tmp_path / "teacher")
+    assert len(curve(tmp_path / "parts")) == 1
+    train(Recipe(**settings), [corpus], tmp_path / "parts", tmp_path / "teacher", resume=True)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    make("rtn", tmp_path / "teacher", tmp_path / "rtn", "binary")
+    scores = {name: evaluate(tmp_path / name, [corpus]).bits_per_byte for name in ("rtn", "whole")}
+    assert scores["whole"] < scores["rtn"]
+    found = open_checkpoint(tmp_path / "whole")
+    embedding = found.form("backbone.embeddings.weight")
+    assert (embedding.kind if embedding else None) == ("ternary" if "ternary_embedding" in changes else None)
+    assert {found.form(name).kind for name in found.config.projections} == {"binary"}

@@ -137,7 +137,11 @@ def _compare_tokenizer(checkpoint: Checkpoint, path: Path) -> Difference | None:
 
 
 def _short(proto: object) -> str:
-    return " ".join(str(proto).split())[:120]
+    try:
+        text = str(proto)
+    except UnicodeDecodeError:  # protobuf before 5 does not show a damaged string
+        text = repr(getattr(proto, "SerializeToString", bytes)())
+    return " ".join(text.split())[:120]
 
 
 def stored_array(tensor: onnx.TensorProto, path: Path) -> np.ndarray:

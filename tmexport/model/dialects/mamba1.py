@@ -8,6 +8,7 @@ from typing import Any
 from tmexport.errors import ConfigError, GGUFError
 from tmexport.model.branches.mamba1 import Mamba1
 from tmexport.model.dialects.reading import (
+    BACKBONE,
     Family,
     Keys,
     Rule,
@@ -17,7 +18,7 @@ from tmexport.model.dialects.reading import (
     need,
     padded_vocabulary,
 )
-from tmexport.model.spec import MOST_BLOCKS, Block, Model, Names, whole_number
+from tmexport.model.spec import MOST_BLOCKS, Block, Model, whole_number
 
 DESCRIBED = "'mamba' (Hugging Face)"
 _NO_TENSOR, _OTHER_SUM = "llama.cpp's mamba has no tensor for it", "llama.cpp's mamba computes no other"
@@ -185,13 +186,7 @@ def _from_gguf(keys: Keys) -> Model:
 
 FAMILY = Family(
     name="mamba",
-    names=Names(
-        embedding=("backbone.embeddings.weight", "token_embd.weight"),
-        final_norm=("backbone.norm_f.weight", "output_norm.weight"),
-        head=("lm_head.weight", "output.weight"),
-        block=("backbone.layers.{}.", "blk.{}."),
-        norm=("norm.weight", "attn_norm.weight"),
-    ),
+    names=BACKBONE,
     to_hf=_to_hf,
     to_gguf=_to_gguf,
     from_gguf=_from_gguf,

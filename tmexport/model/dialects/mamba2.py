@@ -8,6 +8,7 @@ from typing import Any
 from tmexport.errors import ConfigError, GGUFError
 from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.model.dialects.reading import (
+    BACKBONE,
     Family,
     Keys,
     Rule,
@@ -18,7 +19,7 @@ from tmexport.model.dialects.reading import (
     padded_vocabulary,
     refuse_dt_clamp,
 )
-from tmexport.model.spec import MOST_BLOCKS, Block, Model, Names, whole_number
+from tmexport.model.spec import MOST_BLOCKS, Block, Model, whole_number
 
 DESCRIBED = "'mamba2' (Hugging Face), or d_model and n_layer (state-spaces)"
 
@@ -214,13 +215,7 @@ def _from_gguf(keys: Keys) -> Model:
 
 FAMILY = Family(
     name="mamba2",
-    names=Names(
-        embedding=("backbone.embeddings.weight", "token_embd.weight"),
-        final_norm=("backbone.norm_f.weight", "output_norm.weight"),
-        head=("lm_head.weight", "output.weight"),
-        block=("backbone.layers.{}.", "blk.{}."),
-        norm=("norm.weight", "attn_norm.weight"),
-    ),
+    names=BACKBONE,
     to_hf=_to_hf,
     to_gguf=_to_gguf,
     from_gguf=_from_gguf,

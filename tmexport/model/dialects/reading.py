@@ -13,6 +13,16 @@ from tmexport.model.spec import Model, Names, shown
 CONTEXT_LENGTH = 2**20  # a recurrent model has no limit; llama.cpp's converter writes this
 
 
+# mamba_ssm's names, which transformers kept
+BACKBONE = Names(
+    embedding=("backbone.embeddings.weight", "token_embd.weight"),
+    final_norm=("backbone.norm_f.weight", "output_norm.weight"),
+    head=("lm_head.weight", "output.weight"),
+    block=("backbone.layers.{}.", "blk.{}."),
+    norm=("norm.weight", "attn_norm.weight"),
+)
+
+
 @dataclass(frozen=True)
 class Keys:
     """The metadata of a GGUF, with the shapes of its tensors (numpy order)."""
