@@ -82,7 +82,7 @@ class Fp16(NamedTuple):
 
     def write(self, stored: Arrays, state: np.ndarray) -> None:
         """Round and store an fp32 state."""
-        stored[0][...] = state.astype(np.float16)
+        stored[0][...] = state
 
 
 Activations = Int16 | Int8
