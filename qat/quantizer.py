@@ -151,7 +151,7 @@ def make_low_bit(
 
     Args:
         model: changed and returned.
-        kind: a key of QUANTIZERS.
+        kind: a key of QUANTIZERS, or dense: the projections stay as they are.
         group_size: weights that share a scale.
         learned_scale: ternary only: the scales are parameters.
         ternary_embedding: the embedding and the head become ternary too (Slender-Mamba), in groups of the same size.
@@ -161,7 +161,9 @@ def make_low_bit(
     """
     if learned_scale and kind != "ternary":
         raise UsageError(f"--learned-scale studies ternary weights, not {kind} ones; leave it out")
-    for name, module in model.projections().items():
+    if kind == "dense" and ternary_embedding:
+        raise UsageError("--ternary-embedding goes with --weights ternary or binary; dense weights are the control")
+    for name, module in model.projections().items() if kind != "dense" else ():
         _attach(module, name, kind, group_size, learned_scale)
     if ternary_embedding:
         _attach(model.backbone.embeddings, "the embedding", "ternary", group_size)

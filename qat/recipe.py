@@ -48,7 +48,7 @@ class Recipe:
     expand: int = _setting(2, "from scratch: d_inner / d_model", 1)
     n_groups: int = _setting(1, "from scratch: groups of B and C", 1)
     vocab_size: int = _setting(4096, "from scratch: size of the tokenizer that is trained", 257)
-    weights: str = _setting("ternary", f"kind of the student's weights: {', '.join(KINDS)}")
+    weights: str = _setting("ternary", f"kind of the student's weights: {', '.join(KINDS)}, or dense, to train the teacher on as a control")
     group_size: int = _setting(0, "weights that share a scale; 0 = the widest group of their kind", 0, 256)
     ternary_embedding: bool = _setting(False, "train the embedding and the head ternary too")
     learned_scale: bool = _setting(
@@ -103,9 +103,9 @@ class Recipe:
                 raise UsageError(f"{field.name} is {value}; expected a number from {low:g} to {high:g}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
-        if self.weights not in KINDS:
-            raise UsageError(f"weights is {self.weights!r}; expected {' or '.join(map(repr, KINDS))}")
-        if not self.group_size:
+        if self.weights not in (*KINDS, "dense"):
+            raise UsageError(f"weights is {self.weights!r}; expected {', '.join(map(repr, KINDS))} or 'dense'")
+        if not self.group_size and self.weights in KINDS:
             object.__setattr__(self, "group_size", KINDS[self.weights].group_sizes[0])
         if self.tokens:
             object.__setattr__(self, "steps", max(1, self.tokens // self.tokens_per_step))

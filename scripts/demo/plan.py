@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.demo.report import (
+    CONTROL,
     MODELS,
     said_bench,
     said_content,
@@ -108,6 +109,10 @@ def sections(layout: Layout, scale: Scale) -> dict[str, list[Step]]:
         folder["student"],
         scale.student,
     )
+    train_control = words(
+        "python -m qat.train --teacher", teacher, "--weights dense --recipe demo-cpu", *map(Path, corpus), "--out",
+        layout.checkpoint(CONTROL), scale.student,
+    )  # fmt: skip
     data = (train, held_out, RECIPE)
     llamacpp = Path(os.path.relpath(ROOT / "scripts" / "peers" / "run_llamacpp.py"))
     prompt, ask = Path(PROMPT), f"-n {scale.tokens} --threads 1"  # a Path, so that it stays one word
@@ -128,14 +133,17 @@ def sections(layout: Layout, scale: Scale) -> dict[str, list[Step]]:
         "Make it ternary with training: QAT, distilled from the teacher": [
             Step("train-student", train_student, (*data, teacher), (folder["student"],), resumable=True),
         ],
-        "Measure the three on speeches that none of them has seen": [
+        "Train the teacher on for as long, in full precision: the control": [
+            Step("train-control", train_control, (*data, teacher), (layout.checkpoint(CONTROL),), resumable=True),
+        ],
+        "Measure the four on speeches that none of them has seen": [
             asking(
                 f"evaluate-{m}",
-                words("python -m qat.evaluate", folder[m], "--data", held_out, "--json"),
-                (folder[m], held_out),
+                words("python -m qat.evaluate", layout.checkpoint(m), "--data", held_out, "--json"),
+                (layout.checkpoint(m), held_out),
                 said_score,
             )
-            for m in MODELS
+            for m in (*MODELS, CONTROL)
         ],
         "Export to GGUF, the ternary ones in the smallest type that is exact": [
             asking(

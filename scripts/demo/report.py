@@ -14,6 +14,7 @@ from scripts.demo.steps import Records, Step
 
 LABELS = {"teacher": "teacher", "rtn": "ternary, rounded", "student": "ternary, QAT"}
 MODELS = tuple(LABELS)
+CONTROL, CONTROL_LABEL = "control", "teacher, trained on"  # in full precision, as long as the student
 
 # What lies in the output folder, first match wins (* also matches a slash). A name that ends in / stands for all its files.
 PHRASES = (
@@ -21,6 +22,7 @@ PHRASES = (
     ("data/heldout.jsonl", "speeches that are never trained on"),
     ("teacher.gguf", "the teacher for llama.cpp and runtime_ref, 16-bit weights"),
     ("rtn.gguf", "the rounded model, ternary"),
+    ("control/model.safetensors", "weights of the teacher that was trained on, fp32"),
     ("student.gguf", "the trained ternary model: the file to ship"),
     ("curves.png", "bits per byte and zero ratio over the training"),
     ("results.json", "every number above, and the texts"),
@@ -104,8 +106,9 @@ def results_of(steps: dict[str, Step], records: Records, prompt: str) -> dict[st
     models["student"]["runtime_ref"]["bits_per_byte"] = steps["perplexity-student"].printed["bits_per_byte"]
     teacher, rtn, student = (models[name]["bits_per_byte"] for name in ("teacher", "rtn", "student"))
     recovery = 100.0 * (rtn - student) / (rtn - teacher) if rtn > teacher else None
+    control = steps[f"evaluate-{CONTROL}"].printed["bits_per_byte"]
     seconds = {name: round(records.seconds(name), 2) for name in steps}
-    return {"prompt": prompt, "models": models, "recovery_percent": recovery, "seconds": seconds}
+    return {"prompt": prompt, "models": models, CONTROL: control, "recovery_percent": recovery, "seconds": seconds}
 
 
 def agreement(results: dict[str, Any]) -> int:
@@ -166,7 +169,7 @@ def recovery_line(results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The three models in a table of at most 80 columns."""
+    """The three models, and the control's score, in a table of at most 80 columns."""
     view = Table(
         box=box.ROUNDED,
         title="Held-out speeches, file, and speed with one thread",
@@ -193,6 +196,7 @@ def table(results: dict[str, Any]) -> Table:
             f"{model['runtime_ref']['tokens_per_second']:,.0f}",
             f"{model['llama_cpp']['tokens_per_second']:,.0f}",
         )
+    view.add_row(CONTROL_LABEL, f"{results[CONTROL]:.3f}")
     return view
 
 

@@ -94,8 +94,8 @@ def test_closing_list_names_every_file_with_a_phrase(demo):
 
 def test_commands_shown_are_the_documented_ones(demo):
     shown = [line[2:] for line in demo.stdout.split("\n") if line.startswith("$ ")]
-    heads = ["python -m qat.ptq rtn", "python -m qat.train --teacher"]
-    heads += ["python -m qat.evaluate"] * 3 + ["tmexport gguf"] * 3 + ["tmexport verify", "tmexport inspect"] * 3
+    heads = ["python -m qat.ptq rtn", "python -m qat.train --teacher", "python -m qat.train --teacher"]
+    heads += ["python -m qat.evaluate"] * 4 + ["tmexport gguf"] * 3 + ["tmexport verify", "tmexport inspect"] * 3
     heads += ["python -m runtime_ref.perplexity"]
     heads += [
         "python -m runtime_ref.generate",
@@ -122,7 +122,7 @@ def test_second_run_reuses_and_mends(demo, tmp_path):
         lines = again.stdout.split("\n")
         done = [lines[i - 1].split()[1:] for i, line in enumerate(lines) if "done in" in line]
         assert [words[1] for words in done] == ["gguf"]
-        assert again.stdout.count("unchanged, reused") == 23
+        assert again.stdout.count("unchanged, reused") == 25
         assert (demo.out / "student.gguf").read_bytes() == (kept / "student.gguf").read_bytes()
     finally:
         shutil.rmtree(demo.out)
