@@ -48,7 +48,9 @@ class Recipe:
     expand: int = _setting(2, "from scratch: d_inner / d_model", 1)
     n_groups: int = _setting(1, "from scratch: groups of B and C", 1)
     vocab_size: int = _setting(4096, "from scratch: size of the tokenizer that is trained", 257)
-    weights: str = _setting("ternary", f"kind of the student's weights: {', '.join(KINDS)}, or dense, to train the teacher on as a control")
+    weights: str = _setting(
+        "ternary", f"kind of the student's weights: {', '.join(KINDS)}, or dense, to train the teacher on as a control"
+    )
     group_size: int = _setting(0, "weights that share a scale; 0 = the widest group of their kind", 0, 256)
     ternary_embedding: bool = _setting(False, "train the embedding and the head ternary too")
     learned_scale: bool = _setting(

@@ -160,7 +160,7 @@ def _results(ours, stock, margins):
         "runtime_ref": {"tokens": ours, **runtime},
         "llama_cpp": {"tokens": stock, "margins": margins, **runtime},
     }
-    return {"recovery_percent": 91.26, "models": {"student": model}}
+    return {"recovery_percent": 91.26, "control": 1.25, "models": {"student": model}}
 
 
 def test_first_difference_counts_from_the_start():
@@ -184,7 +184,7 @@ def test_table_fits_eighty_columns():
     console.print(table(_results([1], [1], [1.0])))
     text = console.export_text()
     assert "…" not in text
-    for value in ("1.500", "0.300", "TQ1_0", "12.35", "1,234", "91.3 %"):
+    for value in ("1.500", "0.300", "TQ1_0", "12.35", "1,234", "teacher, trained on", "1.250", "91.3 %"):
         assert value in text
 
 

@@ -420,3 +420,17 @@ def test_low_bit_of_other_kinds_trains_resumes_and_exports(corpus, tmp_path, cha
     embedding = found.form("backbone.embeddings.weight")
     assert (embedding.kind if embedding else None) == ("ternary" if "ternary_embedding" in changes else None)
     assert {found.form(name).kind for name in found.config.projections} == {"binary"}
+
+
+def test_dense_weights_train_the_teacher_on(corpus, tmp_path):
+    """The control of QAT: the same steps in full precision, from the teacher's weights."""
+    train(Recipe(**TINY), [corpus], tmp_path / "teacher")
+    settings = {**TINY, "lr": 1e-3, "weights": "dense"}
+    train(Recipe(**settings), [corpus], tmp_path / "on", tmp_path / "teacher")
+    found = open_checkpoint(tmp_path / "on")
+    assert not found.coded
+    assert "zero_ratio" not in curve(tmp_path / "on")[-1]
+    before, after = (evaluate(tmp_path / name, [corpus]).bits_per_byte for name in ("teacher", "on"))
+    assert after < before
+    with pytest.raises(UsageError, match="--ternary-embedding goes with --weights ternary or binary"):
+        train(Recipe(**settings, ternary_embedding=True), [corpus], tmp_path / "no", tmp_path / "teacher")
