@@ -51,7 +51,7 @@ def draw_curves(teacher: Path | None, student: Path, results: dict[str, Any], ou
     left.axhline(scores["teacher"], color=TEACHER, linewidth=0.8, linestyle="--", label=label)
     # The first steps from random weights would squeeze everything that follows.
     low = min(scores.values())
-    left.set_ylim(low - 0.2, max(scores["rtn"], low + 0.8) + 0.25)
+    left.set_ylim(low - 0.2, max(scores["rtn"], low + 0.8 if before else low) + (0.25 if before else 0.1))
     left.set(
         xlabel="tokens trained on, millions",
         ylabel="bits per byte",

@@ -18,7 +18,15 @@ from rich.rule import Rule
 from scripts.demo.curves import draw_curves
 from scripts.demo.make_corpus import SHIPPED, read_corpus, write_split
 from scripts.demo.plan import PROMPT, SCALES, SHIPPED_TEACHER, Layout, Scale, sections
-from scripts.demo.report import closing_list, comparison, first_difference, proof_of_the_file, results_of, table
+from scripts.demo.report import (
+    closing_list,
+    comparison,
+    first_difference,
+    proof_of_the_file,
+    results_of,
+    sample_line,
+    table,
+)
 from scripts.demo.steps import Records, content_hash, duration, run_step
 from tmexport.cli.app import run_command
 from tmexport.errors import UsageError
@@ -89,6 +97,7 @@ def run(out: Path, scale_name: str, from_scratch: bool, console: Console) -> dic
     draw_curves(before, layout.checkpoint("student"), results, out / "curves.png")
     console.print(comparison(results))
     console.print(first_difference(results), highlight=False)
+    console.print(f"\n{sample_line(results)}", highlight=False, markup=False)
     console.print()
     console.print(table(results))
     console.print(proof_of_the_file(results), highlight=False)

@@ -11,6 +11,7 @@ from typing import Any
 from scripts.demo.report import (
     CONTROL,
     MODELS,
+    SAMPLING,
     said_bench,
     said_content,
     said_export,
@@ -177,6 +178,14 @@ def sections(layout: Layout, scale: Scale) -> dict[str, list[Step]]:
             )
         ],
         "Run the files: runtime_ref, and a stock llama.cpp": [
+            asking(
+                "sample-student",
+                words("python -m runtime_ref.generate", gguf("student"), "--prompt", prompt, ask, SAMPLING, "--json"),
+                (gguf("student"),),
+                said_tokens,
+            )
+        ]
+        + [
             step
             for m in MODELS
             for step in (

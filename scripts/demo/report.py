@@ -14,7 +14,9 @@ from scripts.demo.steps import Records, Step
 
 LABELS = {"teacher": "teacher", "rtn": "ternary, rounded", "student": "ternary, QAT"}
 MODELS = tuple(LABELS)
-CONTROL, CONTROL_LABEL = "control", "teacher, trained on"  # in full precision, as long as the student
+CONTROL, CONTROL_LABEL = "control", "teacher, longer"  # in full precision, as long as the student
+
+SAMPLING = "--temperature 0.8 --top-p 0.95 --seed 1"
 
 # What lies in the output folder, first match wins (* also matches a slash). A name that ends in / stands for all its files.
 PHRASES = (
@@ -26,7 +28,7 @@ PHRASES = (
     ("student.gguf", "the trained ternary model: the file to ship"),
     ("curves.png", "bits per byte and zero ratio over the training"),
     ("results.json", "every number above, and the texts"),
-    ("teacher/model.safetensors", "the teacher's weights, fp32"),
+    ("teacher/model.safetensors", "the teacher's weights"),
     ("*/model.safetensors", "weights: ternary codes and scales, the rest in fp32"),
     ("*/config.json", "dimensions, in Hugging Face's form"),
     ("*/tokenizer.json", "the tokenizer"),
@@ -108,7 +110,9 @@ def results_of(steps: dict[str, Step], records: Records, prompt: str) -> dict[st
     recovery = 100.0 * (rtn - student) / (rtn - teacher) if rtn > teacher else None
     control = steps[f"evaluate-{CONTROL}"].printed["bits_per_byte"]
     seconds = {name: round(records.seconds(name), 2) for name in steps}
-    return {"prompt": prompt, "models": models, CONTROL: control, "recovery_percent": recovery, "seconds": seconds}
+    sample = steps["sample-student"].printed["text"]
+    found = {"prompt": prompt, "models": models, CONTROL: control, "sample": sample}
+    return found | {"recovery_percent": recovery, "seconds": seconds}
 
 
 def agreement(results: dict[str, Any]) -> int:
@@ -147,6 +151,11 @@ def first_difference(results: dict[str, Any]) -> str:
     margin = stock["margins"][same] if same < len(stock["margins"]) else None
     why = "" if margin is None else f" (llama.cpp's two best were {margin:.4f} apart in log probability)"
     return f"The first {same} of {total} tokens are the same; the next one differs{why}, and so all that follows."
+
+
+def sample_line(results: dict[str, Any]) -> str:
+    """The student's continuation with a temperature: the most probable token each time repeats itself sooner or later."""
+    return f"The same file with {SAMPLING}:\n{results['prompt']}{results['sample']}"
 
 
 def proof_of_the_file(results: dict[str, Any]) -> str:

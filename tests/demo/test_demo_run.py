@@ -96,7 +96,7 @@ def test_commands_shown_are_the_documented_ones(demo):
     shown = [line[2:] for line in demo.stdout.split("\n") if line.startswith("$ ")]
     heads = ["python -m qat.ptq rtn", "python -m qat.train --teacher", "python -m qat.train --teacher"]
     heads += ["python -m qat.evaluate"] * 4 + ["tmexport gguf"] * 3 + ["tmexport verify", "tmexport inspect"] * 3
-    heads += ["python -m runtime_ref.perplexity"]
+    heads += ["python -m runtime_ref.perplexity", "python -m runtime_ref.generate"]
     heads += [
         "python -m runtime_ref.generate",
         "python -m runtime_ref.bench",
@@ -122,7 +122,7 @@ def test_second_run_reuses_and_mends(demo, tmp_path):
         lines = again.stdout.split("\n")
         done = [lines[i - 1].split()[1:] for i, line in enumerate(lines) if "done in" in line]
         assert [words[1] for words in done] == ["gguf"]
-        assert again.stdout.count("unchanged, reused") == 25
+        assert again.stdout.count("unchanged, reused") == 26
         assert (demo.out / "student.gguf").read_bytes() == (kept / "student.gguf").read_bytes()
     finally:
         shutil.rmtree(demo.out)
@@ -184,7 +184,7 @@ def test_table_fits_eighty_columns():
     console.print(table(_results([1], [1], [1.0])))
     text = console.export_text()
     assert "…" not in text
-    for value in ("1.500", "0.300", "TQ1_0", "12.35", "1,234", "teacher, trained on", "1.250", "91.3 %"):
+    for value in ("1.500", "0.300", "TQ1_0", "12.35", "1,234", "teacher, longer", "1.250", "91.3 %"):
         assert value in text
 
 
