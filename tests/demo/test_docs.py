@@ -61,8 +61,8 @@ def test_readme_commands_run(demo, tmp_path, monkeypatch, capfd):
     assert demo.code == 0, demo.stderr
     shutil.copytree(demo.out, tmp_path / "demo_out")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    config = mamba2_model(d_model=256, n_layer=1, vocab_size=320, d_state=64)
-    write_state_spaces(tmp_path / "mamba2-130m", config, random_tensors(config), 320)
+    config = mamba2_model(d_model=256, n_layer=1, vocab_size=4096, d_state=64)
+    write_state_spaces(tmp_path / "mamba2-130m", config, random_tensors(config), 4096)
     shutil.copy(demo.out / "teacher" / "tokenizer.json", tmp_path / "mamba2-130m")
     monkeypatch.chdir(tmp_path)
     short = ["--steps", "2", "--seq-len", "32", "--batch-size", "1", "--eval-tokens", "512"]

@@ -295,7 +295,7 @@ def _ternary(n, k, group=256):
         ("blk.1.ssm_in.weight", DenseMatrix(np.zeros((CONFIG.d_in_proj, CONFIG.d_model), np.float32))),
         (EMBED, BlockMatrix(np.zeros((CONFIG.vocab_size - 40, CONFIG.d_model), np.int8), np.ones((CONFIG.vocab_size - 40, CONFIG.d_model // 32), np.float16))),
         (EMBED, BlockMatrix(np.zeros((CONFIG.vocab_size, CONFIG.d_model), np.int8), np.ones((CONFIG.vocab_size, CONFIG.d_model // 64), np.float16))),
-        (EMBED, DenseMatrix(np.zeros((CONFIG.vocab_size, CONFIG.d_model), np.float64))), (EMBED, _ternary(CONFIG.vocab_size, CONFIG.d_model)),
+        (EMBED, DenseMatrix(np.zeros((CONFIG.vocab_size, CONFIG.d_model), np.float64))), (EMBED, _ternary(CONFIG.vocab_size - 40, CONFIG.d_model)),
     ],
     ids=range(10),
 )  # fmt: skip
@@ -317,7 +317,9 @@ def test_vectors_of_the_wrong_shape(name):
 
 
 def test_text_that_is_not_unicode_and_files_without_a_tokenizer(path, tmp_path):
-    with pytest.raises(TokenizerError, match=r"has no tokenizer.huggingface.json; export it again"):
+    with pytest.raises(
+        TokenizerError, match=r"has no tokenizer.huggingface.json and no vocabulary; give the model's tokenizer.json"
+    ):
         Tokenizer.from_gguf(path)
     base = model(Q2_0, state=16)
     for text, message in [
@@ -327,11 +329,12 @@ def test_text_that_is_not_unicode_and_files_without_a_tokenizer(path, tmp_path):
         (tmp_path / "m.gguf").write_bytes(base.with_key("tokenizer.huggingface.json", value(STRING, text)).build())
         with pytest.raises(TokenizerError, match=message):
             Tokenizer.from_gguf(tmp_path / "m.gguf")
-    (tmp_path / "m.gguf").write_bytes(
-        base.with_key("tokenizer.huggingface.json", value(STRING, json.dumps(tokenizer_json()))).build()
-    )
+    larger = base.with_key("tokenizer.huggingface.json", value(STRING, json.dumps(tokenizer_json()))).build()
+    (tmp_path / "m.gguf").write_bytes(larger)
+    with pytest.raises(TokenizerError, match="has the token id 257, but .* has 16 embeddings; it is another model's"):
+        Tokenizer.from_gguf(tmp_path / "m.gguf")
     with pytest.raises(UsageError, match="the text is not valid Unicode"):
-        Tokenizer.from_gguf(tmp_path / "m.gguf").encode("a\udcffb")
+        Tokenizer(json.dumps(tokenizer_json()), "here").encode("a\udcffb")
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30, 1e30, 1e308])

@@ -63,8 +63,8 @@ def peer_model(checkpoint: Checkpoint, dequantize_embedding: bool = False) -> ob
     """transformers' Mamba2ForCausalLM with these weights; the embedding through gguf's own Q8_0 if asked."""
     import gguf
     import torch
+    from transformers import Mamba2Config as PeerConfig
     from transformers import Mamba2ForCausalLM
-    from transformers import Model as PeerConfig
 
     raw = checkpoint.config.to_hf()
     model = Mamba2ForCausalLM(PeerConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")}))

@@ -32,7 +32,7 @@ def test_what_is_in_a_file(tied, files, form):
     assert sum(tensor["bytes"] for tensor in shown["tensors"]) == sum(len(weight.raw_data) for weight in weights)
     assert shown["parameters"] == sum(np.array(tied.dense(name)).size for name in tied.names)
     text = run("inspect", path).stdout
-    assert f"form {form}, embedding q8, logits all" in text
+    assert f"form {form}, embedding q8_0, logits all" in text
 
 
 def test_what_is_not_ours_is_one_clear_line(files, tmp_path):

@@ -138,7 +138,10 @@ def _template(features: Features, value: dict[str, Any], what: str) -> None:
         if "Sequence" in piece:
             names.append(None)
         else:
-            names += value["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
+            token = piece["SpecialToken"]["id"]
+            if token not in value["special_tokens"]:
+                raise _Refused(f"{what} a template with {token!r}, which its special_tokens do not have")
+            names += value["special_tokens"][token]["tokens"]
     before, _, after = _around(names)
     known = names.count(None) == 1 and len(before) <= 1 and len(after) <= 1
     if not known or features.before is not None or features.after is not None:
