@@ -11,6 +11,7 @@ for all blocks of a group. Layouts and rounding: llama.cpp, ggml-common.h and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,7 +169,7 @@ def _decode_q4_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     return codes, _scales(grid, name)
 
 
-def _error(steps: int, share: float) -> object:
+def _error(steps: int, share: float) -> Callable[[np.ndarray], np.ndarray]:
     """`share` of a step of each block of 32, max|w| / steps, and the scale's fp16 rounding."""
 
     def bound(values: np.ndarray) -> np.ndarray:
