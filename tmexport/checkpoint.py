@@ -139,7 +139,7 @@ def open_checkpoint(folder: Path | str, round_scales: bool = False) -> Checkpoin
         raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder with config.json and weights")
     config, raw = load_config(folder)
     coded = read_quantization(raw, config, folder)
-    stored = index_folder(folder, config.tensors | {LM_HEAD: None})
+    stored = index_folder(folder, [*config.tensors, LM_HEAD])
     stored = _drop_tied_head(folder, config, stored)
     _check_tensors(folder, config, coded, stored)
     has_tokenizer = os.path.lexists(folder / "tokenizer.json")

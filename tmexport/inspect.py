@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ class Summary:
         ternary = [t for t in self.tensors if t.zero_ratio is not None]
         weights = [int(np.prod(t.shape)) for t in ternary]
         mean = float(np.average(zeros, weights=weights)) if zeros else None
-        return asdict(replace(self, config=None)) | {
+        return vars(self) | {
             "config": self.config.dimensions(),
+            "tensors": [asdict(tensor) for tensor in self.tensors],
             "bytes_by_type": types,
             "zero_ratio": mean,
         }

@@ -94,7 +94,7 @@ def plan_export(
     tensors = []
     for tensor in config.tensors.values():
         shape, tensor_kind = layout[tensor.gguf]
-        if tensor.role in types and tensor_kind is not GGMLType.F16:
+        if group_size is not None and tensor.role in types and tensor_kind is not GGMLType.F16:
             make = partial(_projection, checkpoint, tensor.hf, tensor_kind, group_size, ptq)
         elif checkpoint.form(tensor.hf) is not None and CONTAINERS[tensor_kind].encode_values is None:
             make = partial(_codes, checkpoint, tensor.hf, tensor_kind)

@@ -93,7 +93,8 @@ class Coded:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape  # type: ignore[return-value]
+        n, k = self.codes.shape
+        return n, k
 
     @property
     def zero_ratio(self) -> float:

@@ -6,6 +6,8 @@ ggml-common.h and the reference quantisers in ggml-quants.c.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tmexport.errors import GGUFError
@@ -65,7 +67,7 @@ def _decode_q4_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     return codes, _scales(grid, name)
 
 
-def _error(steps: int, share: float) -> object:
+def _error(steps: int, share: float) -> Callable[[np.ndarray], np.ndarray]:
     """`share` of a step of each block of 32, max|w| / steps, and the scale's fp16 rounding."""
 
     def bound(values: np.ndarray) -> np.ndarray:
