@@ -72,7 +72,7 @@ class PrefixCache:
             TmexportError: the folder cannot be made or read.
         """
         self._size, self._folder = size, folder
-        self._blank = _Entry(0, like, np.zeros(vocab, np.float32))
+        self.blank = _Entry(0, like, np.zeros(vocab, np.float32))
         self._start = hashlib.sha256(json.dumps([identity, like.model, like.profile]).encode())
         self.every = _EVERY * max(1, -(-like.nbytes // _PER))
         self._memory: OrderedDict[str, _Entry] = OrderedDict()
@@ -146,7 +146,7 @@ class PrefixCache:
         assert self._folder is not None
         path = self._folder / _name(key, length)
         try:
-            entry = read_snapshot(path, key, length, self._blank)
+            entry = read_snapshot(path, key, length, self.blank)
         except (OSError, ValueError):
             self._drop_file(key)
             return None
