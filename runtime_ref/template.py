@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tmexport.documents import read_text
 from tmexport.errors import TextError, TmexportError, UsageError
-from tmexport.gguf.reader import GGUFFile
+from tmexport.gguf.reader import GGUFFile, open_gguf
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 _LONGEST = 16_000_000  # characters of a rendered conversation
@@ -119,15 +121,50 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(*args, **kwargs)
 
 
-def template_of(template: ChatTemplate | None, path: object) -> ChatTemplate:
-    """The template, which must be there.
+def load_template(model_path: Path, given: Path | None) -> ChatTemplate | None:
+    """The chat template in a file of its own, or the GGUF's; None if there is none.
 
     Raises:
-        UsageError: the file has none.
+        TmexportError: it cannot be read, or is no valid template.
     """
+    return ChatTemplate.from_gguf(open_gguf(model_path), None if given is None else read_text(given))
+
+
+def needed_template(model_path: Path, given: Path | None) -> ChatTemplate:
+    """`load_template`, where there must be one.
+
+    Raises:
+        UsageError: there is none.
+        TmexportError: as `load_template`.
+    """
+    template = load_template(model_path, given)
     if template is None:
-        raise UsageError(f"{path}: has no chat template; give one with --chat-template FILE")
+        raise UsageError(f"{model_path}: has no chat template; give one with --chat-template FILE")
     return template
+
+
+def chat_tokens(
+    template: ChatTemplate, encode: Callable[[str], list[int]], messages: Sequence[Message]
+) -> tuple[list[int], tuple[int, ...]]:
+    """The token ids of a conversation up to the answer, and how many of them end at a message worth a snapshot.
+
+    These are the first message (a system prompt that many conversations share) and the last but one (what the next turn
+    still begins with, whatever becomes of the answer). A template that does not build a conversation from its parts in
+    order gives no boundaries.
+
+    Raises:
+        UsageError: the template refuses the messages.
+    """
+    ids = encode(template.render(messages))
+    found = set()
+    for count in {1, len(messages) - 1} - {0, len(messages)}:
+        try:
+            part = encode(template.render(messages[:count], answer=False))
+        except UsageError:
+            continue
+        same = next((i for i, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids)))
+        found.add(same)
+    return ids, tuple(sorted(found - {0, len(ids)}))
 
 
 def _refuse(message: object) -> NoReturn:

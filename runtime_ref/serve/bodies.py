@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from runtime_ref.sampling import Sampling
 from runtime_ref.serve.fields import BadRequest, Fields
 from runtime_ref.serve.vocabulary import Vocabulary
-from runtime_ref.template import ChatTemplate
-from tmexport.errors import TextError, UsageError
+from runtime_ref.template import ChatTemplate, chat_tokens
+from tmexport.errors import UsageError
 
 if TYPE_CHECKING:
     from runtime_ref.serve.grammar import Constraint, Grammars
@@ -95,7 +94,10 @@ class Bodies:
         if self._template is None:
             raise BadRequest("this model has no chat template; use /v1/completions, or start the server with --chat-template FILE")  # fmt: skip
         messages = read_messages(fields)
-        prompt, boundaries = chat_tokens(self._template, self._vocabulary.tokenizer.encode, messages)
+        try:
+            prompt, boundaries = chat_tokens(self._template, self._vocabulary.tokenizer.encode, messages)
+        except UsageError as error:
+            raise BadRequest(str(error), field="messages") from None
         if not prompt:
             raise BadRequest("messages make no tokens", field="messages")
         self._check_length([prompt], 1, "messages")
@@ -217,30 +219,3 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     if text is None:
         raise fields.wrong("content", "is missing; expected a text")
     return {"role": "system" if role == "developer" else role, "content": text}
-
-
-def chat_tokens(
-    template: ChatTemplate, encode: Callable[[str], list[int]], messages: list[dict[str, Any]]
-) -> tuple[list[int], tuple[int, ...]]:
-    """The token ids of a conversation up to the answer, and how many of them end at a message worth a snapshot.
-
-    These are the first message (a system prompt that many conversations share) and the last but one (what the next turn
-    still begins with, whatever becomes of the answer). A template that does not build a conversation from its parts in
-    order gives no boundaries.
-
-    Raises:
-        BadRequest: the template refuses the messages.
-    """
-    try:
-        ids = encode(template.render(messages))
-    except (TextError, UsageError) as error:
-        raise BadRequest(str(error), field="messages") from None
-    found = set()
-    for count in {1, len(messages) - 1} - {0, len(messages)}:
-        try:
-            part = encode(template.render(messages[:count], answer=False))
-        except (TextError, UsageError):
-            continue
-        same = next((i for i, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids)))
-        found.add(same)
-    return ids, tuple(sorted(found - {0, len(ids)}))

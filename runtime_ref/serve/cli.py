@@ -27,11 +27,9 @@ from runtime_ref.serve.prefix_cache import PrefixCache
 from runtime_ref.serve.protocol import Connection
 from runtime_ref.serve.scheduler import Scheduler
 from runtime_ref.serve.vocabulary import Vocabulary
-from runtime_ref.template import ChatTemplate
+from runtime_ref.template import load_template
 from tmexport.cli.options import HELP, PATH, threads_option
-from tmexport.documents import read_text
 from tmexport.errors import UsageError
-from tmexport.gguf.reader import open_gguf
 
 
 @click.command(context_settings=HELP)
@@ -102,15 +100,6 @@ def serve(
     finally:
         scheduler.close()
         cache.close()
-
-
-def load_template(model_path: Path, given: Path | None) -> ChatTemplate | None:
-    """The chat template in a file of its own, or the GGUF's; None if there is none.
-
-    Raises:
-        TmexportError: it cannot be read, or is no valid template.
-    """
-    return ChatTemplate.from_gguf(open_gguf(model_path), None if given is None else read_text(given))
 
 
 def file_digest(path: Path) -> str:
