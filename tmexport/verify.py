@@ -114,13 +114,14 @@ def _compare_codes(
     except NotTernaryError as error:
         return Difference(target, None, None, f"an exactly {kind} weight in the checkpoint", str(error)), 0, 0
     # Both sides at the finer of group and block, so that either may be the wider one.
-    step = min(expected.group_size, info.type.block_size)
-    want = np.repeat(expected.scales, expected.group_size // step, axis=1)
+    rows = _rows_in_file(tensor)
+    expected_codes, step = expected.codes[rows], min(expected.group_size, info.type.block_size)
+    want = np.repeat(expected.scales[rows], expected.group_size // step, axis=1)
     have = np.repeat(scales, info.type.block_size // step, axis=1)
-    differs = expected.codes != codes
+    differs = expected_codes != codes
     if differs.any():
         row, column = first_true(differs)
-        place = f"code {expected.codes[row, column]} in column {column}"
+        place = f"code {expected_codes[row, column]} in column {column}"
         return Difference(target, row, column // expected.group_size, place, f"{codes[row, column]}"), 0, 0
     differs = want.view(np.uint16) != have.view(np.uint16)
     if differs.any():
@@ -130,6 +131,14 @@ def _compare_codes(
     return None, codes.size, scales.size
 
 
+def _rows_in_file(tensor: ModelTensor) -> np.ndarray | slice:
+    """Which row of the checkpoint each row of the file is: those of a head that RoPE turns come in pairs, half by half."""
+    if tensor.rotated is None:
+        return slice(None)
+    place, width = np.arange(tensor.shape[0]), tensor.shape[0] // tensor.rotated
+    return place // width * width + place % width // 2 + place % 2 * (width // 2)
+
+
 def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor, kind: GGMLType) -> Difference | None:
     target = tensor.gguf
     k = gguf.tensors[target].shape[-1]
@@ -137,7 +146,7 @@ def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor, 
     expected = checkpoint.dense(tensor.hf).astype(np.float32, copy=False)
     if tensor.transform == NEG_EXP:
         expected = (-np.exp(expected.astype(np.float64))).astype(np.float32)
-    expected = expected.reshape(found.shape)
+    expected = expected[_rows_in_file(tensor)].reshape(found.shape)
     of = container(kind)
     if of.error is not None:
         ok = np.abs(expected - found) <= of.error(expected)

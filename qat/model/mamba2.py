@@ -110,6 +110,13 @@ class CausalConv(nn.Module):
         return _ConvSilu.apply(padded, self.weight, self.bias), padded[:, padded.shape[1] - keep :]
 
 
+class Gate(nn.Module):
+    """y * silu(z), in fp32: what a mixer without a norm has in its place."""
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return (y.float() * F.silu(z.float())).to(y.dtype)
+
+
 @dataclass
 class Mamba2State:
     """What one mixer remembers: the last d_conv - 1 inputs of the convolution and the state of every head.
@@ -141,7 +148,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.empty(config.n_heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(config.n_heads))
         self.scanned = nn.Identity()  # a place for hooks: the scan's output [batch, time, heads, headdim]
-        self.norm = GatedNorm(config.d_inner, eps, config.n_groups)
+        self.norm = GatedNorm(config.d_inner, eps, config.n_groups) if config.gate_norm else Gate()
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
         nn.init.normal_(self.out_proj.weight, std=0.5 / math.sqrt(config.d_inner * depth))
 
