@@ -10,14 +10,15 @@ PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-from-scratch test quick lint lowest versions clean venv
+.PHONY: help demo demo-from-scratch test quick lint types lowest versions clean venv demo-venv
 
 help:
 	@echo "make demo    make a small pretrained Mamba-2 ternary, export it to GGUF, prove it and run it (into $(DEMO_OUT)/)"
 	@echo "make demo-from-scratch   the same, and train that Mamba-2 first"
-	@echo "make test    ruff, then every test"
+	@echo "make test    ruff, mypy, then every test"
 	@echo "make quick   the tests that are neither slow nor ask another program"
 	@echo "make lint    ruff, and the contract of imports"
+	@echo "make types   mypy over the packages that pyproject.toml names"
 	@echo "make lowest  the quick tests with the lowest versions that pyproject.toml allows (into $(VENV)-lowest/)"
 	@echo "make versions  the quick tests with every Python of $(PYTHONS) that is here (into $(VENV)-python3.x/)"
 	@echo "make clean   remove $(VENV)/, $(DEMO_OUT)/ and caches"
@@ -28,20 +29,24 @@ help:
 venv:
 	@$(PYTHON) scripts/setup_venv.py $(VENV)
 
-demo: venv
+# What the demo needs is less than half of that; `make test` adds the rest.
+demo-venv:
+	@$(PYTHON) scripts/setup_venv.py $(VENV) demo
+
+demo: demo-venv
 	@$(RUN) scripts/demo/demo.py --out $(DEMO_OUT) $(DEMO_ARGS)
 
-demo-from-scratch: venv
+demo-from-scratch: demo-venv
 	@$(RUN) scripts/demo/demo.py --out $(DEMO_OUT) --from-scratch $(DEMO_ARGS)
 
-test: lint
+test: lint types
 	$(RUN) -m pytest $(TEST_ARGS)
 
 quick: venv
 	$(RUN) -m pytest $(QUICK) $(TEST_ARGS)
 
 lowest:
-	@$(PYTHON) scripts/setup_venv.py $(VENV)-lowest --lowest
+	@$(PYTHON) scripts/setup_venv.py $(VENV)-lowest lowest
 	$(VENV)-lowest/bin/python -m pytest $(QUICK) $(TEST_ARGS)
 
 versions:
@@ -54,6 +59,9 @@ lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
+
+types: venv
+	$(RUN) -m mypy
 
 clean:
 	rm -rf $(VENV) $(VENV)-* $(DEMO_OUT) build tmexport.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -42,6 +42,7 @@ SLOW = (
 PEER = (
     "onnx/",
     "runtime_ref/test_runtime_llamacpp.py",
+    "runtime_ref/test_bench_peers.py",
     "tmexport/test_llamacpp.py",
     "tmexport/test_mamba1.py",
     "tmexport/test_config.py::test_keys_that_do_not_matter",

@@ -65,6 +65,11 @@ class Checkpoint:
         """How a tensor is stored: None if it is dense."""
         return self.coded.get(self.config.tensors[name].role)
 
+    def kind(self, name: str) -> str | None:
+        """The kind of codes that a tensor is stored as: None if it is dense."""
+        form = self.form(name)
+        return form.kind if form is not None else None
+
     def codes(self, name: str, kind: str = "ternary") -> Coded:
         """The codes and scales of a weight: as stored, or of this kind read exactly from a dense tensor, in its widest groups.
 
@@ -125,6 +130,8 @@ def shared_group_size(checkpoint: Checkpoint, names: Iterable[str], kind: str = 
     widest = sizes[0]
     for name in names:
         form = checkpoint.form(name)
+        if form is not None and not set(KINDS[form.kind].tensor.allowed) <= set(KINDS[kind].tensor.allowed):
+            raise NotTernaryError(f"{name}: is {form.kind}, not {kind}")
         if form is not None and form.group_size == sizes[0]:
             continue
         tensor = checkpoint.codes(name, kind)

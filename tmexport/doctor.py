@@ -340,7 +340,7 @@ def _write(out: Path, data: np.ndarray, header: Header) -> None:
         for tensor, size in zip(header.tensors, sizes, strict=True):
             stored = _bytes_of(data, header, tensor)
             for piece in _pieces(stored, tensor):
-                file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+                file.write(np.ascontiguousarray(piece).data.cast("B"))
             file.write(b"\0" * (padded(size) - size))
 
 

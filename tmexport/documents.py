@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def encode_documents(
     rest = (text for text in texts if text)
     while batch := list(islice(rest, _AT_ONCE)):
         before = [] if start is None else [start]
-        for text, ids in zip(batch, in_background(lambda batch=batch: encode(batch)), strict=True):
+        for text, ids in zip(batch, in_background(partial(encode, batch)), strict=True):
             size = len(text.encode())
             yield Document(np.array([*before, *ids], np.int64), size)
             on_bytes(size)

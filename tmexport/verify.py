@@ -17,7 +17,7 @@ from tmexport.gguf.reader import GGUFFile
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.tokenizer.gguf import export_tokenizer, has_vocabulary
-from tmexport.types import GGMLType, container, decode_codes, decode_values, encode_values, first_true
+from tmexport.types import GGMLType, container, decode_codes, decode_values, encode_values, first_true, tells
 
 # A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}
@@ -64,7 +64,8 @@ def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str
     n_ternary = n_codes = n_scales = n_other = 0
     for tensor in checkpoint.config.tensors.values() if difference is None else ():
         kind = gguf.tensors[tensor.gguf].type
-        codes_of = coded_kind(gguf, tensor.gguf)
+        own = checkpoint.kind(tensor.hf)  # codes in blocks look like values in the file
+        codes_of = own if own is not None and tells(kind, own) else coded_kind(gguf, tensor.gguf)
         if codes_of is not None:
             difference, codes, scales = _compare_codes(checkpoint, gguf, tensor, codes_of)
             n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales

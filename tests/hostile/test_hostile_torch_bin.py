@@ -15,6 +15,7 @@ import torch
 from tests.hostile.builders import dense_arrays, dense_config
 from tests.hostile.targets import peak_bytes, read_checkpoint, torch_archive
 from tests.hostile.test_hostile_checkpoint import EMBED, refused
+from tmexport import torch_pickle
 from tmexport.checkpoint import open_checkpoint
 
 
@@ -109,11 +110,12 @@ def test_the_payloads_would_execute_if_they_could(tmp_path):
         ({"weights": {"x": torch.zeros(2)}}, "weights is a dict; expected floats"),
         ({"x": torch.zeros(4, dtype=torch.int64)}, "x is a torch.int64; expected floats"),
         ({"x": torch.zeros(4, dtype=torch.complex64)}, "x is a torch.complex64; expected floats"),
+        ({"x": torch.zeros(4, dtype=torch.uint16)}, "x is a torch.uint16; expected floats|is not a torch archive"),
         ({"x": torch.eye(3).to_sparse()}, r"x is sparse; save it again with .to_dense\(\)|is not a torch archive"),
         ({"x": torch.zeros(1).expand(2**19)}, r"x has more values than are stored; save it again with .contiguous\(\)"),
         ({"x": torch.zeros(2)}, "backbone.embeddings.weight is missing"),
     ],
-    ids=["list", "int", "key", "nested", "two nested", "unknown nested", "int64", "complex", "sparse", "expanded", "other"],
+    ids=["list", "int", "key", "nested", "two nested", "unknown nested", "int64", "complex", "uint16", "sparse", "expanded", "other"],
 )  # fmt: skip
 @pytest.mark.parametrize("old_form", [False, True])
 def test_an_archive_of_other_things(tmp_path, state, message, old_form):
@@ -204,13 +206,87 @@ def test_a_tensor_outside_its_storage(tmp_path):
         refused(torch_folder(tmp_path, moved), rf"{message}")
 
 
+def with_storage_size(number: bytes) -> bytes:
+    """torch.save's archive, zipped again; in its pickle, the size of the embedding's storage is written as `number`."""
+
+    def change(name, content):
+        assert content.count(EMBEDDING_SIZE) == 1 or not name.endswith("data.pkl")
+        return content.replace(EMBEDDING_SIZE, number) if name.endswith("data.pkl") else content, 0
+
+    return _rezip(saved(state_dict()), change)
+
+
+EMBEDDING_SIZE = b"M\x00\x04"  # BININT2 1024: 16 * 64 values
+
+
+def test_an_archive_that_another_program_zipped(tmp_path):
+    """Its records do not lie at torch's multiples of 64 bytes; torch.load reads it, though its own table of offsets is wrong."""
+    folder = torch_folder(tmp_path, with_storage_size(EMBEDDING_SIZE))
+    loaded = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    checkpoint_ = open_checkpoint(folder)
+    assert all(np.array_equal(checkpoint_.dense(name), loaded[name]) for name in dense_arrays())
+
+
 @pytest.mark.parametrize(
     "number", [b"J\xff\xff\xff\xff", b"\x8a\x08" + (2**50).to_bytes(8, "little"), b"K\1"], ids=["-1", "2**50", "1"]
 )
 def test_a_storage_of_absurd_size_is_not_allocated(tmp_path, number):
-    """BININT2 1024 is the size of the embedding's storage: 16 * 64 values."""
-    data = _rezip(
-        saved(state_dict()), lambda n, c: (c.replace(b"M\x00\x04", number, 1) if n.endswith("data.pkl") else c, 0)
+    folder = torch_folder(tmp_path, with_storage_size(number))
+    message = (
+        f"pytorch_model.bin: {EMBED} lies in a storage of -?\\d+ bytes whose record has 4096; the archive is damaged"
     )
-    folder = torch_folder(tmp_path, data)
-    refused(folder, "pytorch_model.bin: .*does not lie in one record|is not a torch archive")
+    assert peak_bytes(lambda: refused(folder, message)) < 2**20
+
+
+def test_numbers_in_the_other_byte_order_are_refused(tmp_path):
+    """A big-endian machine's torch.save: read as they lie, every weight would be another number."""
+    other = _rezip(saved(state_dict()), lambda n, c: (b"big" if n.endswith("byteorder") else c, 0))
+    refused(torch_folder(tmp_path, other), "holds numbers in big-endian order; save it again")
+
+
+def test_a_record_that_is_there_twice(tmp_path):
+    data = io.BytesIO(saved(state_dict()))
+    with zipfile.ZipFile(data, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(next(n for n in archive.namelist() if n.endswith("data/0")), bytes(4096))
+    refused(torch_folder(tmp_path, data.getvalue()), "holds two records named data/0; the archive is damaged")
+
+
+def test_torchscript_is_named(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "m.pt")
+    refused(torch_folder(tmp_path, (tmp_path / "m.pt").read_bytes()), "is a TorchScript archive")
+
+
+def test_an_index_of_the_memo_allocates_nothing(tmp_path):
+    """LONG_BINPUT: the unpickler in C makes a table of twice that many pointers."""
+    pickled = b"\x80\x02}r\xff\xff\xff\x7f."
+    folder = torch_folder(tmp_path, torch_archive(pickled, {}))
+    assert peak_bytes(lambda: refused(folder, f"{EMBED} is missing")) < 2**20
+
+
+ON_A_FUNCTION = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n%b."
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [b"}X\1\0\0\0xK\1sb", b"N}X\x0c\0\0\0__defaults__K\1K\2\x86s\x86b", b"N}X\x08\0\0\0__code__Ns\x86b"],
+    ids=["x", "defaults", "code"],
+)
+def test_a_pickle_sets_nothing_on_our_functions(tmp_path, attributes):
+    before = dict(vars(torch_pickle._tensor)), torch_pickle._tensor.__defaults__, torch_pickle._tensor.__code__
+    refused(torch_folder(tmp_path, torch_archive(ON_A_FUNCTION % attributes, {})), "holds a function; expected a state")
+    assert (
+        dict(vars(torch_pickle._tensor)),
+        torch_pickle._tensor.__defaults__,
+        torch_pickle._tensor.__code__,
+    ) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["tmexport.torch_pickle\nread_pickle", "builtins\ngetattr", "torch.hub\nload", "os\nsystem"]
+)
+@pytest.mark.parametrize("opcode", [b"c%b\n", b"\x80\x04X%b%b"], ids=["GLOBAL", "STACK_GLOBAL"])
+def test_no_other_name_is_looked_up(tmp_path, name, opcode):
+    words = [b"X" + len(word).to_bytes(4, "little") + word.encode() for word in name.split("\n")]
+    pickled = b"".join([*words, b"\x93."]) if opcode == "STACK_GLOBAL" else b"c" + name.encode() + b"\n."
+    pickled = b"\x80\x04" + pickled
+    refused(torch_folder(tmp_path, torch_archive(pickled, {})), f"it names {name.replace(chr(10), '.')}")

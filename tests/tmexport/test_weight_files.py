@@ -1,6 +1,9 @@
 """Checkpoints as they lie about: names that trainers wrap, views, nested and old archives, byte order marks, and what is no checkpoint."""
 
 import json
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -86,7 +89,29 @@ SAVED = {
     "torch's tutorial": lambda s: {"model_state_dict": s, "loss": 0.5},
     "views": _views,
     "half": lambda s: {n: v.to(torch.bfloat16) for n, v in s.items()},
+    "parameters with attributes": lambda s: {n: _marked(torch.nn.Parameter(v)) for n, v in s.items()},
+    "tensors with attributes": lambda s: {n: _marked(v) for n, v in s.items()},
+    "a module's state dict": lambda s: _module(s).state_dict(),
+    "beside all sorts": lambda s: {"model": s, "rest": [torch.float16, torch.Size([2]), torch.device("cpu"), 1j, {1}, b"x", bytearray(b"y"), Counter("a"), torch.ones(3, dtype=torch.int16), torch.eye(2).to_sparse(), torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)]},
 }  # fmt: skip
+
+
+def _marked(tensor):
+    tensor._no_weight_decay = True  # as state-spaces marks A_log and D
+    return tensor
+
+
+def _module(state):
+    root = torch.nn.Module()
+    for name, value in state.items():
+        *path, last = name.split(".")
+        module = root
+        for word in path:
+            if not hasattr(module, word):
+                module.add_module(word, torch.nn.Module())
+            module = getattr(module, word)
+        module.register_parameter(last, torch.nn.Parameter(value))
+    return root
 
 
 @pytest.mark.parametrize("old_form", [False, True], ids=["zip", "before 1.6"])
@@ -102,6 +127,26 @@ def test_whatever_torch_saves(tmp_path, how, old_form):
         value = torch.from_numpy(tensors[name]) if expected is None else expected[name]
         value = value.to(torch.bfloat16).float() if how == "half" else value
         assert np.array_equal(checkpoint.dense(name), value.numpy()), name
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol_and_without_torch(tmp_path, protocol):
+    """A board has no torch: only the form before 1.6 needs it."""
+    tensors = random_tensors(SMALL)
+    write_state_spaces(tmp_path, SMALL, tensors, SMALL.vocab_size)
+    state = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from tmexport.checkpoint import open_checkpoint\n"
+        "c = open_checkpoint(sys.argv[1]); print(sum(float(c.dense(n).sum(dtype='f8')) for n in c.names))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    torch.save(state, tmp_path / "pytorch_model.bin", pickle_protocol=protocol)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(sum(value.sum(dtype="f8") for value in tensors.values()), rel=1e-9)
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "has torch's form before 1.6, which needs torch; run `pip install 'tmexport[qat]'`" in done.stderr
 
 
 def test_a_tied_head_in_an_old_archive_is_compared(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,9 +29,9 @@ class Bar:
         """One more is done, of a total that is known only now."""
         self._update(advance=1, total=total)
 
-    def _update(self, **changes: float | str | None) -> None:
+    def _update(self, **changes: Any) -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, **changes)  # type: ignore[arg-type] - rich's own keywords
+            self._progress.update(self._task, **changes)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,9 @@ from tmexport.model.spec import NEG_EXP
 from tmexport.types import KINDS, Coded, GGMLType, container, decode_codes, first_true, joined_scales
 
 GROUP_SIZE_KEY = "tmexport.group_size"
+INT4_KEY = (
+    "tmexport.int4"  # beside a group size: the names, after blk.N., of tensors whose Q4_0 is int4 and not ternary
+)
 TOKENIZER_JSON_KEY = "tokenizer.huggingface.json"
 
 
@@ -53,8 +57,10 @@ def in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def model_metadata(model: Model, file_type: int, name: str, group_size: int | None) -> dict[str, Any]:
-    """The keys llama.cpp's loader needs, and ours."""
+def model_metadata(
+    model: Model, file_type: int, name: str, group_size: int | None, int4: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The keys llama.cpp's loader needs, and ours. int4: see INT4_KEY."""
     metadata: dict[str, Any] = {
         "general.architecture": model.family,
         "general.type": "model",
@@ -65,6 +71,8 @@ def model_metadata(model: Model, file_type: int, name: str, group_size: int | No
     metadata |= {f"{model.family}.{key}": value for key, value in family_of(model.family).to_gguf(model).items()}
     if group_size is not None:
         metadata[GROUP_SIZE_KEY] = group_size
+        if int4:
+            metadata[INT4_KEY] = list(int4)
     return metadata
 
 
@@ -113,17 +121,21 @@ def _check_tensors(gguf: GGUFFile, model: Model) -> None:
 
 
 def coded_kind(gguf: GGUFFile, name: str) -> str | None:
-    """The kind of codes that a tensor holds: that of its type; of a Q4_0, which holds rounded values too, ternary inside the
-    blocks of a file that records a group size. None: values.
+    """The kind of codes with recorded groups that a tensor holds: that of its type; of a Q4_0, which holds values and int4
+    blocks too, ternary inside the blocks of a file that records a group size. None: values, or blocks, which are as values.
     """
     found = container(gguf.tensors[name].type)
-    if not found.kinds or (found.encode_values is not None and not _says_ternary(gguf, name)):
+    kinds = [kind for kind in found.kinds if not KINDS[kind].in_blocks]
+    if not kinds or (found.encode_values is not None and not _says_ternary(gguf, name)):
         return None
-    return found.kinds[0]
+    return kinds[0]
 
 
 def _says_ternary(gguf: GGUFFile, name: str) -> bool:
-    return GROUP_SIZE_KEY in gguf.metadata and name.startswith("blk.") and name.endswith(".weight")
+    if GROUP_SIZE_KEY not in gguf.metadata or not (name.startswith("blk.") and name.endswith(".weight")):
+        return False
+    blocks = gguf.metadata.get(INT4_KEY, ())
+    return not (isinstance(blocks, Sequence) and name.split(".", 2)[-1] in list(blocks))
 
 
 def coded_tensors(gguf: GGUFFile) -> dict[str, str]:

@@ -92,7 +92,7 @@ class Cursor:
     """A position in the header; every read is checked against the end of the file."""
 
     def __init__(self, data: np.ndarray) -> None:
-        self.view = memoryview(data)
+        self.view = data.data
         self.at = 0
 
     @property

@@ -69,7 +69,7 @@ def write_gguf(
         for tensor in tensors:
             data = tensor.make()
             assert data.nbytes == tensor.n_bytes, tensor.name
-            file.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+            file.write(np.ascontiguousarray(data).data.cast("B"))
             file.write(b"\0" * (_padded(data.nbytes) - data.nbytes))
             on_tensor(tensor)
         return file.tell()

@@ -221,7 +221,7 @@ class Model:
         ):
             return getattr(self.blocks[0].branches[0], name)
         if name == "expand":
-            return self.blocks[0].branches[0].d_inner // self.d_model
+            return self.d_inner // self.d_model
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def to_hf(self) -> dict[str, Any]:

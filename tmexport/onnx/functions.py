@@ -61,7 +61,7 @@ def function(
     return helper.make_function(DOMAIN, name, list(inputs), list(outputs), b.nodes, opsets, attributes=list(attributes))
 
 
-def _reference(name: str, referred: str, kind: int) -> onnx.AttributeProto:
+def _reference(name: str, referred: str, kind: onnx.AttributeProto.AttributeType) -> onnx.AttributeProto:
     attribute = onnx.AttributeProto(name=name, ref_attr_name=referred)
     attribute.type = kind
     return attribute

@@ -63,7 +63,7 @@ def inspect_onnx(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
     return Summary(str(path), "ONNX", info.config, info.group_size, total, parameters, tensors, about)
 
 
-def _type_name(kind: int) -> str:
+def _type_name(kind: onnx.TensorProto.DataType) -> str:
     """In the words of `tmexport inspect`; the number of a type that no file of ours has."""
     return {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16", onnx.TensorProto.UINT8: "U8", onnx.TensorProto.INT8: "I8"}.get(kind, f"type {kind}")  # fmt: skip
 

@@ -210,15 +210,15 @@ def _compare_ternary(
     dtype = "<f4" if info.form == "ort" else "<f2"
     scales = _get(path, stored, f"{name}.scales", dtype, (n, max(1, count // n)))
     # Both sides at one value a run of 64 weights, in fp32 (fp16 to fp32 is exact), whichever group is the wider one.
-    want = np.repeat(expected.scales.astype(np.float32), expected.group_size // 64, axis=1)
-    have = np.repeat(scales.astype(np.float32), k // 64 // scales.shape[1], axis=1)
-    if want.shape != have.shape:
-        return Difference(name, None, None, f"{want.size} scales", f"{have.size}"), 0, 0
-    differs = want.view(np.uint32) != have.view(np.uint32)
+    wanted = np.repeat(expected.scales.astype(np.float32), expected.group_size // 64, axis=1)
+    found = np.repeat(scales.astype(np.float32), k // 64 // scales.shape[1], axis=1)
+    if wanted.shape != found.shape:
+        return Difference(name, None, None, f"{wanted.size} scales", f"{found.size}"), 0, 0
+    differs = wanted.view(np.uint32) != found.view(np.uint32)
     if differs.any():
         row, run = first_true(differs)
         place = (row, run * 64 // expected.group_size)
-        return Difference(name, *place, f"scale {want[row, run]!r}", f"{have[row, run]!r}"), 0, 0
+        return Difference(name, *place, f"scale {wanted[row, run]!r}", f"{found[row, run]!r}"), 0, 0
     return None, codes.size, scales.size
 
 

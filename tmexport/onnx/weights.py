@@ -54,7 +54,7 @@ def small(checkpoint: Checkpoint, tensor: ModelTensor) -> Initializer:
     return Initializer(initializer_name(tensor), F32, tensor.shape, make)
 
 
-def ternary_plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int], group_size: int) -> list[Initializer]:
+def ternary_plain(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], group_size: int) -> list[Initializer]:
     """codes uint8 [n, k/4] in the checkpoint's packing and scales fp16 [n, k/group_size]."""
     n, k = shape
     return [
@@ -63,7 +63,7 @@ def ternary_plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int], gro
     ]
 
 
-def ternary_nbits(checkpoint: Checkpoint, name: str, shape: tuple[int, int], group_size: int) -> list[Initializer]:
+def ternary_nbits(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], group_size: int) -> list[Initializer]:
     """MatMulNBits' B uint8 [n, k/block, block/4] and scales fp32 [n, k/block], block = min(group_size, 128)."""
     n, k = shape
     block = min(group_size, ORT_BLOCK)
@@ -78,7 +78,7 @@ def _scales(checkpoint: Checkpoint, name: str, block: int) -> np.ndarray:
     return np.ascontiguousarray(scales_per_block(checkpoint.codes(name), block, name))
 
 
-def embedding_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: np.dtype) -> list[Initializer]:
+def embedding_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: np.dtype) -> list[Initializer]:
     """The matrix in fp16 or fp32."""
 
     def make() -> np.ndarray:
@@ -92,7 +92,7 @@ def embedding_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, int], d
     return [Initializer(name, dtype, shape, make)]
 
 
-def embedding_q8_0(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> list[Initializer]:
+def embedding_q8_0(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> list[Initializer]:
     """The codes int8 [n, k] and scales fp16 [n, k/32] of the GGUF's Q8_0."""
     n, k = shape
 
@@ -105,7 +105,7 @@ def embedding_q8_0(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) ->
     ]  # fmt: skip
 
 
-def embedding_nbits(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> list[Initializer]:
+def embedding_nbits(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> list[Initializer]:
     """MatMulNBits' 8-bit B uint8 [n, k/64, 64] (zero point 128) and scales fp32 [n, k/64] = max|w| / 127."""
     n, k = shape
     blocks = (n, k // ORT_HEAD_BLOCK, ORT_HEAD_BLOCK)

@@ -119,7 +119,7 @@ def _write_array(file: BinaryIO, tensor: Initializer) -> None:
     array = np.ascontiguousarray(tensor.make())
     assert array.dtype == tensor.dtype, tensor.name
     assert array.shape == tensor.shape or (array.size == 1 and tensor.shape == ()), tensor.name
-    file.write(array.tobytes() if array.nbytes < 1 << 16 else memoryview(array).cast("B"))
+    file.write(array.tobytes() if array.nbytes < 1 << 16 else array.data.cast("B"))
 
 
 def _tag(field: int, length: int) -> bytes:

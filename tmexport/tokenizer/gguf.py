@@ -197,12 +197,12 @@ def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 def added_tokens(metadata: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that a GGUF wants before and after a prompt."""
-    found = []
-    for name in ("bos", "eos"):
+
+    def wanted(name: str) -> tuple[int, ...]:
         index = metadata.get(f"{_KEY}{name}_token_id")
-        wanted = metadata.get(f"{_KEY}add_{name}_token") is True and type(index) is int
-        found.append((index,) if wanted else ())
-    return found[0], found[1]
+        return (index,) if metadata.get(f"{_KEY}add_{name}_token") is True and type(index) is int else ()
+
+    return wanted("bos"), wanted("eos")
 
 
 def vocabulary_as_json(metadata: Mapping[str, Any], where: str) -> str:

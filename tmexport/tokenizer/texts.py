@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -135,8 +136,6 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
         row = np.zeros(kind.row_bytes(tensor.gguf_shape[-1]), np.uint8)
         n = int(np.prod(tensor.gguf_shape[:-1], dtype=np.int64))
         tensors.append(
-            PlannedTensor(
-                tensor.gguf, tensor.gguf_shape, kind, lambda n=n, row=row: np.broadcast_to(row, (n, row.size))
-            )
+            PlannedTensor(tensor.gguf, tensor.gguf_shape, kind, partial(np.broadcast_to, row, (n, row.size)))
         )
     write_gguf(path, model_metadata(model, 1, "vocabulary", None) | keys, tensors)

@@ -7,6 +7,7 @@ W[n, k] = codes[n, k] * scales[n, k // group_size]. A scale is +0 (then every co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,8 @@ def exact_ternary(weight: np.ndarray, name: str, group_size: int) -> TernaryTens
         raise NotTernaryError(f"{name}: rows of {k} weights do not divide into groups of {group_size}")
     kept = weight if weight.dtype == np.float16 else weight.astype(np.float32, copy=False)
     # With the sign bit off, the bits of a float order as its magnitude does: the test is on integers, rows at a time.
-    unsigned, sign = (np.uint16, 15) if kept.dtype == np.float16 else (np.uint32, 31)
+    unsigned: Any = np.uint16 if kept.dtype == np.float16 else np.uint32
+    sign = np.dtype(unsigned).itemsize * 8 - 1
     codes, scales = np.empty((n, k), np.int8), np.empty((n, k // group_size), np.float16)
     for start in range(0, n, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)

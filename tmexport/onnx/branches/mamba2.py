@@ -6,7 +6,7 @@ convolution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -48,7 +48,7 @@ def portable(form: Portable, c: Mamba2, x: str, weights: Mapping[str, str], stat
     """The branch of normalised x [B, T, d_model]; writes the present states. weights: initialisers by role."""
     projected, b = form.product(x, weights["in_proj"]), form.b
     outputs = (b.name("y"), state["conv"].present, state["ssm"].present)
-    selective_scan(b, c, *_scan_inputs(form, projected, weights, state), outputs=outputs)
+    selective_scan(b, c, _scan_inputs(form, projected, weights, state), outputs)
     b.annotate(outputs[0], ("batch", "time", c.d_inner))
     return form.product(outputs[0], weights["out_proj"])
 
@@ -77,10 +77,8 @@ def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping
     projected = form.product(x, weights["in_proj"], bias)
     z, xbc, dt = b.ops("Split", projected, b.ints(c.d_inner, c.conv_dim, heads), outputs=3, axis=-1)
     xbc = b.op("Transpose", xbc, perm=[0, 2, 1])
-    inputs, outputs = (
-        (xbc, weights["conv_weight"], weights["conv_bias"], state["conv"].past),
-        (b.name("conv"), state["conv"].present),
-    )
+    inputs = [xbc, weights["conv_weight"], weights["conv_bias"], state["conv"].past]
+    outputs = (b.name("conv"), state["conv"].present)
     b.ops("CausalConvWithState", *inputs, outputs=outputs, domain=MICROSOFT, activation="silu")
     b.annotate(outputs[0], ("batch", c.conv_dim, "time"))
     xbc = b.op("Transpose", outputs[0], perm=[0, 2, 1])
@@ -89,10 +87,8 @@ def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping
     by_head = b.op("Reshape", x, b.ints(0, 0, heads, c.headdim))
     dx = b.op("Reshape", b.op("Mul", by_head, b.op("Unsqueeze", dt, b.ints(3))), b.ints(0, 0, c.d_inner))
     # query C, key B (one a group), value dt * x, decay dt * A: the recurrence of Mamba-2
-    inputs, outputs = (
-        (cc, bb, dx, state["ssm"].past, b.op("Mul", dt, weights["a"])),
-        (b.name("scan"), state["ssm"].present),
-    )
+    inputs = [cc, bb, dx, state["ssm"].past, b.op("Mul", dt, weights["a"])]
+    outputs = (b.name("scan"), state["ssm"].present)
     attributes = {"q_num_heads": c.n_groups, "kv_num_heads": heads, "scale": 1.0, "update_rule": "gated"}
     b.ops("LinearAttention", *inputs, outputs=outputs, domain=MICROSOFT, **attributes)
     b.annotate(outputs[0], ("batch", "time", c.d_inner))
@@ -113,31 +109,23 @@ WRITERS = {"portable": portable, "custom": custom, "ort": ort}
 def functions(c: Mamba2, opset: int) -> list[onnx.FunctionProto]:
     """The bodies of the custom form's operators that this branch alone uses."""
     b = Builder(in_function=True)
-    selective_scan(b, c, *SCAN_INPUTS, outputs=SCAN_OUTPUTS)
+    selective_scan(b, c, SCAN_INPUTS, SCAN_OUTPUTS)
     return [function("SelectiveScan", SCAN_INPUTS, SCAN_OUTPUTS, b, opset, ("profile",))]
 
 
 def selective_scan(
     b: Builder,
     c: Mamba2,
-    projected: str,
-    past_conv: str,
-    past_ssm: str,
-    conv_weight: str,
-    conv_bias: str,
-    dt_bias: str,
-    a: str,
-    d: str,
-    norm_weight: str,
-    eps: str,
+    inputs: Sequence[str],
     outputs: tuple[str, str, str],
 ) -> None:
     """Everything of a mixer between its two projections, without a loop (arXiv 2405.21060, section 6, listing 1).
 
     projected [B, T, d_in_proj] (z, x, B, C, dt), past_conv [B, C, K-1], past_ssm [B, H, N, P] -> the three `outputs`:
-    gated and normalised y [B, T, d_inner], present_conv, present_ssm. Time is cut into chunks of min(T, 64) positions,
+    gated and normalised y [B, T, d_inner], present_conv, present_ssm. `inputs` stand in the order of SCAN_INPUTS. Time is cut into chunks of min(T, 64) positions,
     padded with steps that change nothing (dt = 0); a chunk is a product of matrices, and so are the steps between chunks.
     """
+    projected, past_conv, past_ssm, conv_weight, conv_bias, dt_bias, a, d, norm_weight, eps = inputs
     y_out, present_conv, present_ssm = outputs
     groups, per_group, bc = c.n_groups, c.n_heads // c.n_groups, c.n_groups * c.d_state
     z, xbc, dt = b.ops(
