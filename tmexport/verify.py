@@ -14,7 +14,7 @@ from tmexport.checkpoint import Checkpoint
 from tmexport.errors import NotTernaryError
 from tmexport.gguf.names import TOKENIZER_JSON_KEY, coded_kind, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
-from tmexport.model import ModelTensor
+from tmexport.model import Model, ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.tokenizer.gguf import export_tokenizer, has_vocabulary
 from tmexport.types import GGMLType, container, decode_codes, decode_values, encode_values, first_true, tells
@@ -79,11 +79,24 @@ def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str
 
 
 def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
-    found, expected = config_from_metadata(gguf).dimensions(), checkpoint.config.dimensions()
-    for field in (name for name in expected | found if name not in _NOT_COMPARED):
+    found, expected = _flat(config_from_metadata(gguf)), _flat(checkpoint.config)
+    for field in expected | found:
         if found.get(field) != expected.get(field):
             return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
     return _compare_tokenizer(checkpoint, gguf)
+
+
+def _flat(model: Model) -> dict[str, object]:
+    """What is compared of a model's dimensions, a value a name: those of a block that differs from others by its number."""
+    flat: dict[str, object] = {}
+    for name, value in model.dimensions().items():
+        if name != "blocks":
+            flat[name] = value
+            continue
+        for number, block in enumerate(value):
+            for branch in block:
+                flat |= {f"block {number} {branch['kind']} {key}": item for key, item in branch.items()}
+    return {name: value for name, value in flat.items() if name.split(" ")[-1] not in _NOT_COMPARED}
 
 
 def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:

@@ -59,7 +59,7 @@ def save(name: str, folder: Path, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim == 2 and "conv1d" not in key:
-                scale = 0.5 if "embed" in key else parameter.shape[1] ** -0.5
+                scale = (0.05 if config.tie_word_embeddings else 0.5) if "embed" in key else parameter.shape[1] ** -0.5
                 parameter.normal_(std=scale)
             elif key.endswith("A_log"):
                 parameter.uniform_(1, 16).log_()
