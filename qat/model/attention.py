@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.model.branch import BranchModule
 from tmexport.model import Attention
 
 
@@ -34,7 +35,7 @@ def rotate(x: Tensor, start: int, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
-class AttentionMixer(nn.Module):
+class AttentionMixer(BranchModule):
     """[batch, time, d_model] -> the same shape. `eps` is not used: it has no norm; `depth`: blocks of the model."""
 
     fresh_state = AttentionState

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qat.model.attention import AttentionMixer
+from qat.model.branch import BranchModule
 from qat.model.mamba1 import Mamba1Mixer
 from qat.model.mamba2 import Mamba2Mixer
 from qat.model.mlp import SwiGLUMLP
@@ -50,7 +51,7 @@ class ResidualBlock(nn.Module):
             self.add_module(name, MODULES[branch.kind](branch, model.rms_eps, model.n_layer))
 
     @property
-    def branches(self) -> list[nn.Module]:
+    def branches(self) -> list[BranchModule]:
         return [getattr(self, name) for name in self.names]
 
     def forward(self, hidden: Tensor, states: BlockState | None = None) -> Tensor:
@@ -80,6 +81,11 @@ class Backbone(nn.Module):
         """What enters the first block: fp32 [batch, time, d_model]."""
         hidden = self.embeddings(ids).float()
         return hidden if self.multiplier == 1.0 else hidden * self.multiplier
+
+    @property
+    def blocks(self) -> list[ResidualBlock]:
+        """The layers by their own type."""
+        return cast(list[ResidualBlock], list(self.layers))
 
     def stream(self, ids: Tensor, states: Sequence[BlockState] | None = None) -> Iterator[Tensor]:
         """The residual stream fp32 [batch, time, d_model]: what enters the first block, then what leaves each.
@@ -138,12 +144,12 @@ class LanguageModel(nn.Module):
 
     def fresh_states(self) -> list[BlockState]:
         """The states before the first token."""
-        return [tuple(branch.fresh_state() for branch in layer.branches) for layer in self.backbone.layers]  # type: ignore[operator,union-attr]
+        return [tuple(branch.fresh_state() for branch in layer.branches) for layer in self.backbone.blocks]
 
     def projections(self) -> dict[str, nn.Linear]:
         """The matrices inside the blocks that become low-bit, by the name of their module."""
         names = [name.removesuffix(".weight") for name in self.config.projections]
-        return {name: self.get_submodule(name) for name in names}  # type: ignore[misc]
+        return {name: cast(nn.Linear, self.get_submodule(name)) for name in names}
 
 
 def load_model(folder: Path | str) -> LanguageModel:

@@ -7,13 +7,15 @@ mamba_ssm. The scan is in ssd.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.model.branch import BranchModule
 from qat.model.ssd import choose_scan
 from tmexport.model import Mamba2
 
@@ -128,18 +130,17 @@ class Mamba2State:
     ssm: Tensor | None = None
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(BranchModule):
     """A Mamba-2 mixer, [batch, time, d_model] -> the same shape. `eps`: of its norm; `depth`: blocks of the model."""
 
     fresh_state = Mamba2State
-    norms_before: ClassVar = {
-        "in_proj": None,
-        "out_proj": "norm",
-    }  # whose output each projection reads; None: the block's
+    norms_before: Mapping[str, str | None] = {"in_proj": None, "out_proj": "norm"}
 
     def __init__(self, config: Mamba2, eps: float, depth: int) -> None:
         super().__init__()
         self.config = config
+        if not config.gate_norm:
+            self.norms_before = {"in_proj": None}
         self.in_proj = nn.Linear(config.d_model, config.d_in_proj, bias=False)
         self.conv1d = CausalConv(config.conv_dim, config.d_conv)
         low, high = (math.log(limit) for limit in _DT_RANGE)

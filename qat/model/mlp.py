@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.model.branch import BranchModule
 from tmexport.model import SwiGLU
 
 
@@ -16,7 +17,7 @@ class NoState:
     """An MLP remembers nothing."""
 
 
-class SwiGLUMLP(nn.Module):
+class SwiGLUMLP(BranchModule):
     """down(silu(gate(x)) * up(x)), [batch, time, d_model] -> the same shape. `eps` is not used; `depth`: blocks of the model."""
 
     fresh_state = NoState

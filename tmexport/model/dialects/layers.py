@@ -104,7 +104,7 @@ def context_from(raw: Mapping[str, Any]) -> int | None:
 
 def attention_to_hf(branch: Attention) -> dict[str, Any]:
     """The keys of `attention_from`, but for its scale."""
-    keys = {
+    keys: dict[str, Any] = {
         "num_attention_heads": branch.n_heads,
         "num_key_value_heads": branch.n_kv_heads,
         "attention_bias": branch.bias,
@@ -224,7 +224,11 @@ def attention_from_keys(keys: Keys, d_model: int, kv_heads: int, first: str, has
     if "attention.key_length" not in keys.here and d_model % heads:
         raise GGUFError(f"{keys.path}: embedding length {d_model} cannot be shared by {heads} heads")
     head_dim = keys.whole("attention.key_length") if "attention.key_length" in keys.here else d_model // heads
-    same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "attention.sliding_window": 0}
+    same: dict[str, Any] = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "attention.sliding_window": 0,
+    }
     same |= {"expert_count": 0, "rope.scaling.type": "none", "attention.clamp_kqv": 0.0, "attention.causal": True}
     for key, value in same.items():
         found = keys.metadata.get(f"{keys.architecture}.{key}", value)
