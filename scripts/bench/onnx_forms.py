@@ -22,9 +22,9 @@ from typing import Any
 import click
 import numpy as np
 
+from runtime_ref.bench.peers import Sample, Worker
+from runtime_ref.bench.peers.llama import library_of
 from tmexport.cli.app import run_command
-
-SCRIPTS = Path(__file__).resolve().parent
 
 
 class Runner:
@@ -41,12 +41,11 @@ class Runner:
                 return line.split()[1:]
         raise click.ClickException(f"{self._process.args!r} ended with code {self._process.wait()}")
 
-    def time(self, test: str, count: int, threads: int) -> tuple[float, float]:
-        """Tokens a second by the clock, and by CPU time."""
+    def measure(self, test: str, count: int, threads: int) -> Sample:
+        """Seconds by the clock, and of CPU time."""
         self._process.stdin.write(f"{test} {count} {threads}\n")  # type: ignore[union-attr]
         self._process.stdin.flush()  # type: ignore[union-attr]
-        clock, cpu = map(float, self._read("seconds"))
-        return count / clock, count / cpu
+        return Sample(*map(float, self._read("seconds")))
 
     def close(self) -> None:
         self._process.stdin.close()  # type: ignore[union-attr]
@@ -139,20 +138,22 @@ def main(size: str, work: Path, llama_python: str | None, prompt: int, count: in
     loads: dict[int, dict[str, float]] = {}
     for number in map(int, threads.split(",")):
         ours = [sys.executable, __file__, "--work", str(work), "--serve", str(files["ort"]), str(number)]
-        runners = {"onnxruntime": Runner(*ours)}
-        seconds, peak = map(float, runners["onnxruntime"].ready)
+        first = Runner(*ours)
+        runners: dict[str, Runner | Worker] = {"onnxruntime": first}
+        seconds, peak = map(float, first.ready)
         loads[number] = {"load_and_first_token_seconds": seconds, "peak_rss_mb": peak}
         click.echo(f"{number} thread(s): loaded, one token made in {seconds:.1f} s, peak RSS {peak:.0f} MB")
-        gguf = [str(SCRIPTS / "serve_speed.py"), str(files["gguf"])]
-        if llama_python:
-            runners["llama.cpp"] = Runner(llama_python, *gguf, "llama.cpp")
-        for profile in filter(None, profiles.split(",")):
-            runners[f"runtime_ref {profile}"] = Runner(sys.executable, *gguf, profile)
+        about = {f"runtime_ref {p}": {"kind": "tmexport", "profile": p} for p in filter(None, profiles.split(","))}
+        if llama_python and (library := library_of("llama_cpp", llama_python)):
+            about["llama.cpp"] = {"kind": "llama", "library": str(library[0])}
+        for name, what in about.items():
+            runners[name] = Worker(name, "", files["gguf"], what, subprocess.DEVNULL)
         for test, tokens in (("pp", prompt), ("tg", count)):
             speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
             for _ in range(rounds):
                 for name, runner in runners.items():
-                    speeds[name].append(runner.time(test, tokens, number))
+                    sample = runner.measure(test, tokens, number)
+                    speeds[name].append((tokens / sample.seconds, tokens / (sample.cpu_seconds or np.nan)))
             for name, values in speeds.items():
                 clock, cpu = (median(v[i] for v in values) for i in (0, 1))
                 base_clock, base_cpu = (median(v[i] for v in speeds["onnxruntime"]) for i in (0, 1))
