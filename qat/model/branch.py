@@ -13,7 +13,7 @@ class BranchModule(nn.Module):
 
     fresh_state: ClassVar[type[Any]]  # makes what it remembers before the first token
     # Whose output each projection reads: the name of a norm inside the branch; None: the block's. Others: of neither.
-    norms_before: ClassVar[Mapping[str, str | None]] = {}
+    norms_before: Mapping[str, str | None] = {}
 
     def operations(self, seq_len: int) -> int:
         """Multiplications and additions a token, forward, of all but its matrices."""

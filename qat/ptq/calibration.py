@@ -48,7 +48,7 @@ def walk(model: LanguageModel, ids: Tensor) -> Iterator[Projection]:
 
     ids: int64 [n, seq_len]. Each block runs once for each of its projections and once for the next block.
     """
-    hidden = torch.cat([model.backbone.embeddings(part).float() for part in ids.split(_AT_ONCE)])
+    hidden = torch.cat([model.backbone.embed(part) for part in ids.split(_AT_ONCE)])
     modules = model.projections()
     with progress_bar("calibrating", len(modules), unit="matrices") as bar:
         for number, block in enumerate(model.backbone.blocks):
