@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -222,8 +222,10 @@ def make_low_bit(
     return model
 
 
-def _attach(module: nn.Module, name: str, kind: str, group_size: int, learned_scale: bool = False) -> None:
-    sizes, length = KINDS[kind].group_sizes, module.weight.shape[1]  # type: ignore[union-attr,index]
+def _attach(
+    module: nn.Linear | nn.Embedding, name: str, kind: str, group_size: int, learned_scale: bool = False
+) -> None:
+    sizes, length = KINDS[kind].group_sizes, module.weight.shape[1]
     if group_size not in sizes:
         raise UsageError(f"{kind} weights in groups of {group_size} are not supported; expected {in_words(sizes)}")
     if length % group_size:
@@ -231,22 +233,26 @@ def _attach(module: nn.Module, name: str, kind: str, group_size: int, learned_sc
             f"{name} has rows of {length} weights, not a multiple of the group size {group_size}; "
             "choose a smaller --group-size"
         )
-    quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else QUANTIZERS[kind](group_size)  # type: ignore[arg-type]
+    quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else QUANTIZERS[kind](group_size)
     parametrize.register_parametrization(module, "weight", quantiser)
 
 
-def _quantized(model: LanguageModel) -> dict[str, nn.Module]:
-    """The modules with a fake-quantiser, by name, in the order of the file."""
+def _quantized(model: LanguageModel) -> dict[str, parametrize.ParametrizationList]:
+    """The latent weight and the fake-quantiser of each module that has one, by its name, in the order of the file."""
     names = [name.removesuffix(".weight") for name, tensor in model.config.tensors.items() if tensor.low_bit]
     modules = {name: model.get_submodule(name) for name in names}
-    return {name: module for name, module in modules.items() if parametrize.is_parametrized(module, "weight")}
+    return {
+        name: cast(parametrize.ParametrizationList, module.get_submodule("parametrizations.weight"))
+        for name, module in modules.items()
+        if parametrize.is_parametrized(module, "weight")
+    }
 
 
 def quantized_weights(model: LanguageModel) -> dict[str, Coded]:
     """Codes and scales of every low-bit weight of `model`, by its Hugging Face name."""
     return {
-        f"{name}.weight": module.parametrizations.weight[0].quantize(module.parametrizations.weight.original)  # type: ignore[union-attr,index,operator,arg-type]
-        for name, module in _quantized(model).items()
+        f"{name}.weight": cast(FakeQuantizer, weight[0]).quantize(weight.original)
+        for name, weight in _quantized(model).items()
     }
 
 
@@ -254,8 +260,8 @@ def quantized_weights(model: LanguageModel) -> dict[str, Coded]:
 def zero_ratios(model: LanguageModel) -> dict[str, float]:
     """Share of zero codes of every low-bit weight, by the name of its module."""
     return {
-        name: 1.0 - torch.count_nonzero(module.weight).item() / module.weight.numel()  # type: ignore[union-attr,operator,arg-type]
-        for name, module in _quantized(model).items()
+        name: 1.0 - torch.count_nonzero(weight()).item() / weight.original.numel()
+        for name, weight in _quantized(model).items()
     }
 
 

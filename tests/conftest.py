@@ -37,6 +37,7 @@ SLOW = (
     "tmexport/test_cli.py::test_both_dialects",
     "tmexport/test_quantization.py",
     "runtime_ref/",
+    "serve/",
     "test_zero_shot.py",
 )
 PEER = (

@@ -20,6 +20,7 @@ from tests.commands import invoke
 from tests.qat.tiny import tiny_config
 from tmexport.checkpoint import EMBEDDING, open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
+from tmexport.model import mamba1_model
 from tmexport.types import KINDS
 
 METHODS_AND_KINDS = [(method, kind) for method in METHODS for kind in KINDS]
@@ -155,6 +156,14 @@ def test_awq_is_the_same_model_before_rounding(teacher, ids):
         assert np.abs((x * a) @ b.T - (x * c) @ d.T).max() < 1e-5 * np.abs((x * c) @ d.T).max()  # factors are fp32
     with torch.no_grad():
         torch.testing.assert_close(model(ids), original(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_awq_says_what_it_cannot_scale(ids):
+    """No norm stands before what Mamba-1's mixer multiplies inside."""
+    model = LanguageModel(mamba1_model(128, 1, 300)).requires_grad_(False)
+    projection = next(walk(model, ids))
+    with pytest.raises(UsageError, match="AWQ needs a norm before backbone.layers.0.mixer"):
+        fold(projection, torch.ones(128))
 
 
 def test_awq_factor_beats_none():

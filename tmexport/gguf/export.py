@@ -12,7 +12,7 @@ import numpy as np
 
 from tmexport.checkpoint import Checkpoint, group_that_keeps, kept, shared_group_size
 from tmexport.errors import NotTernaryError, ScaleError, UsageError
-from tmexport.gguf.names import gguf_values, model_metadata
+from tmexport.gguf.names import gguf_codes, gguf_values, model_metadata
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
 from tmexport.tokenizer.gguf import export_tokenizer, without_tokenizer
@@ -218,7 +218,7 @@ def _refusal(error: NotTernaryError) -> NotTernaryError:
 
 
 def _codes(checkpoint: Checkpoint, name: str, kind: GGMLType) -> np.ndarray:
-    return encode_codes(checkpoint.codes(name), kind, name)
+    return encode_codes(gguf_codes(checkpoint.config.tensors[name], checkpoint.codes(name)), kind, name)
 
 
 def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int | None, ptq: bool) -> np.ndarray:
@@ -231,7 +231,8 @@ def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: i
         tensor = kept(checkpoint, name, "ternary", max(kind.block_size, group_size))
     except NotTernaryError:  # its groups are smaller than a block of the type that was asked for
         tensor = None
-    return encode_codes(tensor or KINDS["ternary"].quantize(checkpoint.dense(name), group_size), kind, name)
+    tensor = tensor or KINDS["ternary"].quantize(checkpoint.dense(name), group_size)
+    return encode_codes(gguf_codes(checkpoint.config.tensors[name], tensor), kind, name)
 
 
 def _float(checkpoint: Checkpoint, tensor: ModelTensor, kind: GGMLType) -> np.ndarray:

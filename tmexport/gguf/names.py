@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tmexport.model import Model, ModelTensor
 from tmexport.model.dialects import FAMILIES, family_of
 from tmexport.model.dialects.reading import Keys
 from tmexport.model.spec import NEG_EXP
-from tmexport.types import KINDS, GGMLType, container, decode_codes, first_true, joined_scales
+from tmexport.types import KINDS, Coded, GGMLType, container, decode_codes, first_true, joined_scales
 
 GROUP_SIZE_KEY = "tmexport.group_size"
 INT4_KEY = (
@@ -23,14 +24,37 @@ TOKENIZER_JSON_KEY = "tokenizer.huggingface.json"
 
 
 def gguf_values(tensor: ModelTensor, values: np.ndarray) -> np.ndarray:
-    """The values that the file holds: A = -exp(A_log), everything else as it is.
+    """The values that the file holds: A = -exp(A_log), rows that RoPE turns interleaved, everything else as it is.
 
     The exponential is taken in fp64 and rounded once, so the bytes do not depend on the machine's fp32 exp.
     """
+    if tensor.rotated is not None:
+        return interleaved(values, tensor.rotated)
     if tensor.transform is None:
         return values
     assert tensor.transform == NEG_EXP, tensor.transform
     return (-np.exp(values.astype(np.float64))).astype(np.float32)
+
+
+def gguf_codes(tensor: ModelTensor, coded: Coded) -> Coded:
+    """The codes and scales that the file holds: rows in the file's order."""
+    if tensor.rotated is None:
+        return coded
+    return replace(
+        coded, codes=interleaved(coded.codes, tensor.rotated), scales=interleaved(coded.scales, tensor.rotated)
+    )
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [n, ...] with the two halves of each of so many heads alternating (llama.cpp's converter, LlamaModel.permute)."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `interleaved`."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def model_metadata(
