@@ -31,24 +31,28 @@ class Runner:
     """A process that answers "pp N THREADS" and "tg N THREADS" with "seconds CLOCK CPU"."""
 
     def __init__(self, *command: str) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, text=True, **pipes)
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=null)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._asks, self._answers = self._process.stdin, self._process.stdout
         self.ready = self._read("ready")
 
     def _read(self, word: str) -> list[str]:
-        for line in self._process.stdout:  # type: ignore[union-attr]
+        for line in self._answers:
             if line.startswith(word):
                 return line.split()[1:]
         raise click.ClickException(f"{self._process.args!r} ended with code {self._process.wait()}")
 
     def measure(self, test: str, count: int, threads: int) -> Sample:
         """Seconds by the clock, and of CPU time."""
-        self._process.stdin.write(f"{test} {count} {threads}\n")  # type: ignore[union-attr]
-        self._process.stdin.flush()  # type: ignore[union-attr]
-        return Sample(*map(float, self._read("seconds")))
+        self._asks.write(f"{test} {count} {threads}\n")
+        self._asks.flush()
+        clock, cpu = map(float, self._read("seconds"))
+        return Sample(clock, cpu)
 
     def close(self) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
+        self._asks.close()
         self._process.wait()
 
 
@@ -83,12 +87,14 @@ def prepare(work: Path, size: str) -> dict[str, Path]:
     from tmexport.model import mamba2_model
     from tmexport.onnx.export import export_onnx
     from tmexport.onnx.graph import build_graph
+    from tmexport.types import Coded
 
     d_model, n_layer = SIZES[size]
     config = mamba2_model(d_model=d_model, n_layer=n_layer, vocab_size=50288)
     folder = work / f"ckpt-{size}"
     if not (folder / "model.safetensors").exists():
-        rng, tensors = np.random.default_rng(0), {}
+        rng = np.random.default_rng(0)
+        tensors: dict[str, np.ndarray | Coded] = {}
         for name, shape in expected_shapes(config).items():
             if name.endswith("_proj.weight"):
                 tensors[name] = random_ternary(shape, 256, rng)
