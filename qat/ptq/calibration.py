@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,13 +43,14 @@ class Projection:
 
 
 @torch.no_grad()
-def walk(model: LanguageModel, ids: Tensor) -> Iterator[Projection]:
-    """Every projection in the order of the model. What enters it is what those before it, as they are by then, produce.
+def walk(model: LanguageModel, ids: Tensor, chosen: Iterable[str] | None = None) -> Iterator[Projection]:
+    """The chosen projections (Hugging Face names; None: all) in the order of the model. What enters it is what those before it, as they are by then, produce.
 
     ids: int64 [n, seq_len]. Each block runs once for each of its projections and once for the next block.
     """
     hidden = torch.cat([model.backbone.embed(part) for part in ids.split(_AT_ONCE)])
-    modules = model.projections()
+    wanted = set(model.config.projections if chosen is None else chosen)
+    modules = {name: module for name, module in model.projections().items() if f"{name}.weight" in wanted}
     with progress_bar("calibrating", len(modules), unit="matrices") as bar:
         for number, block in enumerate(model.backbone.blocks):
             inside = [name for name in modules if name.startswith(f"backbone.layers.{number}.")]
@@ -72,11 +73,11 @@ def _inputs(block: nn.Module, module: nn.Linear, hidden: Tensor) -> Inputs:
 
 
 def round_each(
-    model: LanguageModel, ids: Tensor, method: Callable[[Projection], Coded]
+    model: LanguageModel, ids: Tensor, chosen: Iterable[str], method: Callable[[Projection], Coded]
 ) -> dict[str, np.ndarray | Coded]:
-    """Round every projection of `model` in place by a method, in order; the tensors of the checkpoint."""
+    """Round every chosen projection of `model` in place by a method, in order; the tensors of the checkpoint."""
     codes: dict[str, np.ndarray | Coded] = {}
-    for projection in walk(model, ids):
+    for projection in walk(model, ids, chosen):
         codes[projection.name] = coded = method(projection)
         projection.module.weight.data.copy_(torch.from_numpy(coded.dense()))
     state = model.state_dict()

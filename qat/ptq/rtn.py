@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
@@ -10,11 +12,10 @@ from tmexport.types import KINDS, Coded
 
 
 def round_to_nearest(
-    teacher: Checkpoint, ids: Tensor | None, kind: str, group_size: int
+    teacher: Checkpoint, ids: Tensor | None, kind: str, groups: Mapping[str, int]
 ) -> dict[str, np.ndarray | Coded]:
-    """Every projection rounded, all other tensors as they are."""
-    projections = set(teacher.config.projections)
+    """The projections in `groups` rounded, all other tensors as they are."""
     return {
-        name: KINDS[kind].quantize(teacher.dense(name), group_size) if name in projections else teacher.dense(name)
+        name: KINDS[kind].quantize(teacher.dense(name), groups[name]) if name in groups else teacher.dense(name)
         for name in teacher.names
     }

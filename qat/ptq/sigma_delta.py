@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,12 +13,13 @@ from tmexport.checkpoint import Checkpoint
 from tmexport.types import KINDS, Coded
 
 
-def sigma_delta(teacher: Checkpoint, ids: Tensor | None, kind: str, group_size: int) -> dict[str, np.ndarray | Coded]:
-    """First-order noise shaping along the inputs of every row; no data."""
-    projections = set(teacher.config.projections)
+def sigma_delta(
+    teacher: Checkpoint, ids: Tensor | None, kind: str, groups: Mapping[str, int]
+) -> dict[str, np.ndarray | Coded]:
+    """First-order noise shaping along the inputs of every row of the projections in `groups`; no data."""
     return {
-        name: shaped(torch.from_numpy(np.array(teacher.dense(name))), kind, group_size)
-        if name in projections
+        name: shaped(torch.from_numpy(np.array(teacher.dense(name))), kind, groups[name])
+        if name in groups
         else teacher.dense(name)
         for name in teacher.names
     }
