@@ -114,7 +114,7 @@ def alignment_loss(student: Sequence[nn.Module], stream: Iterable[Tensor]) -> Te
     for block, (before, after) in zip(student, pairwise(_without_gradient(stream)), strict=True):
         size = (after - before).square().mean()
         total = total + (block(before) - after).square().mean() / size.clamp_min(1e-12)
-    return total / len(student)
+    return torch.as_tensor(total / len(student))
 
 
 @torch.no_grad()

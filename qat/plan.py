@@ -94,7 +94,7 @@ def make_plan(recipe: Recipe, config: Model, accelerator: str, with_teacher: boo
 
     sequences = max(1, recipe.batch_size // recipe.accumulate)
     low = recipe.dtype == "bfloat16"
-    kinds = {block: layer for block, layer in zip(config.blocks, model.backbone.layers, strict=True)}
+    kinds = {block: layer for block, layer in zip(config.blocks, model.backbone.blocks, strict=True)}
     measured = {
         block: layer_activations(layer, sequences, recipe.seq_len, config.d_model, low)
         for block, layer in kinds.items()
@@ -106,16 +106,16 @@ def make_plan(recipe: Recipe, config: Model, accelerator: str, with_teacher: boo
         )  # one block's tensors, and as much again of their gradients
     else:
         activations = sum(measured[block][1] for block in config.blocks) + largest
-    memory = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * parameters,
-        "teacher": (2 if low else 4) * parameters if with_teacher else 0,
-        "activations": activations,
-        "loss": 4 * head + 6 * 4 * 2**21 + 2 * entering,  # gradient of the head, logits of one chunk, hidden states
-    }
-    total = sum(memory.values())
-    branches = [branch for layer in model.backbone.layers for branch in layer.branches]
+    memory = (
+        4 * parameters,  # weights
+        4 * parameters,  # gradients
+        8 * parameters,  # optimizer
+        (2 if low else 4) * parameters if with_teacher else 0,  # teacher
+        activations,
+        4 * head + 6 * 4 * 2**21 + 2 * entering,  # loss: gradient of the head, logits of one chunk, hidden states
+    )
+    total = sum(memory)
+    branches = [branch for layer in model.backbone.blocks for branch in layer.branches]
     forward = sum(branch.operations(recipe.seq_len) for branch in branches) + 2 * (ternary + head)
     passes = 3 + (1 if with_teacher and recipe.kd_weight > 0 else 0) + (1 if recipe.checkpoint_activations else 0)
     flops = float(forward) * passes * tokens
@@ -125,12 +125,12 @@ def make_plan(recipe: Recipe, config: Model, accelerator: str, with_teacher: boo
         recipe.steps,
         tokens,
         flops,
-        *(int(value) for value in memory.values()),
-        memory_total=int(total),
-        accelerator=accelerator,
-        memory_available=int(machine.memory),
-        fits=total < 0.92 * machine.memory,  # the rest: the CUDA context, workspaces, fragmentation
-        hours=flops / (machine.flops * UTILISATION) / 3600,
+        *memory,
+        total,
+        accelerator,
+        int(machine.memory),
+        total < 0.92 * machine.memory,  # the rest: the CUDA context, workspaces, fragmentation
+        flops / (machine.flops * UTILISATION) / 3600,
     )
 
 

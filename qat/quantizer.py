@@ -2,14 +2,15 @@
 
 scale = mean|w| of the group, recomputed at every forward and rounded to fp16; the code is round(clip(w / scale, -1, 1)) of a
 ternary weight (Ternary Mamba, arXiv 2606.18114; BitNet b1.58, arXiv 2402.17764) and the sign of a binary one (Bi-Mamba, arXiv
-2411.11843); the gradient passes straight through to the latent weight. The same rules as `quantize` of the kinds in
+2411.11843); int8 and int4 weights take the largest weight of a block of 32 as the end of their range; the gradient passes straight through to the latent weight. The same rules as `quantize` of the kinds in
 `tmexport.types`, so what is exported is bit for bit what was trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -22,11 +23,26 @@ from tmexport.types import KINDS, Coded
 from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE, in_words
 
 
-def group_scales(weight: Tensor, group_size: int) -> Tensor:
-    """mean|w| of every group as fp16, clamped to the positive normal fp16 numbers; [n, k] -> [n, k / group_size]."""
-    grouped = weight.detach().float().unflatten(-1, (-1, group_size))
-    mean = grouped.abs().mean(-1)
-    return mean.clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)).to(torch.float16)
+def group_scales(weight: Tensor, group_size: int, kind: str) -> Tensor:
+    """The fp16 scale of every group of a weight, by the rule of its kind (a key of KINDS); [n, k] -> [n, k / group_size]."""
+    return _RULES[kind].scale(weight.detach().float().unflatten(-1, (-1, group_size)))
+
+
+def _mean_scale(grouped: Tensor) -> Tensor:
+    """mean|w|, clamped to the positive normal fp16 numbers."""
+    return grouped.abs().mean(-1).clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)).to(torch.float16)
+
+
+def _block_scale(extreme: Tensor, steps: int) -> Tensor:
+    """extreme / steps, clamped to the finite fp16 numbers; +0 for -0."""
+    largest = float(LARGEST_SCALE)
+    return (extreme / steps).clamp(-largest, largest).to(torch.float16) + 0
+
+
+def _int4_scale(grouped: Tensor) -> Tensor:
+    """(the weight of largest magnitude) / -8; of +a and -a it is -a."""
+    high, low = grouped.amax(-1), grouped.amin(-1)
+    return _block_scale(torch.where(high > -low, high, low), -8)
 
 
 def _ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
@@ -39,12 +55,34 @@ def _binary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.where(weight < 0, -1.0, 1.0).to(weight.dtype)
 
 
-_CODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ternary": _ternary_codes, "binary": _binary_codes}
+def _block_codes(low: int, high: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """round(w / scale), halves to even, in low..high; 0 where the scale is 0."""
+
+    def codes(weight: Tensor, scale: Tensor) -> Tensor:
+        return torch.where(scale == 0, 0.0, weight / scale).round_().clamp_(low, high)
+
+    return codes
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a kind rounds. scale: weights [..., group_size] -> fp16 [...]; codes: (weight, scale) -> numbers of the weight's dtype."""
+
+    scale: Callable[[Tensor], Tensor]
+    codes: Callable[[Tensor, Tensor], Tensor]
+
+
+_RULES = {
+    "ternary": Rule(_mean_scale, _ternary_codes),
+    "binary": Rule(_mean_scale, _binary_codes),
+    "int8": Rule(lambda grouped: _block_scale(grouped.abs().amax(-1), 127), _block_codes(-127, 127)),
+    "int4": Rule(_int4_scale, _block_codes(-8, 7)),
+}
 
 
 def round_to_codes(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
     """The code of every weight, as numbers of the weight's dtype; `scale` broadcasts against it. kind: a key of KINDS."""
-    return _CODES[kind](weight, scale)
+    return _RULES[kind].codes(weight, scale)
 
 
 def group_codes(weight: Tensor, scales: Tensor, group_size: int, kind: str) -> Tensor:
@@ -58,7 +96,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, weight: Tensor, group_size: int, kind: str) -> Tensor:
-        scales = group_scales(weight, group_size)
+        scales = group_scales(weight, group_size, kind)
         return group_codes(weight, scales, group_size, kind).mul_(scales.float()[..., None]).flatten(-2)
 
     @staticmethod
@@ -80,7 +118,7 @@ class FakeQuantizer(nn.Module):
 
     def scales(self, latent: Tensor) -> Tensor:
         """fp16 [n, k / group_size]."""
-        return group_scales(latent, self.group_size)
+        return group_scales(latent, self.group_size, self.kind)
 
     @torch.no_grad()
     def quantize(self, latent: Tensor) -> Coded:
@@ -102,7 +140,19 @@ class BinaryWeight(FakeQuantizer):
     kind = "binary"
 
 
-QUANTIZERS: dict[str, type[FakeQuantizer]] = {q.kind: q for q in (TernaryWeight, BinaryWeight)}
+class Int8Weight(FakeQuantizer):
+    """Codes -127 to 127."""
+
+    kind = "int8"
+
+
+class Int4Weight(FakeQuantizer):
+    """Codes -8 to 7."""
+
+    kind = "int4"
+
+
+QUANTIZERS: dict[str, type[FakeQuantizer]] = {q.kind: q for q in (TernaryWeight, BinaryWeight, Int8Weight, Int4Weight)}
 
 
 class _RoundThrough(torch.autograd.Function):
@@ -126,7 +176,7 @@ class LearnedTernaryWeight(TernaryWeight):
 
     def __init__(self, group_size: int, weight: Tensor) -> None:
         super().__init__(group_size)
-        self.scale = nn.Parameter(group_scales(weight, group_size).float())
+        self.scale = nn.Parameter(group_scales(weight, group_size, self.kind).float())
 
     def _rounded_scale(self) -> Tensor:
         return _RoundThrough.apply(self.scale.clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)), True)
@@ -172,8 +222,10 @@ def make_low_bit(
     return model
 
 
-def _attach(module: nn.Module, name: str, kind: str, group_size: int, learned_scale: bool = False) -> None:
-    sizes, length = KINDS[kind].group_sizes, module.weight.shape[1]  # type: ignore[union-attr,index]
+def _attach(
+    module: nn.Linear | nn.Embedding, name: str, kind: str, group_size: int, learned_scale: bool = False
+) -> None:
+    sizes, length = KINDS[kind].group_sizes, module.weight.shape[1]
     if group_size not in sizes:
         raise UsageError(f"{kind} weights in groups of {group_size} are not supported; expected {in_words(sizes)}")
     if length % group_size:
@@ -181,22 +233,26 @@ def _attach(module: nn.Module, name: str, kind: str, group_size: int, learned_sc
             f"{name} has rows of {length} weights, not a multiple of the group size {group_size}; "
             "choose a smaller --group-size"
         )
-    quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else QUANTIZERS[kind](group_size)  # type: ignore[arg-type]
+    quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else QUANTIZERS[kind](group_size)
     parametrize.register_parametrization(module, "weight", quantiser)
 
 
-def _quantized(model: LanguageModel) -> dict[str, nn.Module]:
-    """The modules with a fake-quantiser, by name, in the order of the file."""
+def _quantized(model: LanguageModel) -> dict[str, parametrize.ParametrizationList]:
+    """The latent weight and the fake-quantiser of each module that has one, by its name, in the order of the file."""
     names = [name.removesuffix(".weight") for name, tensor in model.config.tensors.items() if tensor.low_bit]
     modules = {name: model.get_submodule(name) for name in names}
-    return {name: module for name, module in modules.items() if parametrize.is_parametrized(module, "weight")}
+    return {
+        name: cast(parametrize.ParametrizationList, module.get_submodule("parametrizations.weight"))
+        for name, module in modules.items()
+        if parametrize.is_parametrized(module, "weight")
+    }
 
 
 def quantized_weights(model: LanguageModel) -> dict[str, Coded]:
     """Codes and scales of every low-bit weight of `model`, by its Hugging Face name."""
     return {
-        f"{name}.weight": module.parametrizations.weight[0].quantize(module.parametrizations.weight.original)  # type: ignore[union-attr,index,operator,arg-type]
-        for name, module in _quantized(model).items()
+        f"{name}.weight": cast(FakeQuantizer, weight[0]).quantize(weight.original)
+        for name, weight in _quantized(model).items()
     }
 
 
@@ -204,8 +260,8 @@ def quantized_weights(model: LanguageModel) -> dict[str, Coded]:
 def zero_ratios(model: LanguageModel) -> dict[str, float]:
     """Share of zero codes of every low-bit weight, by the name of its module."""
     return {
-        name: 1.0 - torch.count_nonzero(module.weight).item() / module.weight.numel()  # type: ignore[union-attr,operator,arg-type]
-        for name, module in _quantized(model).items()
+        name: 1.0 - torch.count_nonzero(weight()).item() / weight.original.numel()
+        for name, weight in _quantized(model).items()
     }
 
 

@@ -35,8 +35,9 @@ from runtime_ref.prompt import read_prompt
 from runtime_ref.sampling import Sampling
 from tmexport.cli.options import HELP, PATH, threads_option
 from tmexport.errors import UsageError
+from tmexport.extras import import_with
 
-_GGUF_ONLY = ("profile", "load_state", "save_state", "max_memory")
+_GGUF_ONLY = ("profile", "load_state", "save_state", "max_memory", "chat", "chat_template")
 
 
 @click.command(context_settings=HELP)
@@ -56,6 +57,10 @@ _GGUF_ONLY = ("profile", "load_state", "save_state", "max_memory")
 @click.option("--kernels", is_flag=True, help="Compute an ONNX file of the custom form with the runtime's own bit-exact arithmetic.")  # fmt: skip
 @click.option("--tokenizer", "tokenizer_path", type=PATH,
               help="A tokenizer.json. Default: the one in or beside the file, or else the file's own vocabulary.")  # fmt: skip
+@click.option(
+    "--chat", is_flag=True, help="The prompt is a user's message; the model answers it, through its chat template."
+)
+@click.option("--chat-template", type=PATH, help="A jinja file for --chat. Default: the template in the file.")
 @click.option("--load-state", type=PATH, help="Continue from a saved state.")
 @click.option("--save-state", type=PATH, help="Save the state when done.")
 @click.option("--max-memory", type=MemorySize(), help="Refuse a model that needs more, before loading it: 512M, 1.5G.")
@@ -76,6 +81,8 @@ def generate(
     profile: str,
     kernels: bool,
     tokenizer_path: Path | None,
+    chat: bool,
+    chat_template: Path | None,
     load_state: Path | None,
     save_state: Path | None,
     max_memory: int | None,
@@ -96,6 +103,8 @@ def generate(
         _refuse_gguf_options(ctx)
     elif kernels:
         raise UsageError("--kernels is for an ONNX file; a GGUF always runs with the runtime's own kernels")
+    if chat_template is not None and not chat:
+        raise UsageError("--chat-template is for --chat")
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = read_prompt(prompt, prompt_file, token_ids)
     if max_memory is not None:
@@ -105,7 +114,10 @@ def generate(
         loaded = load_onnx(model_path, kernels, threads, tokenizer_path, need_text)
     else:
         loaded = load_gguf(model_path, profile, threads, tokenizer_path, need_text)
-    ids = loaded.encode(text)
+    if chat:
+        ids, text = _message_ids(loaded, model_path, chat_template, text), ""
+    else:
+        ids = loaded.encode(text)
     model: Any = loaded.model
     state = model.load_state(load_state) if load_state else model.new_state()
     if not is_onnx:
@@ -173,6 +185,14 @@ def _show(run: _Run, loaded: Loaded, prompt: str | list[int], tokens: Any) -> No
         run.tokens.append(token)
         click.echo(shown(stream.push(token)) if stream else f" {token}", nl=False)
     click.echo(shown(stream.flush()) if stream else "")
+
+
+def _message_ids(loaded: Loaded, model_path: Path, template: Path | None, message: str | list[int]) -> list[int]:
+    """The token ids of a conversation of one message, up to the answer."""
+    if not isinstance(message, str) or loaded.tokenizer is None:
+        raise UsageError("--chat takes a text; --tokens has none")
+    found = import_with("serve", "runtime_ref.template").needed_template(model_path, template)
+    return loaded.tokenizer.encode(found.render([{"role": "user", "content": message}]))
 
 
 def _refuse_gguf_options(ctx: click.Context) -> None:

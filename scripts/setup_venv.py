@@ -1,8 +1,9 @@
-"""Create the virtual environment that the Makefile uses, and install the project into it with its [dev] extra.
+"""Create a virtual environment for the Makefile, and install the project into it with one of its extras.
 
-Usage: python3 scripts/setup_venv.py .venv [--lowest]
+Usage: python3 scripts/setup_venv.py .venv [demo | dev | lowest]
 
---lowest: the [test] extra instead, every dependency that pyproject.toml names in the lowest version that it allows.
+demo: what `make demo` needs. dev (if none is named): what tests and tools need, the demo's too. lowest: the [test] extra,
+every dependency that pyproject.toml names in the lowest version that it allows.
 
 Standard library only, because nothing else is there yet. Done once: a stamp file in the environment remembers what it was
 made for (this checkout, this Python, this pyproject.toml), and as long as that holds, nothing is done. An environment
@@ -23,12 +24,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+SERVED_BY = {"demo": ("demo", "dev"), "dev": ("dev",), "lowest": ("lowest",)}  # what is wanted: what will do
 
 
-def wanted_stamp(venv: Path, lowest: bool = False) -> str:
+def wanted_stamp(venv: Path, what: str = "dev") -> str:
     project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    versions = "lowest" if lowest else "newest"
-    return f"checkout {ROOT}\nvenv {venv}\npython {sys.version.split()[0]}\npyproject {project}\nversions {versions}\n"
+    return f"checkout {ROOT}\nvenv {venv}\npython {sys.version.split()[0]}\npyproject {project}\ninstalled {what}\n"
 
 
 def lowest_constraints() -> list[str]:
@@ -63,11 +64,11 @@ def cpu_index() -> list[str]:
         return []
 
 
-def run_logged(command: list[str], log: Path, what: str) -> None:
+def run_logged(command: list[str], log: Path, what: str, must_succeed: bool = True) -> None:
     """Run `command` with its output in `log`; on a terminal, show its latest line and the time it has taken.
 
     Raises:
-        SystemExit: it failed; the log's end was shown.
+        SystemExit: it must succeed and failed; the log's end was shown.
     """
     began = time.monotonic()
     live = sys.stderr.isatty()
@@ -87,7 +88,7 @@ def run_logged(command: list[str], log: Path, what: str) -> None:
             time.sleep(0.2)
     if live:
         print(f"\r\033[K{what} {time.monotonic() - began:.0f} s", file=sys.stderr)
-    if process.returncode:
+    if process.returncode and must_succeed:
         print("\n".join(log.read_text(encoding="utf-8", errors="replace").split("\n")[-40:]), file=sys.stderr)
         sys.exit(
             f"setup failed: the lines above are the end of {log}; correct the cause and run the same command again"
@@ -99,11 +100,12 @@ def main() -> None:
         sys.exit(
             f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; name one: make PYTHON=python3.12 ..."
         )
-    venv = Path(os.path.abspath(sys.argv[1]))
-    lowest = sys.argv[2:] == ["--lowest"]
+    venv, what = Path(os.path.abspath(sys.argv[1])), next(iter(sys.argv[2:]), "dev")
+    if what not in SERVED_BY:
+        sys.exit(f"{what}: is no set of dependencies; expected {', '.join(SERVED_BY)}")
     stamp = venv / "tmexport.stamp"
-    wanted = wanted_stamp(venv, lowest)
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted and is_ours(venv):
+    stamps = [wanted_stamp(venv, other) for other in SERVED_BY[what]]
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") in stamps and is_ours(venv):
         return
     if not is_ours(venv):
         if venv.is_symlink() or venv.is_file():
@@ -119,14 +121,22 @@ def main() -> None:
     log = venv / "setup.log"
     log.write_text("", encoding="utf-8")
     run_logged([sys.executable, "-m", "venv", str(venv)], log, f"Preparing {os.path.relpath(venv)}/ ...")
-    what = ["-e", ".[dev]"]
-    if lowest:
+    packages = ["-e", f".[{what}]"]
+    if what == "lowest":
         constraints = venv / "lowest.txt"
         constraints.write_text("\n".join(lowest_constraints()) + "\n", encoding="utf-8")
-        what = ["-c", str(constraints), "-e", ".[test]"]
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off", *cpu_index(), *what]
-    run_logged(pip, log, "Installing tmexport and what it needs (PyTorch among it; a few minutes, once) ...")
-    stamp.write_text(wanted, encoding="utf-8")
+        packages = ["-c", str(constraints), "-e", ".[test]"]
+    python = str(venv / "bin" / "python")
+    # pip compiles every module on one core, which is half of its time; compileall does it on all of them.
+    pip = [python, "-m", "pip", "install", "--progress-bar", "off", "--no-compile", *cpu_index(), *packages]
+    run_logged(pip, log, "Installing tmexport and what it needs (PyTorch among it; a minute or two, once) ...")
+    run_logged(
+        [python, "-m", "compileall", "-qq", "-j", "0", *map(str, venv.glob("lib/*/site-packages"))],
+        log,
+        "Compiling it ...",
+        False,
+    )
+    stamp.write_text(wanted_stamp(venv, what), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,11 +37,13 @@ SLOW = (
     "tmexport/test_cli.py::test_both_dialects",
     "tmexport/test_quantization.py",
     "runtime_ref/",
+    "serve/",
     "test_zero_shot.py",
 )
 PEER = (
     "onnx/",
     "runtime_ref/test_runtime_llamacpp.py",
+    "runtime_ref/test_bench_peers.py",
     "tmexport/test_llamacpp.py",
     "tmexport/test_mamba1.py",
     "tmexport/test_config.py::test_keys_that_do_not_matter",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tmexport.checkpoint import EMBEDDING, expected_shapes, write_checkpoint
 from tmexport.model import Model, mamba2_model
 from tmexport.types import Coded
 from tmexport.types.binary import BinaryTensor
+from tmexport.types.blocks import Int4Tensor, Int8Tensor
 from tmexport.types.ternary import TernaryTensor
 
 SMALL = mamba2_model(d_model=256, n_layer=2, vocab_size=512, d_state=64, tie_embeddings=False)
@@ -53,16 +55,38 @@ def random_binary(n: int, k: int, seed: int = 0) -> BinaryTensor:
     return BinaryTensor(signs, ternary.scales, 128)
 
 
+def random_blocks(n: int, k: int, kind: str, seed: int = 0) -> Int8Tensor | Int4Tensor:
+    """Codes over the whole range of int8 or int4, and fp16 scales a block of 32: of both signs for int4, one of them 0."""
+    rng = np.random.default_rng(seed)
+    tensor = {"int8": Int8Tensor, "int4": Int4Tensor}[kind]
+    codes = rng.integers(tensor.allowed[0], tensor.allowed[-1] + 1, (n, k)).astype(np.int8)
+    scales = k**-0.5 * rng.uniform(0.5, 2.0, (n, k // 32)) / tensor.allowed[-1]
+    if kind == "int4":
+        scales *= rng.choice([-1, 1], scales.shape)
+    scales[-1, -1], codes[-1, -32:] = 0, 0
+    return tensor(codes, scales.astype(np.float16), 32)
+
+
+RANDOM: dict[str, Callable[[int, int, int], Coded]] = {
+    "ternary": lambda n, k, seed: random_ternary(n, k, 256, seed),
+    "binary": random_binary,
+    "int8": lambda n, k, seed: random_blocks(n, k, "int8", seed),
+    "int4": lambda n, k, seed: random_blocks(n, k, "int4", seed),
+}
+
+
 def coded_tensors(
-    config: Model, projections: str, embedding: str = "dense", seed: int = 0
+    config: Model, projections: str | dict[str, str], embedding: str = "dense", seed: int = 0
 ) -> dict[str, np.ndarray | Coded]:
-    """`random_tensors` with codes: of the projections and, unless it is dense, of the embedding and an untied head."""
-    make = {"ternary": lambda n, k, at: random_ternary(n, k, 256, at), "binary": random_binary}
+    """`random_tensors` with codes: of the projections (a kind, or one by role) and, unless it is dense, of the embedding and
+    an untied head.
+    """
     tensors: dict[str, np.ndarray | Coded] = dict(random_tensors(config, seed))
     for index, (name, tensor) in enumerate(config.tensors.items()):
-        kind = (projections if tensor.block is not None else embedding) if tensor.low_bit else "dense"
+        inside = projections if isinstance(projections, str) else projections.get(tensor.role, "dense")
+        kind = (inside if tensor.block is not None else embedding) if tensor.low_bit else "dense"
         if kind != "dense":
-            tensors[name] = make[kind](*tensor.shape, seed + index + 1)
+            tensors[name] = RANDOM[kind](*tensor.shape, seed + index + 1)
     return tensors
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from tmexport.errors import CheckpointError, NotTernaryError, ScaleError
 from tmexport.files import atomic_write, file_in
 from tmexport.model import Model, load_config
+from tmexport.model.dialects import family_of
 from tmexport.quantization import Stored, read_quantization, write_quantization
 from tmexport.safetensors_io import StoredTensor
 from tmexport.types import KINDS, Coded, rounded_scales, widest_exact, widest_group
@@ -38,6 +39,7 @@ class Checkpoint:
 
     coded: how the weights of each role that is not dense are stored. `tokenizer` is the tokenizer.json, if there is one.
     round_scales: whether a dense weight that is ternary but for its scales counts as ternary, with these rounded to fp16.
+    folds: by role, what its weights are multiplied by when they are read.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     tokenizer: Path | None
     stored: Mapping[str, StoredTensor]
     round_scales: bool = False
+    folds: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     @property
     def group_size(self) -> int | None:
@@ -62,6 +65,11 @@ class Checkpoint:
         """How a tensor is stored: None if it is dense."""
         return self.coded.get(self.config.tensors[name].role)
 
+    def kind(self, name: str) -> str | None:
+        """The kind of codes that a tensor is stored as: None if it is dense."""
+        form = self.form(name)
+        return form.kind if form is not None else None
+
     def codes(self, name: str, kind: str = "ternary") -> Coded:
         """The codes and scales of a weight: as stored, or of this kind read exactly from a dense tensor, in its widest groups.
 
@@ -76,8 +84,15 @@ class Checkpoint:
         codes = known.unpack(self.stored[name + ".codes"].read(), name)
         return known.tensor(codes, self.stored[name + ".scales"].read(), form.group_size).check(name)
 
+    def _read(self, name: str) -> np.ndarray:
+        """A dense tensor, with its family's multipliers folded in (then in fp32)."""
+        values = self.stored[name].read()
+        for factor in self.folds.get(self.config.tensors[name].role, ()):
+            values = values.astype(np.float32, copy=False) * factor
+        return values
+
     def _read_exactly(self, name: str, kind: str) -> Coded:
-        weight = self.stored[name].read()
+        weight = self._read(name)
         try:
             return widest_exact(weight, name, kind)
         except NotTernaryError as refusal:
@@ -94,11 +109,11 @@ class Checkpoint:
 
     def scale_error(self, name: str, kind: str = "ternary") -> float:
         """The largest relative error that rounding the scales of a dense weight to fp16 makes; 0 if there is nothing to round."""
-        return 0.0 if self.form(name) is not None else rounded_scales(self.stored[name].read(), name, kind)[1]
+        return 0.0 if self.form(name) is not None else rounded_scales(self._read(name), name, kind)[1]
 
     def values(self, name: str) -> np.ndarray:
         """A tensor as it is stored, fp16 or fp32 (bf16 arrives as fp32); codes are multiplied out. All exact."""
-        return self.codes(name).dense() if self.form(name) is not None else self.stored[name].read()
+        return self.codes(name).dense() if self.form(name) is not None else self._read(name)
 
     def dense(self, name: str) -> np.ndarray:
         """A tensor in fp32, exactly."""
@@ -115,6 +130,8 @@ def shared_group_size(checkpoint: Checkpoint, names: Iterable[str], kind: str = 
     widest = sizes[0]
     for name in names:
         form = checkpoint.form(name)
+        if form is not None and not set(KINDS[form.kind].tensor.allowed) <= set(KINDS[kind].tensor.allowed):
+            raise NotTernaryError(f"{name}: is {form.kind}, not {kind}")
         if form is not None and form.group_size == sizes[0]:
             continue
         tensor = checkpoint.codes(name, kind)
@@ -139,12 +156,19 @@ def open_checkpoint(folder: Path | str, round_scales: bool = False) -> Checkpoin
         raise CheckpointError(f"{folder}: no such folder; expected a checkpoint folder with config.json and weights")
     config, raw = load_config(folder)
     coded = read_quantization(raw, config, folder)
-    stored = index_folder(folder, [*config.tensors, LM_HEAD])
+    stored = index_folder(folder, [*(tensor.file for tensor in config.tensors.values()), LM_HEAD])
+    stored = _by_our_names(folder, config, stored)
     stored = _drop_tied_head(folder, config, stored)
+    folds = family_of(config.family).folds(raw, config)
+    if LM_HEAD in config.tensors and raw.get("tie_word_embeddings") is True and EMBEDDING in stored:
+        stored.setdefault(LM_HEAD, stored[EMBEDDING])  # tied but for their multipliers
     _check_tensors(folder, config, coded, stored)
+    folded = sorted(set(folds) & set(coded))
+    if folded:
+        raise CheckpointError(f"{folder}: the weights of {folded[0]} are codes, but config.json multiplies them")
     has_tokenizer = os.path.lexists(folder / "tokenizer.json")
     tokenizer = file_in(folder, "tokenizer.json") if has_tokenizer else None
-    return Checkpoint(folder, config, coded, tokenizer, stored, round_scales)
+    return Checkpoint(folder, config, coded, tokenizer, stored, round_scales, folds)
 
 
 def write_checkpoint(
@@ -183,6 +207,7 @@ def write_checkpoint(
             flat[name + ".codes"], flat[name + ".scales"] = KINDS[tensor.kind].pack(tensor.codes), tensor.scales
         else:
             flat[name] = np.ascontiguousarray(tensor)
+    flat = _by_file_names(folder, config, flat)
     raw = config.to_hf()
     quantization = write_quantization(_stored_forms(folder, config, tensors), config)
     if quantization is not None:
@@ -228,6 +253,50 @@ def _stored_forms(folder: Path, config: Model, tensors: Mapping[str, np.ndarray 
     return {role: form for role, (form,) in forms.items() if form is not None}
 
 
+_PARTS = ("", ".codes", ".scales")
+
+
+def _by_our_names(folder: Path, config: Model, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of a folder by the names of this program; one that holds the rows of several is taken apart."""
+    found, used = {}, set()
+    for name, tensor in config.tensors.items():
+        which, of = tensor.part
+        for suffix in _PARTS:
+            whole = stored.get(tensor.file + suffix)
+            if whole is None:
+                continue
+            used.add(tensor.file + suffix)
+            if of > 1 and (whole.shape[:1] != (of * tensor.shape[0],) or whole.strides is not None):
+                raise CheckpointError(
+                    f"{folder}: {tensor.file + suffix} has the shape {list(whole.shape)}; "
+                    f"expected {of * tensor.shape[0]} rows, one after another"
+                )
+            found[name + suffix] = _rows(whole, which, of)
+    rest = {name: tensor for name, tensor in stored.items() if name not in used}
+    return found | {name: tensor for name, tensor in rest.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _rows(whole: StoredTensor, which: int, of: int) -> StoredTensor:
+    if of == 1:
+        return whole
+    offset = whole.offset + whole.n_bytes // of * which
+    return replace(whole, offset=offset, shape=(whole.shape[0] // of, *whole.shape[1:]))
+
+
+def _by_file_names(folder: Path, config: Model, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `_by_our_names`."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, tensor in config.tensors.items():
+        for suffix in _PARTS:
+            if name + suffix in flat:
+                parts.setdefault(tensor.file + suffix, []).append(flat[name + suffix])
+    of = {tensor.file: tensor.part[1] for tensor in config.tensors.values()}
+    for name, arrays in parts.items():
+        if len(arrays) != of[name.removesuffix(".codes").removesuffix(".scales")] or len({a.dtype for a in arrays}) > 1:
+            raise CheckpointError(f"{folder}: the parts of {name} are stored in different ways; expected one")
+    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in parts.items()}
+
+
 def _drop_tied_head(folder: Path, config: Model, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """A tied head that was saved a second time must be the embedding; then it is left out."""
     if not config.tie_embeddings or LM_HEAD not in stored or EMBEDDING not in stored:
@@ -244,24 +313,25 @@ def _drop_tied_head(folder: Path, config: Model, stored: dict[str, StoredTensor]
 def _check_tensors(
     folder: Path, config: Model, coded: Mapping[str, Stored], stored: Mapping[str, StoredTensor]
 ) -> None:
-    wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    wanted: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {}
     for name, tensor in config.tensors.items():
-        form, shape = coded.get(tensor.role), tensor.shape
+        form, shape, file = coded.get(tensor.role), tensor.shape, tensor.file
         if form is not None:
             if shape[1] % form.group_size:
                 raise CheckpointError(
-                    f"{folder}: {name} has rows of {shape[1]}, not a multiple of the group size {form.group_size}"
+                    f"{folder}: {file} has rows of {shape[1]}, not a multiple of the group size {form.group_size}"
                 )
-            wanted[name + ".codes"] = ((shape[0], shape[1] // KINDS[form.kind].per_byte), ("U8",))
-            wanted[name + ".scales"] = ((shape[0], shape[1] // form.group_size), ("F16",))
+            packed = (shape[0], shape[1] // KINDS[form.kind].per_byte)
+            wanted[name + ".codes"] = (file + ".codes", packed, ("U8",))
+            wanted[name + ".scales"] = (file + ".scales", (shape[0], shape[1] // form.group_size), ("F16",))
         else:
-            wanted[name] = (shape, ("F32", "F16", "BF16"))
-    for name, (shape, dtypes) in wanted.items():
+            wanted[name] = (file, shape, ("F32", "F16", "BF16"))
+    for name, (file, shape, dtypes) in wanted.items():
         if name not in stored:
-            raise CheckpointError(f"{folder}: {name} is missing; expected shape {list(shape)}")
+            raise CheckpointError(f"{folder}: {file} is missing; expected shape {list(shape)}")
         if stored[name].shape != shape or stored[name].dtype not in dtypes:
             raise CheckpointError(
-                f"{folder}: {name} is {stored[name].dtype} {list(stored[name].shape)}; expected {' or '.join(dtypes)} {list(shape)}"
+                f"{folder}: {file} is {stored[name].dtype} {list(stored[name].shape)}; expected {' or '.join(dtypes)} {list(shape)}"
             )
     extra = sorted(set(stored) - set(wanted))
     if extra:

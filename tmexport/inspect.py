@@ -15,7 +15,7 @@ from tmexport.extras import import_with
 from tmexport.gguf.names import coded_kind, config_from_metadata, group_size_of
 from tmexport.gguf.reader import open_gguf
 from tmexport.model import Model
-from tmexport.types import decode_codes
+from tmexport.types import KINDS, decode_codes
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def _inspect_checkpoint(path: Path, on_tensor: Callable[[str, int], None]) -> Su
         if name in checkpoint.config.projections or len(parts) == 2:
             try:
                 tensor = checkpoint.codes(name)
-                ratio = tensor.zero_ratio
+                in_groups = not KINDS[tensor.kind].in_blocks
+                ratio = tensor.zero_ratio if in_groups else None
                 if name in checkpoint.config.projections:
-                    group_sizes.add(tensor.group_size)
+                    group_sizes.add(tensor.group_size if in_groups else 0)
                 kind = tensor.kind if len(parts) == 2 else f"{kind} (ternary)"
             except NotTernaryError:
                 group_sizes.add(0)

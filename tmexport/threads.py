@@ -82,3 +82,39 @@ def _quota(folder: Path) -> float | None:
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def own_cpus(threads: int, root: Path = Path("/")) -> list[set[int]] | None:
+    """CPUs for each of `threads` threads that work together, no CPU in two sets; None where they are better left alone.
+
+    All CPUs of this process's affinity are dealt out: the fastest first (cpu_capacity, where cores differ), hardware threads of
+    a core to one thread. None for one thread, for more threads than CPUs or than the cgroup's quota, and where the system has
+    no affinity.
+    """
+    if threads < 2 or not hasattr(os, "sched_getaffinity"):
+        return None
+    cpus, quota = sorted(os.sched_getaffinity(0)), cpu_quota()
+    if threads > len(cpus) or (quota is not None and threads > quota):
+        return None
+    folder = root / "sys/devices/system/cpu"
+    cores: dict[str, list[int]] = {}
+    for cpu in cpus:
+        cores.setdefault(_read(folder / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu), []).append(cpu)
+    parts = list(cores.values()) if threads <= len(cores) else [[cpu] for cpu in cpus]
+    parts.sort(key=lambda part: -int(_read(folder / f"cpu{part[0]}/cpu_capacity") or 0))  # stable: in their order
+    return [{cpu for part in parts[thread::threads] for cpu in part} for thread in range(threads)]
+
+
+def running(root: Path = Path("/")) -> int | None:
+    """Threads of the whole system that run or could run now, the caller included (proc(5): loadavg); None if it is not told."""
+    try:
+        return int(_read(root / "proc/loadavg").split()[3].split("/")[0])
+    except (LookupError, ValueError):
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

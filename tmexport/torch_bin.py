@@ -181,7 +181,7 @@ def _held(path: Path, name: object, tensor: Any) -> HeldTensor:
 
     is_tensor = isinstance(tensor, torch.Tensor)
     found = str(tensor.dtype) if is_tensor else type(tensor).__name__
-    dtype = _known(name, found, is_tensor and tensor.layout is not torch.strided)  # type: ignore[attr-defined]
+    dtype = _known(name, found, is_tensor and tensor.layout is not torch.strided)
     _refuse_expanded(name, tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
     return HeldTensor(path, 0, dtype, tuple(tensor.shape), tensor=tensor)
 

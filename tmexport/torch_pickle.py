@@ -99,10 +99,10 @@ def read_pickle(data: bytes) -> object:
     return _Unpickler(io.BytesIO(data)).load()
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _Unpickler(pickle._Unpickler):
     """Python's own unpickler in Python: the one in C allocates a table of whatever size a memo's index claims."""
 
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _NEVER_WRITTEN}  # type: ignore[attr-defined] # noqa: RUF012
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _NEVER_WRITTEN}  # noqa: RUF012
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in _STORAGES:
@@ -117,9 +117,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
     def load_build(self) -> None:
         """Attributes of an object are dropped: they would be set on what stands here for torch's functions."""
-        self.stack.pop()  # type: ignore[attr-defined]
+        self.stack.pop()  # type: ignore[attr-defined] # made by load()
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment] # of this class, where its parent says: of the parent
 
     def persistent_load(self, pid: Any) -> PickledStorage:
         kind, (dtype, itemsize), key, _, count = pid

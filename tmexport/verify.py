@@ -15,10 +15,10 @@ from tmexport.checkpoint import Checkpoint
 from tmexport.errors import NotTernaryError
 from tmexport.gguf.names import TOKENIZER_JSON_KEY, coded_kind, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
-from tmexport.model import ModelTensor
+from tmexport.model import Model, ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.tokenizer.gguf import export_tokenizer, has_vocabulary
-from tmexport.types import GGMLType, container, decode_codes, decode_values, encode_values, first_true
+from tmexport.types import GGMLType, container, decode_codes, decode_values, encode_values, first_true, tells
 
 # A property of training code, and two that a GGUF takes from the tokenizer; every other dimension must be equal.
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}
@@ -77,7 +77,8 @@ def verify_gguf(
     n_ternary = n_codes = n_scales = n_other = 0
     for tensor in checkpoint.config.tensors.values() if difference is None else ():
         kind = gguf.tensors[tensor.gguf].type
-        codes_of = coded_kind(gguf, tensor.gguf)
+        own = checkpoint.kind(tensor.hf)  # codes in blocks look like values in the file
+        codes_of = own if own is not None and tells(kind, own) else coded_kind(gguf, tensor.gguf)
         if codes_of is not None:
             difference, codes, scales = _compare_codes(checkpoint, gguf, tensor, codes_of)
             n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales
@@ -91,11 +92,24 @@ def verify_gguf(
 
 
 def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile, tokenizer: Path | None) -> Difference | None:
-    found, expected = config_from_metadata(gguf).dimensions(), checkpoint.config.dimensions()
-    for field in (name for name in expected | found if name not in _NOT_COMPARED):
+    found, expected = _flat(config_from_metadata(gguf)), _flat(checkpoint.config)
+    for field in expected | found:
         if found.get(field) != expected.get(field):
             return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
     return _compare_tokenizer(checkpoint, gguf, tokenizer)
+
+
+def _flat(model: Model) -> dict[str, object]:
+    """What is compared of a model's dimensions, a value a name: those of a block that differs from others by its number."""
+    flat: dict[str, object] = {}
+    for name, value in model.dimensions().items():
+        if name != "blocks":
+            flat[name] = value
+            continue
+        for number, block in enumerate(value):
+            for branch in block:
+                flat |= {f"block {number} {branch['kind']} {key}": item for key, item in branch.items()}
+    return {name: value for name, value in flat.items() if name.split(" ")[-1] not in _NOT_COMPARED}
 
 
 def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile, tokenizer: Path | None) -> Difference | None:
@@ -128,13 +142,14 @@ def _compare_codes(
     except NotTernaryError as error:
         return Difference(target, None, None, f"an exactly {kind} weight in the checkpoint", str(error)), 0, 0
     # Both sides at the finer of group and block, so that either may be the wider one.
-    step = min(expected.group_size, info.type.block_size)
-    want = np.repeat(expected.scales, expected.group_size // step, axis=1)
+    rows = _rows_in_file(tensor)
+    expected_codes, step = expected.codes[rows], min(expected.group_size, info.type.block_size)
+    want = np.repeat(expected.scales[rows], expected.group_size // step, axis=1)
     have = np.repeat(scales, info.type.block_size // step, axis=1)
-    differs = expected.codes != codes
+    differs = expected_codes != codes
     if differs.any():
         row, column = first_true(differs)
-        place = f"code {expected.codes[row, column]} in column {column}"
+        place = f"code {expected_codes[row, column]} in column {column}"
         return Difference(target, row, column // expected.group_size, place, f"{codes[row, column]}"), 0, 0
     differs = want.view(np.uint16) != have.view(np.uint16)
     if differs.any():
@@ -144,6 +159,14 @@ def _compare_codes(
     return None, codes.size, scales.size
 
 
+def _rows_in_file(tensor: ModelTensor) -> np.ndarray | slice:
+    """Which row of the checkpoint each row of the file is: those of a head that RoPE turns come in pairs, half by half."""
+    if tensor.rotated is None:
+        return slice(None)
+    place, width = np.arange(tensor.shape[0]), tensor.shape[0] // tensor.rotated
+    return place // width * width + place % width // 2 + place % 2 * (width // 2)
+
+
 def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor, kind: GGMLType) -> Difference | None:
     target = tensor.gguf
     k = gguf.tensors[target].shape[-1]
@@ -151,7 +174,7 @@ def _compare_float(checkpoint: Checkpoint, gguf: GGUFFile, tensor: ModelTensor, 
     expected = checkpoint.dense(tensor.hf).astype(np.float32, copy=False)
     if tensor.transform == NEG_EXP:
         expected = (-np.exp(expected.astype(np.float64))).astype(np.float32)
-    expected = expected.reshape(found.shape)
+    expected = expected[_rows_in_file(tensor)].reshape(found.shape)
     of = container(kind)
     if of.error is not None:
         ok = np.abs(expected - found) <= of.error(expected)

@@ -61,8 +61,8 @@ def score(
     for index, (context, _) in enumerate(requests):
         groups.setdefault(tuple(context), []).append(index)
     results: list[Likelihood] = [(0.0, False)] * len(requests)
-    for context, members in groups.items():
-        found = model.likelihoods(list(context), [requests[i][1] for i in members])
+    for shared, members in groups.items():
+        found = model.likelihoods(list(shared), [requests[i][1] for i in members])
         for index, likelihood in zip(members, found, strict=True):
             results[index] = likelihood
         on_progress(len(members))

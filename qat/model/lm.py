@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,68 +15,84 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qat.model.attention import AttentionMixer
+from qat.model.branch import BranchModule
 from qat.model.mamba1 import Mamba1Mixer
 from qat.model.mamba2 import Mamba2Mixer
+from qat.model.mlp import SwiGLUMLP
 from qat.model.norm import RMSNorm
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import ConfigError
-from tmexport.model import Block, Mamba1, Mamba2, Model
+from tmexport.model import Attention, Block, Mamba1, Mamba2, Model, SwiGLU
 
 # kind of branch -> module(branch, eps, depth): [batch, time, d_model], state or None -> [batch, time, d_model]; it has
 # `fresh_state()`, what it remembers before the first token, and `operations(seq_len)`, as in mamba2.py.
-MODULES: Mapping[str, type[nn.Module]] = {Mamba1.kind: Mamba1Mixer, Mamba2.kind: Mamba2Mixer}
+MODULES: Mapping[str, type[nn.Module]] = {
+    Mamba1.kind: Mamba1Mixer,
+    Mamba2.kind: Mamba2Mixer,
+    Attention.kind: AttentionMixer,
+    SwiGLU.kind: SwiGLUMLP,
+}
 
 BlockState = tuple[Any, ...]  # one state a branch, each of a type of its module's
 
 
 class ResidualBlock(nn.Module):
-    """hidden + sum of branch(norm(hidden)); the residual stream is fp32. `names`: what each branch's module is called."""
+    """hidden + multiplier * sum of branch(norm(hidden)); the residual stream is fp32. `names`: of each branch's module."""
 
     def __init__(self, block: Block, model: Model, names: Sequence[str]) -> None:
         super().__init__()
         self.norm = RMSNorm(model.d_model, model.rms_eps)
         self.names = tuple(names)
+        self.multiplier = block.multiplier
         for name, branch in zip(names, block.branches, strict=True):
             if branch.kind not in MODULES:
                 raise ConfigError(f"a branch of kind {branch.kind!r} cannot be trained; expected {', '.join(MODULES)}")
             self.add_module(name, MODULES[branch.kind](branch, model.rms_eps, model.n_layer))
 
     @property
-    def branches(self) -> list[nn.Module]:
+    def branches(self) -> list[BranchModule]:
         return [getattr(self, name) for name in self.names]
 
     def forward(self, hidden: Tensor, states: BlockState | None = None) -> Tensor:
         normal, total = self.norm(hidden), hidden
         for branch, state in zip(self.branches, states or (None,) * len(self.names), strict=True):
-            total = total + branch(normal, state).float()
+            out = branch(normal, state).float()
+            total = total + (out if self.multiplier == 1.0 else out * self.multiplier)
         return total
 
 
-def _branch_names(model: Model, block: Block) -> list[str]:
-    if len(block.branches) != 1:
-        raise ConfigError(
-            f"a block has {len(block.branches)} branches, for which the family {model.family!r} has no names; expected 1"
-        )
-    return [model.names.branch.removesuffix(".")]
-
-
 class Backbone(nn.Module):
-    """Token ids [batch, time] -> normalised hidden states fp32 [batch, time, d_model]."""
+    """Token ids [batch, time] -> normalised hidden states fp32 [batch, time, d_model], over the divisor of the logits."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embeddings.weight, std=0.02)
-        self.layers = nn.ModuleList(ResidualBlock(b, config, _branch_names(config, b)) for b in config.blocks)
+        self.layers = nn.ModuleList(
+            ResidualBlock(block, config, [config.names.branch_name(b) for b in block.branches])
+            for block in config.blocks
+        )
         self.norm_f = RMSNorm(config.d_model, config.rms_eps)
+        self.multiplier, self.divisor = config.embedding_multiplier, config.logits_divisor
         self.checkpoint_activations = False  # keep only each block's input and recompute the rest when training
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What enters the first block: fp32 [batch, time, d_model]."""
+        hidden = self.embeddings(ids).float()
+        return hidden if self.multiplier == 1.0 else hidden * self.multiplier
+
+    @property
+    def blocks(self) -> list[ResidualBlock]:
+        """The layers by their own type."""
+        return cast(list[ResidualBlock], list(self.layers))
 
     def stream(self, ids: Tensor, states: Sequence[BlockState] | None = None) -> Iterator[Tensor]:
         """The residual stream fp32 [batch, time, d_model]: what enters the first block, then what leaves each.
 
         `states`: one a block; read as what precedes `ids`, and updated in place.
         """
-        hidden = self.embeddings(ids).float()
+        hidden = self.embed(ids)
         yield hidden
         for index, layer in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -90,7 +106,8 @@ class Backbone(nn.Module):
         hidden = None
         for hidden in self.stream(ids, states):  # noqa: B007 - the last is wanted, and no other is kept
             pass
-        return self.norm_f(hidden)
+        normal = self.norm_f(hidden)
+        return normal if self.divisor == 1.0 else normal / self.divisor
 
 
 class LanguageModel(nn.Module):
@@ -127,12 +144,12 @@ class LanguageModel(nn.Module):
 
     def fresh_states(self) -> list[BlockState]:
         """The states before the first token."""
-        return [tuple(branch.fresh_state() for branch in layer.branches) for layer in self.backbone.layers]  # type: ignore[operator,union-attr]
+        return [tuple(branch.fresh_state() for branch in layer.branches) for layer in self.backbone.blocks]
 
     def projections(self) -> dict[str, nn.Linear]:
         """The matrices inside the blocks that become low-bit, by the name of their module."""
         names = [name.removesuffix(".weight") for name in self.config.projections]
-        return {name: self.get_submodule(name) for name in names}  # type: ignore[misc]
+        return {name: cast(nn.Linear, self.get_submodule(name)) for name in names}
 
 
 def load_model(folder: Path | str) -> LanguageModel:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.model.branch import BranchModule
 from qat.model.mamba2 import CausalConv
 from tmexport.model import Mamba1
 
@@ -52,7 +53,7 @@ class Mamba1State:
     ssm: Tensor | None = None
 
 
-class Mamba1Mixer(nn.Module):
+class Mamba1Mixer(BranchModule):
     """A Mamba-1 mixer, [batch, time, d_model] -> the same shape. `eps` is not used: it has no norm; `depth`: blocks."""
 
     fresh_state = Mamba1State

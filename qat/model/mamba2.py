@@ -7,13 +7,15 @@ mamba_ssm. The scan is in ssd.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.model.branch import BranchModule
 from qat.model.ssd import choose_scan
 from tmexport.model import Mamba2
 
@@ -110,6 +112,13 @@ class CausalConv(nn.Module):
         return _ConvSilu.apply(padded, self.weight, self.bias), padded[:, padded.shape[1] - keep :]
 
 
+class Gate(nn.Module):
+    """y * silu(z), in fp32: what a mixer without a norm has in its place."""
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return (y.float() * F.silu(z.float())).to(y.dtype)
+
+
 @dataclass
 class Mamba2State:
     """What one mixer remembers: the last d_conv - 1 inputs of the convolution and the state of every head.
@@ -121,18 +130,17 @@ class Mamba2State:
     ssm: Tensor | None = None
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(BranchModule):
     """A Mamba-2 mixer, [batch, time, d_model] -> the same shape. `eps`: of its norm; `depth`: blocks of the model."""
 
     fresh_state = Mamba2State
-    norms_before: ClassVar = {
-        "in_proj": None,
-        "out_proj": "norm",
-    }  # whose output each projection reads; None: the block's
+    norms_before: Mapping[str, str | None] = {"in_proj": None, "out_proj": "norm"}
 
     def __init__(self, config: Mamba2, eps: float, depth: int) -> None:
         super().__init__()
         self.config = config
+        if not config.gate_norm:
+            self.norms_before = {"in_proj": None}
         self.in_proj = nn.Linear(config.d_model, config.d_in_proj, bias=False)
         self.conv1d = CausalConv(config.conv_dim, config.d_conv)
         low, high = (math.log(limit) for limit in _DT_RANGE)
@@ -141,7 +149,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.empty(config.n_heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(config.n_heads))
         self.scanned = nn.Identity()  # a place for hooks: the scan's output [batch, time, heads, headdim]
-        self.norm = GatedNorm(config.d_inner, eps, config.n_groups)
+        self.norm = GatedNorm(config.d_inner, eps, config.n_groups) if config.gate_norm else Gate()
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
         nn.init.normal_(self.out_proj.weight, std=0.5 / math.sqrt(config.d_inner * depth))
 

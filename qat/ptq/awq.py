@@ -48,17 +48,17 @@ def best_factor(projection: Projection, kind: str, group_size: int) -> Tensor:
 def fold(projection: Projection, factor: Tensor) -> None:
     """Multiply the projection's input channels, and divide the norm's that they come from."""
     projection.module.weight.data.mul_(factor)
-    _norm_before(projection).weight.data.div_(factor)
+    _norm_before(projection).data.div_(factor)
 
 
-def _norm_before(projection: Projection) -> nn.Module:
-    """The norm whose output is what enters the projection, and nothing else."""
+def _norm_before(projection: Projection) -> nn.Parameter:
+    """The weight of the norm whose output is what enters the projection, and nothing else."""
     block = projection.block
     for branch in block.branches:
-        for own, norm in branch.norms_before.items():  # type: ignore[operator,union-attr]
+        for own, norm in branch.norms_before.items():
             if getattr(branch, own) is projection.module:
                 if norm is not None:
-                    return getattr(branch, norm)
-                if len(block.branches) == 1 and list(branch.norms_before.values()).count(None) == 1:  # type: ignore[operator,union-attr]
-                    return block.norm
+                    return getattr(branch, norm).weight
+                if len(block.branches) == 1 and list(branch.norms_before.values()).count(None) == 1:
+                    return block.norm.weight
     raise UsageError(f"AWQ needs a norm before {projection.name} that nothing else reads; use another method")

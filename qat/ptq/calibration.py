@@ -48,13 +48,13 @@ def walk(model: LanguageModel, ids: Tensor) -> Iterator[Projection]:
 
     ids: int64 [n, seq_len]. Each block runs once for each of its projections and once for the next block.
     """
-    hidden = torch.cat([model.backbone.embeddings(part).float() for part in ids.split(_AT_ONCE)])
+    hidden = torch.cat([model.backbone.embed(part) for part in ids.split(_AT_ONCE)])
     modules = model.projections()
     with progress_bar("calibrating", len(modules), unit="matrices") as bar:
-        for number, block in enumerate(model.backbone.layers):
+        for number, block in enumerate(model.backbone.blocks):
             inside = [name for name in modules if name.startswith(f"backbone.layers.{number}.")]
             for name in inside:
-                yield Projection(f"{name}.weight", modules[name], block, _inputs(block, modules[name], hidden))  # type: ignore[arg-type]
+                yield Projection(f"{name}.weight", modules[name], block, _inputs(block, modules[name], hidden))
                 bar.advance(1)
             hidden = torch.cat([block(part) for part in hidden.split(_AT_ONCE)])
 

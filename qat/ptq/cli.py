@@ -32,6 +32,13 @@ def _options(name: str, method: Method) -> list[Callable[..., Any]]:
         click.option(
             "--weights", type=click.Choice(list(KINDS)), default="ternary", show_default=True, help="Their kind."
         ),
+        click.option(
+            "--embedding",
+            type=click.Choice(["dense", *KINDS]),
+            default="dense",
+            show_default=True,
+            help="Kind of the embedding and of an untied head, rounded to nearest.",
+        ),
         click.option("--group-size", type=int, help="Weights that share a scale. Default: the widest of their kind."),
         json_option,
     ]
@@ -49,7 +56,7 @@ def _options(name: str, method: Method) -> list[Callable[..., Any]]:
 
 def _command(name: str, method: Method) -> click.Command:
     def run(
-        teacher: Path, out: Path, weights: str, group_size: int | None, as_json: bool, data: tuple[Path, ...] = (),
+        teacher: Path, out: Path, weights: str, embedding: str, group_size: int | None, as_json: bool, data: tuple[Path, ...] = (),
         samples: int = 0, seq_len: int = 0, seed: int = 0, tokenizer: Path | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads or default_threads())
@@ -57,7 +64,7 @@ def _command(name: str, method: Method) -> click.Command:
         if method.reads_text:
             with tempfile.TemporaryDirectory() as cache:
                 ids = calibration_ids(teacher, list(data), tokenizer, samples, seq_len, seed, Path(cache))
-        zero_ratio = make(name, teacher, out, weights, group_size, ids)
+        zero_ratio = make(name, teacher, out, weights, group_size, ids, embedding)
         if as_json:
             click.echo(json.dumps({"out": str(out), "method": name, "weights": weights, "zero_ratio": zero_ratio}))
         else:

@@ -1,7 +1,7 @@
 """GPTQ: rounds a column, and corrects the columns to come for its error, as the inputs' second moments say it should be.
 
 Frantar et al. 2022, arXiv 2210.17323. Layers in order, each on what the rounded layers before it produce. The scales are those
-that the checkpoint stores: mean|w| of the group as corrected by then, in fp16, before a column of it is rounded.
+that the checkpoint stores: by the rule of the kind from the group as corrected by then, in fp16, before a column of it is rounded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def gptq_weight(weight: Tensor, moments: Tensor, kind: str, group_size: int) -> 
     work, codes, scales = weight.double().clone(), torch.empty_like(weight, dtype=torch.int8), []
     for column in range(size):
         if column % group_size == 0:  # the group's scale, from its weights as corrected so far
-            scales.append(group_scales(work[:, column : column + group_size].float(), group_size))
+            scales.append(group_scales(work[:, column : column + group_size].float(), group_size, kind))
         scale, value = scales[-1].double(), work[:, column : column + 1].clone()
         rounded = round_to_codes(kind, value, scale)
         codes[:, column : column + 1] = rounded.to(torch.int8)

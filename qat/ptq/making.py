@@ -46,6 +46,7 @@ def make(
     kind: str = "ternary",
     group_size: int | None = None,
     ids: Tensor | None = None,
+    embedding: str = "dense",
 ) -> float:
     """Write the checkpoint `teacher` to `out` with every projection rounded; returns the zero ratio of the projections.
 
@@ -56,6 +57,7 @@ def make(
         kind: a key of KINDS.
         group_size: weights that share a scale; the kind's widest if None.
         ids: calibration tokens int64 [n, seq_len], for a method that reads text.
+        embedding: a key of KINDS to which the embedding and an untied head are rounded, in its widest groups; or dense.
 
     Raises:
         TmexportError: the teacher cannot be read, is low-bit already, or has rows that the group size does not divide.
@@ -68,6 +70,11 @@ def make(
     size = _fitting(checkpoint, kind, group_size)
     tensors = METHODS[method].tensors(checkpoint, ids, kind, size)
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
+    for name, tensor in checkpoint.config.tensors.items() if embedding != "dense" else ():
+        if tensor.low_bit and tensor.block is None:
+            widest = KINDS[embedding].group_sizes[0]
+            _check_rows(widest, [tensor.shape[1]], KINDS[embedding].group_sizes)
+            tensors[name] = KINDS[embedding].quantize(_fp32(tensors[name]), widest)
     write_checkpoint(out, checkpoint.config, tensors, checkpoint.tokenizer)
     return sum(int((tensor.codes == 0).sum()) for tensor in coded) / sum(tensor.codes.size for tensor in coded)
 
@@ -76,12 +83,20 @@ def _fitting(checkpoint: Checkpoint, kind: str, group_size: int | None) -> int:
     sizes = KINDS[kind].group_sizes
     size = sizes[0] if group_size is None else group_size
     rows = sorted({checkpoint.config.tensors[name].shape[1] for name in checkpoint.config.projections})
+    _check_rows(size, rows, sizes)
+    return size
+
+
+def _check_rows(size: int, rows: list[int], sizes: tuple[int, ...]) -> None:
     if size not in sizes or any(length % size for length in rows):
         raise UsageError(
             f"group size {size} does not fit rows of {' and '.join(map(str, rows))}; "
             f"expected {in_words(sizes)}, and a divisor of each"
         )
-    return size
+
+
+def _fp32(tensor: np.ndarray | Coded) -> np.ndarray:
+    return tensor.dense() if isinstance(tensor, Coded) else tensor
 
 
 def calibration_ids(

@@ -24,7 +24,7 @@ def sigma_delta(teacher: Checkpoint, ids: Tensor | None, kind: str, group_size: 
 
 def shaped(weight: Tensor, kind: str, group_size: int) -> Coded:
     """One weight fp32 [n, k]."""
-    scales = group_scales(weight, group_size)
+    scales = group_scales(weight, group_size, kind)
     codes, error = torch.empty_like(weight, dtype=torch.int8), torch.zeros_like(weight[:, 0])
     for column in range(weight.shape[1]):
         scale = scales[:, column // group_size].float()

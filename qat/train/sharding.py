@@ -17,12 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(module: nn.Module, layers: nn.ModuleList, device: torch.device, processes: int) -> nn.Module:
-    """Shard the parameters of `module` in place, each of its `layers` as a unit of its own; returns `module`."""
+def shard(module: nn.Module, layers: nn.ModuleList, device: torch.device, processes: int) -> None:
+    """Shard the parameters of `module` in place, each of its `layers` as a unit of its own."""
     mesh = init_device_mesh(device.type, (processes,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 def whole(state: Any) -> Any:

@@ -37,9 +37,9 @@ class Step(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
             if self.aligning:
                 assert teacher is not None
-                loss = alignment_loss(self.student.backbone.layers, teacher.stream(inputs))
+                aligned = alignment_loss(self.student.backbone.blocks, teacher.stream(inputs))
                 unknown = torch.full((), math.nan, device=ids.device)
-                return loss, unknown, unknown
+                return aligned, unknown, unknown
             if teacher is not None and recipe.kd_weight > 0 and not top:
                 with torch.no_grad():
                     known = teacher.hidden(inputs)

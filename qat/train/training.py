@@ -112,7 +112,7 @@ def _prepare(
     stream = tokenize_files(data, tokenizer, config.vocab_size, eos, cache, recipe.data_tokens)
     batches = Batches(stream.tokens, recipe.seq_len, recipe.batch_size, recipe.seed)
     student = LanguageModel(config)
-    if teacher_model is not None:
+    if teacher is not None:
         student.load_state_dict(load_model(teacher).state_dict())
         make_low_bit(student, recipe.weights, recipe.group_size, recipe.learned_scale, recipe.ternary_embedding)
     run = Run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import click
 
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.compare import compare
+from runtime_ref.bench.peers import PeerSettings, compare_peers, measurements
+from runtime_ref.bench.peers.show import table
 from runtime_ref.bench.report import page
 from runtime_ref.bench.show import draw, show, show_ratios
 from runtime_ref.bench.workloads import WORKLOADS
@@ -41,13 +44,19 @@ def _names(allowed: tuple[str, ...]):  # noqa: ANN202 - a click callback
     return parse
 
 
-def _check_outputs(report: Path | None, plot: Path | None) -> None:
+def _check_outputs(report: Path | None, plot: Path | None, log: Path | None) -> None:
     """What cannot be written is refused before the minutes of measuring, not after them."""
-    for path in (report, plot):
+    for path in (report, plot, log):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UsageError(f"{path}: cannot be written; expected the name of a file in a folder that exists")
     if plot and find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib, which is not installed; --report needs nothing")
+
+
+def _compare_peers(model: Path, settings: PeerSettings, log_path: Path | None, as_json: bool) -> None:
+    with open(log_path or os.devnull, "w") as log, progress_bar("starting", measurements(settings)) as bar:
+        result = compare_peers(model, settings, log, lambda what, done: bar.advance(done, what))
+    click.echo(json.dumps(result) if as_json else table(result))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,6 +88,12 @@ def _check_outputs(report: Path | None, plot: Path | None) -> None:
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the results (needs matplotlib).")
 @click.option("--compare", "pair", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json",
               help="Measure nothing: ratios B / A of two results of --json.")  # fmt: skip
+@click.option("--peers", is_flag=True, help="Compare with every other runtime that is installed, interleaved.")
+@click.option("--llama-python", help="With --peers: a Python that has a native llama-cpp-python.")
+@click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="With --peers: the llama-bench of a llama.cpp or of a fork.")  # fmt: skip
+@click.option("--log", "log_path", type=click.Path(dir_okay=False, path_type=Path),
+              help="With --peers: write every measurement, and what the others print.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     model_path: Path | None,
@@ -95,6 +110,10 @@ def bench(
     report: Path | None,
     plot: Path | None,
     pair: tuple[Path, Path] | None,
+    peers: bool,
+    llama_python: str | None,
+    llama_bench: Path | None,
+    log_path: Path | None,
     as_json: bool,
 ) -> None:
     """Time MODEL.gguf: prompt and generation speed, latency, load time, memory, share of the memory bandwidth.
@@ -103,6 +122,7 @@ def bench(
     Examples:
       tmexport bench model.gguf -p 128 -n 64 -t 1,2 -r 5 --profile exact,fast --json
       tmexport bench model.gguf --workloads chat,document,stream --report bench.html
+      tmexport bench model.gguf --peers --llama-python lcp/bin/python -r 5 --log peers.log
       tmexport bench --compare before.json after.json
     """
     if pair:
@@ -119,7 +139,13 @@ def bench(
         raise UsageError("missing MODEL.gguf, the model to time (or --compare A.json B.json)")
     if not profiles:
         raise UsageError(f"--profile is empty; expected {', '.join(PRESETS)}, or several with commas")
-    _check_outputs(report, plot)
+    _check_outputs(report, plot, log_path)
+    if peers:
+        settings = PeerSettings(prompt, count, threads, repeats, profiles, llama_python, llama_bench)
+        _compare_peers(model_path, settings, log_path, as_json)
+        return
+    if llama_python or llama_bench or log_path:
+        raise UsageError("--llama-python, --llama-bench and --log belong to --peers")
     from runtime_ref.bench.run import Settings, run_bench
 
     settings = Settings(prompt, count, threads, repeats, profiles, depths, chunks, workloads, workload_scale)

@@ -12,7 +12,7 @@ from runtime_ref.kernels.engine import barrier
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply
 from runtime_ref.kernels.pack import Packed, PackedTernary, aligned
-from runtime_ref.kernels.scratch import allocate
+from runtime_ref.kernels.scratch import Scratch, allocate
 from runtime_ref.team import Team
 from tmexport.config import Mamba2Config
 
@@ -46,7 +46,7 @@ def ternary_rate(profile: str, threads: int, tokens: int = 1) -> float:
 
 def multiply_rate(packed: Packed, profile: str, rows: int, block: int, threads: int, tokens: int) -> float:
     """The same for any packed matrix [rows, K]; the best of several short runs, so that an interruption does not count."""
-    scratch = allocate(tokens, Mamba2Config(d_model=K, n_layer=1, vocab_size=1))
+    scratch = product_scratch(tokens, K)
     out = np.zeros((tokens, rows), np.float32)
     team, isa, how = Team(threads), select(), preset_of(profile).activations
     work = rows * K * tokens
@@ -60,3 +60,8 @@ def multiply_rate(packed: Packed, profile: str, rows: int, block: int, threads: 
     finally:
         team.close()
     return work * times / best
+
+
+def product_scratch(rows: int, k: int) -> Scratch:
+    """Working arrays for products of `rows` rows of k values."""
+    return allocate(rows, Mamba2Config(d_model=k, n_layer=1, vocab_size=1))

@@ -10,12 +10,13 @@ from numba import njit
 from numba.extending import overload
 
 from runtime_ref.kernels.amx import by_amx
+from runtime_ref.kernels.block_tiles import q4_tile, q8_tile, together
 from runtime_ref.kernels.intrinsics import bits_float, half_to_float
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
 from runtime_ref.kernels.pack import PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
 from runtime_ref.kernels.tables import by_tables
-from runtime_ref.kernels.tiles import PLANES, dense_tile, q4_tile, q8_tile, ternary_tile
+from runtime_ref.kernels.tiles import PLANES, dense_tile, ternary_tile
 from runtime_ref.kernels.vector import (
     address,
     bits,
@@ -90,8 +91,8 @@ def _multiply(isa, profile, packed, layer, s, rows, k, block, out, add, tid, thr
     primitives = PRIMITIVES[isa.instance_class]
     return {
         PackedTernary: lambda: _ternary(primitives.bytes.in_flight // PLANES[profile.instance_class]),
-        PackedQ8: lambda: _blocks(q8_tile, primitives.pairs.in_flight),
-        PackedQ4: lambda: _blocks(q4_tile, primitives.pairs.in_flight),
+        PackedQ8: lambda: _blocks(q8_tile, together(isa.instance_class, profile.instance_class, 8)),
+        PackedQ4: lambda: _blocks(q4_tile, together(isa.instance_class, profile.instance_class, 4)),
         PackedHalf: lambda: _dense,
         PackedFloat: lambda: _dense,
     }[packed.instance_class]()
@@ -144,8 +145,9 @@ def _blocks(kernel, together):
     def body(isa, profile, packed, layer, s, rows, k, block, out, add, tid, threads):
         codes, scales = packed.codes[layer], packed.scales[layer]
         tiles, blocks = codes.shape[0], scales.shape[1]
-        q_stride, b_stride = s.q.strides[0], s.q_scale.shape[1]
-        q, q_scale, q_sum = address(s.q), address(s.q_scale), address(s.q_sum)
+        q_stride, b_stride = s.low.strides[0], s.q_scale.shape[1]
+        q, high, low = address(s.q), address(s.high), address(s.low)
+        q_scale, q_sum = address(s.q_scale), address(s.q_sum)
         y = np.empty((together, 16), np.float32)
         y_at = address(y)
         for tile in range(tid * tiles // threads, (tid + 1) * tiles // threads):
@@ -153,16 +155,16 @@ def _blocks(kernel, together):
             r = 0
             while r + together <= rows:
                 kernel(
-                    isa, together, codes_at, scales_at, q + r * q_stride, q_stride // 2, q_scale + r * b_stride * 4,
-                    q_sum + r * b_stride * 4, b_stride, blocks, y_at,
+                    isa, profile, together, codes_at, scales_at, q + 2 * r * q_stride, high + r * q_stride, low + r * q_stride,
+                    q_stride, q_scale + r * b_stride * 4, q_sum + r * b_stride * 4, b_stride, blocks, y_at,
                 )  # fmt: skip
                 for t in range(together):
                     _store(out, r + t, tile, y, t, add)
                 r += together
             while r < rows:
                 kernel(
-                    isa, 1, codes_at, scales_at, q + r * q_stride, q_stride // 2, q_scale + r * b_stride * 4,
-                    q_sum + r * b_stride * 4, b_stride, blocks, y_at,
+                    isa, profile, 1, codes_at, scales_at, q + 2 * r * q_stride, high + r * q_stride, low + r * q_stride,
+                    q_stride, q_scale + r * b_stride * 4, q_sum + r * b_stride * 4, b_stride, blocks, y_at,
                 )  # fmt: skip
                 _store(out, r, tile, y, 0, add)
                 r += 1
@@ -225,17 +227,15 @@ def _embed_ternary(packed, token, out):
 def _embed_q8(packed, token, out):
     tile, row = token // 16, token % 16
     for i in range(out.shape[0]):
-        j = i & 3
-        code = packed.codes[0, tile, i >> 2, row, (j & 1) * 2 + (j >> 1)]
+        code = packed.codes[0, tile, i >> 2, row, i & 3]
         out[i] = np.float32(code) * half_to_float(packed.scales[0, tile, i >> 5, row])
 
 
 def _embed_q4(packed, token, out):
     tile, row = token // 16, token % 16
     for i in range(out.shape[0]):
-        pair, upper = (i & 7) >> 1, i & 1
-        byte = packed.codes[0, tile, i >> 3, row, 2 * upper + (pair >> 1)]
-        code = np.int32((byte >> np.uint8(4 * (pair & 1))) & np.uint8(15)) - 8
+        byte = packed.codes[0, tile, i >> 3, row, i & 3]
+        code = np.int32((byte >> np.uint8(i & 4)) & np.uint8(15)) - 8
         out[i] = np.float32(code) * half_to_float(packed.scales[0, tile, i >> 5, row])
 
 

@@ -3,10 +3,9 @@
     PackedTernary  codes uint8 [n/16, k/16, 16, 4], scales fp16 bits [n/16, k/group, 16]
                    the four bytes of (step s, row r) form one dword; bits 2i..2i+1 of its byte j hold code + 1 of
                    column 16 s + 4 i + j
-    PackedQ8       codes int8 [n/16, k/4, 16, 4], scales [n/16, k/32, 16]; byte j of step s holds column
-                   4 s + (0, 2, 1, 3)[j], so that shifts of 16-bit halves give the pairs (0, 1) and (2, 3)
-    PackedQ4       codes uint8 [n/16, k/8, 16, 4], scales [n/16, k/32, 16]; in the dword of step s, bits 4i..4i+3 hold
-                   column 8 s + 2 i (code + 8) and bits 16 + 4i.. column 8 s + 2 i + 1
+    PackedQ8       codes int8 [n/16, k/4, 16, 4], scales [n/16, k/32, 16]; byte j of step s holds column 4 s + j
+    PackedQ4       codes uint8 [n/16, k/8, 16, 4], scales [n/16, k/32, 16]; byte j of step s holds code + 8 of the columns
+                   8 s + j (low bits) and 8 s + 4 + j (high bits)
     PackedHalf, PackedFloat   values [n, k up to a multiple of 16], row-major
 
 Rows are filled up to a multiple of 16 with zero codes and zero scales.
@@ -69,13 +68,10 @@ def pack(matrix: Matrix) -> Packed:
         return PackedTernary(np.ascontiguousarray(packed.transpose(0, 2, 1, 3)), scales)
     assert isinstance(matrix, BlockMatrix)
     if matrix.bits == 8:
-        grouped = codes.reshape(filled // ROWS, ROWS, k // 4, 4)[..., [0, 2, 1, 3]]
+        grouped = codes.reshape(filled // ROWS, ROWS, k // 4, 4)
         return PackedQ8(np.ascontiguousarray(grouped.transpose(0, 2, 1, 3)), scales)
-    fields = (codes + 8).astype(np.uint8).reshape(filled // ROWS, ROWS, k // 8, 4, 2)
-    nibbles = np.empty((filled // ROWS, ROWS, k // 8, 4), np.uint8)  # byte j: bits 8j.. of the dword
-    for half in range(2):
-        for low in range(2):
-            nibbles[..., 2 * half + low] = fields[..., 2 * low, half] | fields[..., 2 * low + 1, half] << 4
+    fields = (codes + 8).astype(np.uint8).reshape(filled // ROWS, ROWS, k // 8, 2, 4)
+    nibbles = fields[..., 0, :] | fields[..., 1, :] << 4
     return PackedQ4(np.ascontiguousarray(nibbles.transpose(0, 2, 1, 3)), scales)
 
 

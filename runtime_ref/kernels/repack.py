@@ -225,7 +225,7 @@ def _q8(blocks, codes, scales):
             for step in range(8):
                 target = codes[tile, block * 8 + step, lane]
                 at = base + 2 + 4 * step
-                target[0], target[1], target[2], target[3] = row[at], row[at + 2], row[at + 1], row[at + 3]
+                target[0], target[1], target[2], target[3] = row[at], row[at + 1], row[at + 2], row[at + 3]
 
 
 @_compiled
@@ -240,11 +240,11 @@ def _q4(blocks, codes, scales):
                 columns[at] = row[base + 2 + at] & np.uint8(15)
                 columns[at + 16] = row[base + 2 + at] >> np.uint8(4)
             for step in range(4):
-                for upper in range(2):
-                    for pair in range(2):
-                        first = 8 * step + 4 * pair + upper
-                        byte = columns[first] | np.uint8(columns[first + 2] << np.uint8(4))
-                        codes[tile, block * 4 + step, lane, 2 * upper + pair] = byte
+                for j in range(4):
+                    first = 8 * step + j
+                    codes[tile, block * 4 + step, lane, j] = columns[first] | np.uint8(
+                        columns[first + 4] << np.uint8(4)
+                    )
 
 
 @_compiled

@@ -77,11 +77,11 @@ class Code:
         ask_for_line(self.b, self.at(pointer, AHEAD))
 
 
-def _zeros(kind: ir.VectorType, count: int) -> list[V]:
+def zeros(kind: ir.VectorType, count: int) -> list[V]:
     return [ir.Constant(kind, None)] * count
 
 
-def _scales(code: Code, pointer: V, lanes: int) -> list[V]:
+def scale_vectors(code: Code, pointer: V, lanes: int) -> list[V]:
     """16 fp16 scales as fp32 vectors."""
     parts = []
     for part in range(ROWS // lanes):
@@ -90,7 +90,7 @@ def _scales(code: Code, pointer: V, lanes: int) -> list[V]:
     return parts
 
 
-def _accumulate(code: Code, y: list[V], totals: list[V], scales: list[V], q_scale: V) -> list[V]:
+def accumulate(code: Code, y: list[V], totals: list[V], scales: list[V], q_scale: V) -> list[V]:
     """y + float(total) * (scale * q_scale), for the vectors of one token."""
     b, lanes = code.b, scales[0].type.count
     wide = splatted(b, q_scale, lanes)
@@ -100,7 +100,7 @@ def _accumulate(code: Code, y: list[V], totals: list[V], scales: list[V], q_scal
     ]
 
 
-def _store_rows(code: Code, y: list[V], out: V, tokens: int, lanes: int) -> None:
+def store_rows(code: Code, y: list[V], out: V, tokens: int, lanes: int) -> None:
     parts = ROWS // lanes
     for index, part in enumerate(y):
         code.store(part, code.at(out, 4 * (index // parts * ROWS + index % parts * lanes)))
@@ -166,8 +166,8 @@ def ternary_tile(
 
         def block(index: V, scale_parts: list[V], y: list[V]) -> list[V]:
             first = b.mul(index, steps)
-            zeros = _zeros(primitives.bytes.sums, each * (4 if apart else 1))
-            sums = joined(code.loop(steps, zeros, lambda i, values: step(b.add(first, i), values)))
+            nothing = zeros(primitives.bytes.sums, each * (4 if apart else 1))
+            sums = joined(code.loop(steps, nothing, lambda i, values: step(b.add(first, i), values)))
             result: list[V] = []
             for t in range(count):
                 place = b.add(b.mul(b_stride, code.i64(t)), index)
@@ -181,96 +181,19 @@ def ternary_tile(
                         total = b.add(total, upper)
                     totals.append(b.sub(total, q_total))
                 scale = code.load(code.at(q_scale_at, offset), F32, 4)
-                result += _accumulate(code, y[t * parts : (t + 1) * parts], totals, scale_parts, scale)
+                result += accumulate(code, y[t * parts : (t + 1) * parts], totals, scale_parts, scale)
             return result
 
         def group(index: V, y: list[V]) -> list[V]:
-            scale_parts = _scales(code, code.at(scales_at, b.mul(index, code.i64(2 * ROWS))), lanes)
+            scale_parts = scale_vectors(code, code.at(scales_at, b.mul(index, code.i64(2 * ROWS))), lanes)
             first = b.mul(index, per_group)
             return code.loop(per_group, y, lambda i, values: block(b.add(first, i), scale_parts, values))
 
-        y = code.loop(groups, _zeros(ir.VectorType(F32, lanes), count * parts), group)
-        _store_rows(code, y, out_at, count, lanes)
+        y = code.loop(groups, zeros(ir.VectorType(F32, lanes), count * parts), group)
+        store_rows(code, y, out_at, count, lanes)
         return context.get_dummy_value()
 
     return sig, codegen
-
-
-def _block_tile(bits: int):
-    """The kernel of PackedQ8 (bits 8) or PackedQ4 (bits 4)."""
-    columns = 4 if bits == 8 else 8  # a dword's
-
-    @intrinsic(prefer_literal=True)
-    def tile(typingctx, isa, tokens, codes, scales, q, q_stride, q_scale, q_sum, b_stride, blocks, out):
-        primitives: Primitives = PRIMITIVES[isa.instance_class]
-        count = tokens.literal_value
-        sig = types.void(isa, tokens, *[types.int64] * 9)
-
-        def codegen(context, builder, sig, args):
-            code, b, lanes = Code(builder), builder, primitives.lanes
-            parts = ROWS // lanes
-            codes_at, scales_at, q_at, q_scale_at, q_sum_at, out_at = (
-                code.pointer(args[i]) for i in (2, 3, 4, 6, 7, 10)
-            )
-            rows = [code.at(q_at, b.mul(args[5], code.i64(2 * t))) for t in range(count)]
-            vector, words = ir.VectorType(I32, lanes), ir.VectorType(I16, 2 * lanes)
-
-            def pairs(raw: V) -> list[V]:
-                """The columns of a dword, ascending, two to a vector of int16 halves."""
-                if bits == 8:
-                    halves = b.bitcast(raw, words)
-                    eight = constant(I16, 2 * lanes, 8)
-                    return [b.ashr(b.shl(halves, eight), eight), b.ashr(halves, eight)]
-                return [
-                    b.and_(b.lshr(raw, constant(I32, lanes, 4 * i)), constant(I32, lanes, 0x000F000F)) for i in range(4)
-                ]
-
-            def step(first: V, totals: list[V]) -> list[V]:
-                base = code.at(codes_at, b.mul(first, code.i64(4 * ROWS)))
-                if count == 1:
-                    code.prefetch(base)
-                split = [pairs(code.load(code.at(base, 4 * lanes * part), vector, 4)) for part in range(parts)]
-                for pair in range(columns // 2):
-                    offset = b.add(b.mul(first, code.i64(2 * columns)), code.i64(4 * pair))
-                    for t in range(count):
-                        value = primitives.pairs.words(b, code.at(rows[t], offset), 0)
-                        for part in range(parts):
-                            index = t * parts + part
-                            half = b.bitcast(split[part][pair], vector)
-                            totals[index] = primitives.pairs.dot(b, totals[index], half, value, 0)
-                return totals
-
-            def block(index: V, y: list[V]) -> list[V]:
-                scale_parts = _scales(code, code.at(scales_at, b.mul(index, code.i64(2 * ROWS))), lanes)
-                steps = 32 // columns
-                first = b.mul(index, code.i64(steps))
-                totals = code.loop(
-                    code.i64(steps),
-                    _zeros(primitives.pairs.sums, count * parts),
-                    lambda i, values: step(b.add(first, i), values),
-                )
-                result: list[V] = []
-                for t in range(count):
-                    offset = b.mul(b.add(b.mul(args[8], code.i64(t)), index), code.i64(4))
-                    own = [primitives.pairs.total(b, sums, 0) for sums in totals[t * parts : (t + 1) * parts]]
-                    if bits == 4:  # codes are stored with 8 added
-                        eight = b.shl(broadcast(b, code.at(q_sum_at, offset), lanes), constant(I32, lanes, 3))
-                        own = [b.sub(total, eight) for total in own]
-                    scale = code.load(code.at(q_scale_at, offset), F32, 4)
-                    result += _accumulate(code, y[t * parts : (t + 1) * parts], own, scale_parts, scale)
-                return result
-
-            y = code.loop(args[9], _zeros(ir.VectorType(F32, lanes), count * parts), block)
-            _store_rows(code, y, out_at, count, lanes)
-            return context.get_dummy_value()
-
-        return sig, codegen
-
-    return tile
-
-
-q8_tile = _block_tile(8)
-q4_tile = _block_tile(4)
 
 
 @intrinsic(prefer_literal=True)
@@ -303,7 +226,7 @@ def dense_tile(typingctx, kind, rows, tokens, values, row_bytes, x, x_stride, st
                     lanes[t * n_rows + r] = b.fadd(lanes[t * n_rows + r], b.fmul(w, x_part))
             return lanes
 
-        lanes = code.loop(args[7], _zeros(vector, n_rows * count), step)
+        lanes = code.loop(args[7], zeros(vector, n_rows * count), step)
         for index, sums in enumerate(lanes):
             place = code.at(out_at, 4 * (index // n_rows * ROWS + index % n_rows))
             code.store(tree_of(b, sums, b.fadd), place)

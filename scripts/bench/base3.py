@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from statistics import median
+from typing import Any
 
 import click
 import numpy as np
@@ -29,7 +30,7 @@ K = 3840  # 15 blocks of 256 columns (16 steps of 16), or 16 of 240 (12 steps of
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
-def _kernel(base: int, planes: int):  # noqa: ANN202 - an intrinsic
+def _kernel(base: int, planes: int) -> Any:
     words, steps = (4, 16) if base == 2 else (5, 12)  # words of 4 columns a step, steps a block
     blocks = K // (4 * words * steps)
 
@@ -129,6 +130,7 @@ def _pack(codes: np.ndarray, base: int) -> np.ndarray:
     """uint8 codes 0..2 [rows, K] -> [tiles, steps, 16 rows, 4 bytes]; base 3: the byte is ceil(number * 256 / 243)."""
     words = 4 if base == 2 else 5
     fields = codes.reshape(-1, ROWS, K // (4 * words), words, 4).astype(np.uint16)
+    value: Any
     if base == 2:
         value = sum(fields[:, :, :, word] << (2 * word) for word in range(words))
     else:

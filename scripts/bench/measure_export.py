@@ -48,7 +48,8 @@ def prepare(folder: Path, layers: int) -> int:
     }
     write_checkpoint(folder / "float", config, dense)
     write_state_spaces(folder / "state-spaces", config, dense, vocab_size=50277)
-    ternary = {p: random_ternary(*layer[f"{prefix}mixer.{p}_proj.weight"].shape, 256) for p in ("in", "out")}
+    shapes = {p: layer[f"{prefix}mixer.{p}_proj.weight"].shape for p in ("in", "out")}
+    ternary = {p: random_ternary(n, k, 256) for p, (n, k) in shapes.items()}
     projections = set(config.projections)
     tensors = {n: ternary[n.split("_proj")[0].rsplit(".", 1)[1]] if n in projections else v for n, v in dense.items()}
     write_checkpoint(folder / "ternary", config, tensors)

@@ -22,34 +22,37 @@ from typing import Any
 import click
 import numpy as np
 
+from runtime_ref.bench.peers import Sample, Worker
+from runtime_ref.bench.peers.llama import library_of
 from tmexport.cli.app import run_command
-
-SCRIPTS = Path(__file__).resolve().parent
 
 
 class Runner:
     """A process that answers "pp N THREADS" and "tg N THREADS" with "seconds CLOCK CPU"."""
 
     def __init__(self, *command: str) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, text=True, **pipes)
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=null)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._asks, self._answers = self._process.stdin, self._process.stdout
         self.ready = self._read("ready")
 
     def _read(self, word: str) -> list[str]:
-        for line in self._process.stdout:  # type: ignore[union-attr]
+        for line in self._answers:
             if line.startswith(word):
                 return line.split()[1:]
         raise click.ClickException(f"{self._process.args!r} ended with code {self._process.wait()}")
 
-    def time(self, test: str, count: int, threads: int) -> tuple[float, float]:
-        """Tokens a second by the clock, and by CPU time."""
-        self._process.stdin.write(f"{test} {count} {threads}\n")  # type: ignore[union-attr]
-        self._process.stdin.flush()  # type: ignore[union-attr]
+    def measure(self, test: str, count: int, threads: int) -> Sample:
+        """Seconds by the clock, and of CPU time."""
+        self._asks.write(f"{test} {count} {threads}\n")
+        self._asks.flush()
         clock, cpu = map(float, self._read("seconds"))
-        return count / clock, count / cpu
+        return Sample(clock, cpu)
 
     def close(self) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
+        self._asks.close()
         self._process.wait()
 
 
@@ -84,12 +87,14 @@ def prepare(work: Path, size: str) -> dict[str, Path]:
     from tmexport.model import mamba2_model
     from tmexport.onnx.export import export_onnx
     from tmexport.onnx.graph import build_graph
+    from tmexport.types import Coded
 
     d_model, n_layer = SIZES[size]
     config = mamba2_model(d_model=d_model, n_layer=n_layer, vocab_size=50288)
     folder = work / f"ckpt-{size}"
     if not (folder / "model.safetensors").exists():
-        rng, tensors = np.random.default_rng(0), {}
+        rng = np.random.default_rng(0)
+        tensors: dict[str, np.ndarray | Coded] = {}
         for name, shape in expected_shapes(config).items():
             if name.endswith("_proj.weight"):
                 tensors[name] = random_ternary(shape, 256, rng)
@@ -139,20 +144,22 @@ def main(size: str, work: Path, llama_python: str | None, prompt: int, count: in
     loads: dict[int, dict[str, float]] = {}
     for number in map(int, threads.split(",")):
         ours = [sys.executable, __file__, "--work", str(work), "--serve", str(files["ort"]), str(number)]
-        runners = {"onnxruntime": Runner(*ours)}
-        seconds, peak = map(float, runners["onnxruntime"].ready)
+        first = Runner(*ours)
+        runners: dict[str, Runner | Worker] = {"onnxruntime": first}
+        seconds, peak = map(float, first.ready)
         loads[number] = {"load_and_first_token_seconds": seconds, "peak_rss_mb": peak}
         click.echo(f"{number} thread(s): loaded, one token made in {seconds:.1f} s, peak RSS {peak:.0f} MB")
-        gguf = [str(SCRIPTS / "serve_speed.py"), str(files["gguf"])]
-        if llama_python:
-            runners["llama.cpp"] = Runner(llama_python, *gguf, "llama.cpp")
-        for profile in filter(None, profiles.split(",")):
-            runners[f"runtime_ref {profile}"] = Runner(sys.executable, *gguf, profile)
+        about = {f"runtime_ref {p}": {"kind": "tmexport", "profile": p} for p in filter(None, profiles.split(","))}
+        if llama_python and (library := library_of("llama_cpp", llama_python)):
+            about["llama.cpp"] = {"kind": "llama", "library": str(library[0])}
+        for name, what in about.items():
+            runners[name] = Worker(name, "", files["gguf"], what, subprocess.DEVNULL)
         for test, tokens in (("pp", prompt), ("tg", count)):
             speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
             for _ in range(rounds):
                 for name, runner in runners.items():
-                    speeds[name].append(runner.time(test, tokens, number))
+                    sample = runner.measure(test, tokens, number)
+                    speeds[name].append((tokens / sample.seconds, tokens / (sample.cpu_seconds or np.nan)))
             for name, values in speeds.items():
                 clock, cpu = (median(v[i] for v in values) for i in (0, 1))
                 base_clock, base_cpu = (median(v[i] for v in speeds["onnxruntime"]) for i in (0, 1))

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import click
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from tmexport.cli.app import run_command
 
@@ -24,7 +25,7 @@ GROUP = 256
 FLOAT = TensorProto.FLOAT
 
 
-def session(nodes: list[object], weights: dict[str, np.ndarray], n: int, k: int, kinds: tuple[int, int], options: dict[str, str]) -> ort.InferenceSession:  # fmt: skip
+def session(nodes: list[NodeProto], weights: dict[str, np.ndarray], n: int, k: int, kinds: tuple[int, int], options: dict[str, str]) -> ort.InferenceSession:  # fmt: skip
     """A model of these nodes: x [M, k] -> y [M, n]."""
     graph = helper.make_graph(
         nodes, "product", [helper.make_tensor_value_info("x", kinds[0], ["m", k])],
@@ -69,9 +70,10 @@ def grouped(codes: np.ndarray, scales: np.ndarray) -> ort.InferenceSession:
         "xz": np.array(128, np.uint8),
         "axis": np.array([0]),
     }
-    steps = [("Reshape", ["x", "shape"], {}), ("Transpose", [], {"perm": [1, 0, 2]}), ("MatMulInteger", ["b", "xz"], {}),
+    steps: list[tuple[str, list[str], dict[str, Any]]] = [("Reshape", ["x", "shape"], {}), ("Transpose", [], {"perm": [1, 0, 2]}), ("MatMulInteger", ["b", "xz"], {}),
              ("Cast", [], {"to": FLOAT}), ("Mul", ["s"], {}), ("ReduceSum", ["axis"], {"keepdims": 0})]  # fmt: skip
-    nodes, last = [], ""
+    nodes: list[NodeProto] = []
+    last = ""
     for kind, inputs, attributes in steps:
         output = "y" if kind == "ReduceSum" else kind
         nodes.append(helper.make_node(kind, [*([last] if last else []), *inputs], [output], **attributes))
@@ -110,7 +112,6 @@ def main(rows: int, columns: int, tokens: str, seconds: float) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(-1, 2, (rows, columns)).astype(np.int8)
     scales = rng.uniform(0.5, 1.5, (rows, columns // GROUP)).astype(np.float16).astype(np.float32)
-    yield "MatMulInteger uint8 x int8 by groups, with the weights' scales", grouped(codes, scales), np.dtype(np.uint8)
     dense = codes * np.repeat(scales, GROUP, axis=1).astype(np.float64)
     table = []
     for name, model, kind in ways(codes, scales):

@@ -55,7 +55,7 @@ def measured_speeds(threads: int) -> Speeds:
 
     bandwidth = measured_bandwidth([threads], hardware())[threads]
     macs = ternary_rate("fast", threads) / threads
-    return Speeds(bandwidth, macs, STATE_PER_PRODUCT * macs, threads, PRIMITIVES[type(select())].tables)
+    return Speeds(bandwidth, macs, STATE_PER_PRODUCT * macs, threads, PRIMITIVES[type(select())].tables > 0)
 
 
 def predicted(work: Work, profile: str, speeds: Speeds) -> dict[str, float]:

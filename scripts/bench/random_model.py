@@ -36,6 +36,7 @@ EMBEDDING = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.Q4_0}
 
 def random_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """fp32 values of a tensor that is not ternary."""
+    values: np.ndarray
     if name.endswith("ssm_a"):
         values = -rng.uniform(1.0, 16.0, shape)
     elif name.endswith("ssm_dt.bias"):

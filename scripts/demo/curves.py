@@ -47,8 +47,8 @@ def draw_curves(teacher: Path | None, student: Path, results: dict[str, Any], ou
         )
     left.plot([switch], [scores["rtn"]], "X", color=ROUNDED, markersize=10, label="ternary by rounding", zorder=5)
     left.axvline(switch, color=ROUNDED, linewidth=0.8, linestyle=":")
-    label = None if before else "teacher, full precision"
-    left.axhline(scores["teacher"], color=TEACHER, linewidth=0.8, linestyle="--", label=label)
+    named = None if before else "teacher, full precision"
+    left.axhline(scores["teacher"], color=TEACHER, linewidth=0.8, linestyle="--", label=named)
     # The first steps from random weights would squeeze everything that follows.
     low = min(scores.values())
     left.set_ylim(low - 0.2, max(scores["rtn"], low + 0.8 if before else low) + (0.25 if before else 0.1))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -185,7 +186,7 @@ def table(results: dict[str, Any]) -> Table:
         caption=recovery_line(results),
         caption_style="bold green",
     )
-    for name, justify in (
+    columns: tuple[tuple[str, JustifyMethod], ...] = (
         ("model", "left"),
         ("bits per\nbyte", "right"),
         ("zero\nratio", "right"),
@@ -193,7 +194,8 @@ def table(results: dict[str, Any]) -> Table:
         ("file\nMB", "right"),
         ("runtime_ref\ntokens/s", "right"),
         ("llama.cpp\ntokens/s", "right"),
-    ):
+    )
+    for name, justify in columns:
         view.add_column(name, justify=justify, no_wrap=True)
     for model in results["models"].values():
         view.add_row(

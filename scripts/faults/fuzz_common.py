@@ -9,6 +9,7 @@ the campaign goes on; a crash of the process is a finding and starts a new child
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -127,8 +128,9 @@ def _child(options: Options, load: Callable[[Path], Target]) -> None:
     os.environ["RUST_BACKTRACE"] = "0"  # a Rust panic would load debug symbols, 70 MB that are not the input's
     atheris: Any = None
     if options.engine == "atheris":
-        import atheris
+        atheris = importlib.import_module("atheris")
     work = options.child
+    assert work is not None
     corpus = work / "corpus"
     corpus.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:

@@ -86,7 +86,7 @@ def main(model_path: Path | None, cycles: int, tokens: int, threads: int) -> Non
         seconds = time.monotonic() - began
     result = {"cycles": cycles, "load_unload": growth(loads), "tokens": tokens, "decode": growth(decodes),
               "tokens_per_second": round(tokens / seconds, 1), "state_finite": bool(np.isfinite(state.arrays["ssm"]).all())}  # fmt: skip
-    grown = [result["load_unload"], result["decode"]]
+    grown = [growth(loads), growth(decodes)]
     result["ok"] = result["state_finite"] and all(g["anonymous_kb"] < ALLOWED_KB and g["descriptors"] < 1 and g["threads"] < 1 for g in grown)  # fmt: skip
     print(json.dumps(result))
     sys.exit(0 if result["ok"] else 1)

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +122,17 @@ def main(wanted: int, seed: int) -> None:
             out = work / f"killed{round_}"
             done = False
             while not done and kills < wanted:
-                pid = start(lambda out=out: run_training(out, teacher, text))
+                pid = start(partial(run_training, out, teacher, text))
                 time.sleep(rng.uniform(0.1, 0.8) * duration)
                 os.kill(pid, signal.SIGKILL)
                 code = wait(pid)
                 done = code == 0  # it was done before the signal
                 kills += not done
                 finished_early += done
-                damaged += wait(start(lambda out=out: checkpoint_is_whole(out))) != 0
+                damaged += wait(start(partial(checkpoint_is_whole, out))) != 0
                 if kills % 10 == 0:
                     print(f"{kills} of {wanted}", file=sys.stderr)
-            assert wait(start(lambda out=out: run_training(out, teacher, text))) == 0
+            assert wait(start(partial(run_training, out, teacher, text))) == 0
             unequal += results(out) != whole
             longest = max(longest, len(whole["curve"]))
             round_ += 1

@@ -51,9 +51,10 @@ def emulated(path: Path, profile: str) -> dict[str, Any]:
     The weights are packed by numpy: the runtime's compiled repacking would be code for the other core too.
     """
     source = gguf_source(path)
-    source = replace(source, packed=lambda name, matrix=source.matrix: pack(matrix(name)))
+    matrix = source.matrix
+    source = replace(source, packed=lambda name: pack(matrix(name)))
     function = EmulatedFunction(runtime_ref.model.run, EmulatedCpu())
-    runtime_ref.model.run = function  # type: ignore[assignment]
+    runtime_ref.model.run = function
     model = Model(source, profile, threads=1)
     model.compile()
     (assembly,) = function.assembly()

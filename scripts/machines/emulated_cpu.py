@@ -114,8 +114,8 @@ class EmulatedCpu:
         top -= 8  # a function finds its return address 8 bytes below a multiple of 16
         ctypes.memmove(top, struct.pack(f"<{len(words)}Q", *words), 8 * len(words))
         registers = state.zmm
-        for register, value in zip(registers, floats, strict=False):
-            low = int.from_bytes(value.tobytes(), "little")
+        for register, number in zip(registers, floats, strict=False):
+            low = int.from_bytes(number.tobytes(), "little")
             register.q = [low, *[0] * 7]
         state.zmm = registers
         state.rsp, state.rip = top, address

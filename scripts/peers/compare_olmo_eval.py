@@ -91,6 +91,8 @@ def main(model_path: Path, names: str, limit: int, threads: int | None) -> None:
     class FirstExamples(OEEvalTask):
         """It would encode every request before we could take the first."""
 
+        dataset: list[list[dict[str, Any]]]
+
         def prep_examples(self) -> None:
             self.dataset = [[r for r in requests if r["doc_id"] < limit] for requests in self.dataset]
             super().prep_examples()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -58,13 +60,16 @@ def main(checkpoint: Path, text: Path, tokens: int, length: int) -> None:
         with torch.no_grad():
             return reference(torch.from_numpy(window[None]))[0].numpy()
 
-    runners = {"torch": by_torch}
+    def by_onnx(model: OrtModel, window: np.ndarray) -> np.ndarray:
+        return model.run(model.new_state(), window[None])[0]
+
+    runners: dict[str, Callable[[np.ndarray], np.ndarray]] = {"torch": by_torch}
     with tempfile.TemporaryDirectory() as folder:
         for form, embedding in VARIANTS:
             path = Path(folder) / f"{form}_{embedding}.onnx"
             export_onnx(path, build_graph(source, form, embedding), None)
             model = OrtModel.load(path)
-            runners[f"{form} {embedding}"] = lambda window, m=model: m.run(m.new_state(), window[None])[0]
+            runners[f"{form} {embedding}"] = partial(by_onnx, model)
     losses = {name: np.concatenate([negative_log_likelihood(run(w[:-1]), w[1:]) for w in windows]) for name, run in runners.items()}  # fmt: skip
     perplexity = {name: float(np.exp(values.mean())) for name, values in losses.items()}
     ratios = {name: value / perplexity["torch"] - 1 for name, value in perplexity.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -74,9 +75,8 @@ def errors(teacher: LanguageModel, student: LanguageModel, ids: torch.Tensor) ->
         known, hidden = teacher.backbone(part, theirs), student.backbone(part, ours)
         loss = distillation_loss(hidden, student.head_weight, targets, known, teacher.head_weight, 1.0)
         divergences.append(loss.kl.item())
-        states.append(
-            [((a.ssm - b.ssm).norm() / b.ssm.norm()).item() for a, b in zip(ours, theirs, strict=True)]  # type: ignore[union-attr,operator]
-        )
+        pairs = zip(chain.from_iterable(ours), chain.from_iterable(theirs), strict=True)
+        states.append([((a.ssm - b.ssm).norm() / b.ssm.norm()).item() for a, b in pairs])
     return np.array(states), np.array(divergences)
 
 

@@ -56,9 +56,9 @@ def kalman(teacher: LanguageModel, ids: Tensor, group_size: int) -> LanguageMode
     """A gain for every head's output of the scan (D x included)."""
     model = rounded(teacher, group_size)
     wanted, found = _gather_scans(teacher, ids), _gather_scans(model, ids)
-    for layer, want, have in zip(model.backbone.layers, wanted, found, strict=True):
+    for scanned, want, have in zip(_scanned(model), wanted, found, strict=True):
         gain = (want * have).sum((0, 1, 3)) / have.square().sum((0, 1, 3)).clamp_min(1e-12)
-        layer.mixer.scanned.register_forward_hook(lambda _m, _i, y, gain=gain: y * gain[:, None])
+        scanned.register_forward_hook(lambda _m, _i, y, gain=gain: y * gain[:, None])
     return model
 
 
@@ -80,12 +80,15 @@ def _gather_inputs(model: LanguageModel, ids: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def _scanned(model: LanguageModel) -> list[nn.Module]:
+    """The places for hooks at the scans' outputs."""
+    return [getattr(branch, "scanned") for block in model.backbone.blocks for branch in block.branches]  # noqa: B009
+
+
 def _gather_scans(model: LanguageModel, ids: Tensor) -> list[Tensor]:
     """The scan's output of every layer: fp32 [batch, time, heads, headdim]."""
     found: list[Tensor] = []
-    handles = [
-        layer.mixer.scanned.register_forward_hook(lambda _m, _i, y: found.append(y)) for layer in model.backbone.layers
-    ]
+    handles = [module.register_forward_hook(lambda _m, _i, y: found.append(y)) for module in _scanned(model)]
     model.backbone(ids)
     for handle in handles:
         handle.remove()

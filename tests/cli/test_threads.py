@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.demo.running import ROOT
 from tmexport import threads
-from tmexport.threads import cpu_quota, default_threads
+from tmexport.threads import cpu_quota, default_threads, own_cpus, running
 
 V1 = "{n} 24 0:{n} {root} {point} rw,nosuid - cgroup cgroup rw,{controllers}\n"
 V2 = "{n} 24 0:{n} {root} {point} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -90,3 +91,81 @@ def test_this_machine_agrees_with_its_own_kernel():
         assert done.stdout == "1.0\n"
     finally:
         group.rmdir()
+
+
+def a_board(root, cores, capacities=None):
+    """/sys of a machine whose cores have these CPUs, and these capacities."""
+    for core, cpus in enumerate(cores):
+        for cpu in cpus:
+            folder = root / f"sys/devices/system/cpu/cpu{cpu}"
+            (folder / "topology").mkdir(parents=True)
+            (folder / "topology/thread_siblings_list").write_text(",".join(map(str, cpus)) + "\n")
+            if capacities:
+                (folder / "cpu_capacity").write_text(f"{capacities[core]}\n")
+    return root
+
+
+SINGLE = [[cpu] for cpu in range(4)]
+DEALT = {
+    "two on two": ([[0], [1]], None, 2, [{0}, {1}]),
+    "two on four: all CPUs, none twice": (SINGLE, None, 2, [{0, 2}, {1, 3}]),
+    "four on four": (SINGLE, None, 4, [{0}, {1}, {2}, {3}]),
+    "hardware threads stay together": ([[0, 4], [1, 5], [2, 6], [3, 7]], None, 4, [{0, 4}, {1, 5}, {2, 6}, {3, 7}]),
+    "more threads than cores": ([[0, 2], [1, 3]], None, 4, [{0}, {1}, {2}, {3}]),
+    "the fast cores are dealt first": (SINGLE, [400, 400, 1024, 1024], 2, [{2, 0}, {3, 1}]),
+    "one thread": (SINGLE, None, 1, None),
+    "more threads than CPUs": ([[0], [1]], None, 3, None),
+}
+
+
+@pytest.mark.parametrize("case", DEALT)
+def test_cpus_of_their_own(tmp_path, monkeypatch, case):
+    cores, capacities, number, wanted = DEALT[case]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {cpu for cpus in cores for cpu in cpus}, raising=False)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
+    assert own_cpus(number, a_board(tmp_path, cores, capacities)) == wanted
+
+
+def test_a_quota_of_fewer_cpus_than_threads_leaves_them_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: 1.5)
+    assert own_cpus(2, a_board(tmp_path, SINGLE)) is None
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("0.43 0.27 0.75 3/104 31055\n", 3), ("nonsense", None), (None, None)])
+def test_what_runs_is_read_from_the_load(tmp_path, text, wanted):
+    if text is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/loadavg").write_text(text)
+    assert running(tmp_path) == wanted
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
+def test_a_team_binds_while_nothing_else_runs_and_the_caller_is_as_before(monkeypatch):
+    from runtime_ref import team
+
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine gives us one CPU")
+    before, seen = os.sched_getaffinity(0), {}
+
+    def look(tid, size, sync):
+        seen[tid] = os.sched_getaffinity(0)
+        done.wait()
+
+    for busy in (False, True):
+        monkeypatch.setattr(team, "running", lambda busy=busy: 99 if busy else 1)
+        monkeypatch.setattr(team, "LOOK", 0.0)
+        done = threading.Barrier(2)
+        pair = team.Team(2)
+        pair.run(look)
+        pair.close()
+        assert bool(seen[0] & seen[1]) == busy
+        assert os.sched_getaffinity(0) == before
+    monkeypatch.setattr(team, "running", lambda: 1)
+    done, pair = threading.Barrier(2), team.Team(2)
+    pair.run(look)
+    assert not seen[0] & seen[1]
+    monkeypatch.setattr(team, "running", lambda: 99)  # another program starts
+    pair.run(look)
+    assert seen[0] == seen[1] == before
+    pair.close()

@@ -31,6 +31,19 @@ def test_finished_environment_is_reused_at_once(venv):
     assert sorted(venv.rglob("*")) == before
 
 
+def test_what_is_installed_for_development_serves_the_demo_and_not_the_reverse(venv):
+    assert setup_venv.SERVED_BY["demo"] == ("demo", "dev")
+    command = [sys.executable, "scripts/setup_venv.py", str(venv)]
+    done = subprocess.run([*command, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert setup_venv.wanted_stamp(venv, "demo") not in (
+        setup_venv.wanted_stamp(venv),
+        setup_venv.wanted_stamp(venv, "lowest"),
+    )
+    done = subprocess.run([*command, "all"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "all: is no set of dependencies; expected demo, dev, lowest\n")
+
+
 def test_stamp_names_all_that_it_depends_on(venv, tmp_path, monkeypatch):
     first = setup_venv.wanted_stamp(venv)
     assert setup_venv.wanted_stamp(tmp_path / ".venv") != first
@@ -44,7 +57,7 @@ def test_the_lowest_versions_are_those_of_pyproject(venv):
     assert "numba==0.66" in lines
     assert "torch==2.7" in lines
     assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", line) for line in lines)
-    assert setup_venv.wanted_stamp(venv, lowest=True) != setup_venv.wanted_stamp(venv)
+    assert setup_venv.wanted_stamp(venv, "lowest") != setup_venv.wanted_stamp(venv)
 
 
 def test_environment_of_another_place_or_python_is_not_ours(venv, tmp_path):

@@ -6,9 +6,11 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels import isa
+from runtime_ref.kernels.block_tiles import q4_tile, q8_tile, together
 from runtime_ref.kernels.pack import pack
-from runtime_ref.kernels.tiles import q4_tile, q8_tile, ternary_tile
+from runtime_ref.kernels.tiles import ternary_tile
 from runtime_ref.weights import BlockMatrix, TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
 from tests.runtime_ref.tile_code import kernel_ir, optimised
@@ -73,21 +75,29 @@ def test_ternary_products(name, profile):
         del engine
 
 
+@pytest.mark.parametrize("profile", ["exact", "fast"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", isa.available())
-def test_block_products(name, bits):
-    rng = np.random.default_rng(bits)
-    for tokens in {1, isa.PRIMITIVES[isa.SETS[name][0]].pairs.in_flight}:
-        function, engine = native(q8_tile if bits == 8 else q4_tile, name, "exact", tokens)
-        codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (16, K)).astype(np.int8)
-        codes[0] = -(2 ** (bits - 1))
-        scales = rng.uniform(0.01, 0.1, (16, K // 32)).astype(np.float16)
-        packed = pack(BlockMatrix(codes, scales, bits))
-        q, q_scale, q_sum = activations(rng, 32, -32512, 32512)
-        q[0] = -32512
-        q_sum[0] = -32512 * 32
-        narrow, y = q.astype(np.int16), np.zeros((tokens, 16), np.float32)
-        at = [a.ctypes.data for a in (*packed, narrow)]
-        function(*at, K, q_scale.ctypes.data, q_sum.ctypes.data, K // 32, K // 32, y.ctypes.data)
-        assert y.tobytes() == specified(codes, scales, q, q_scale)[:tokens].tobytes()
+def test_block_products(name, bits, profile):
+    """Codes over their whole range, -128 of a stranger's Q8_0 among them; planes at both ends."""
+    set_class = isa.SETS[name][0]
+    in_flight = together(set_class, type(PRESETS[profile].activations), bits)
+    for tokens in {1, in_flight}:
+        function, engine = native(q8_tile if bits == 8 else q4_tile, name, profile, tokens)
+        for kind in ("random", "largest", "smallest"):
+            rng = np.random.default_rng(bits)
+            low, high = SMALLEST[profile], LARGEST[profile]
+            codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (16, K)).astype(np.int8)
+            codes[:2] = np.array([[-(2 ** (bits - 1))], [2 ** (bits - 1) - 1]])
+            if kind != "random":
+                low, high = (high, high) if kind == "largest" else (low, low)
+            scales = rng.uniform(0.01, 0.1, (16, K // 32)).astype(np.float16)
+            packed = pack(BlockMatrix(codes, scales, bits))
+            q, q_scale, q_sum = activations(rng, 32, low, high)
+            upper = (q + 128) >> 8 if profile == "exact" else np.zeros_like(q)
+            planes = [q.astype(np.int16), upper.astype(np.int8), (q - 256 * upper).astype(np.int8)]
+            y = np.zeros((tokens, 16), np.float32)
+            at = [a.ctypes.data for a in (*packed, *planes)]
+            function(*at, K, q_scale.ctypes.data, q_sum.ctypes.data, K // 32, K // 32, y.ctypes.data)
+            assert y.tobytes() == specified(codes, scales, q, q_scale)[:tokens].tobytes(), (tokens, kind)
         del engine

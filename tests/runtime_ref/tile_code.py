@@ -18,9 +18,8 @@ def kernel_ir(intrinsic, name, profile, tokens):
     """A module whose function `kernel` takes the int64 arguments of the intrinsic, for an instruction set."""
     kind = isa.SETS[name][0]
     leading = [typeof(kind(isa.PRIMITIVES[kind].lanes)), types.literal(tokens)]
-    if intrinsic is ternary_tile:
-        leading.insert(1, typeof(PRESETS[profile].activations))
-    numbers = 12 if intrinsic is ternary_tile else 9
+    leading.insert(1, typeof(PRESETS[profile].activations))
+    numbers = 12 if intrinsic is ternary_tile else 11
     signature, codegen = intrinsic._defn(None, *leading, *[types.int64] * numbers)
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * numbers), "kernel")

@@ -47,7 +47,7 @@ def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
         ({"n_groups": 3}, "cannot be shared by 3 groups"),
         ({"eos_token_id": 5000}, "eos_token_id is 5000"),
         ({"num_hidden_layers": None}, "n_layer is None"),
-        ({"model_type": "llama"}, "another type: model_type is 'llama'; expected 'mamba'"),
+        ({"model_type": "gpt2"}, "another type: model_type is 'gpt2'; expected 'mamba'"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(change, message):
@@ -133,6 +133,6 @@ def test_every_rule_lets_its_values_pass_and_refuses_another(place, rule):
 
 
 def test_a_model_of_another_type_is_named_even_if_it_has_the_keys():
-    llama = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
-    with pytest.raises(ConfigError, match="another type: model_type is 'llama'"):
-        parse_config(llama)
+    gpt2 = {"model_type": "gpt2", "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
+    with pytest.raises(ConfigError, match="another type: model_type is 'gpt2'"):
+        parse_config(gpt2)

@@ -8,23 +8,28 @@ import pytest
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.model import Model
 from runtime_ref.reference import ReferenceModel
-from runtime_ref.weights import load_weights
+from runtime_ref.weights import TernaryMatrix, load_weights
 from tests.llama import Llama
 from tests.models import SMALL, coded_tensors, train_tokenizer
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.errors import CheckpointError, UsageError
+from tmexport.errors import CheckpointError, NotTernaryError, UsageError
 from tmexport.gguf.export import plan_export
+from tmexport.gguf.names import coded_kind
 from tmexport.gguf.reader import open_gguf
 from tmexport.inspect import inspect_path
 from tmexport.model import mamba2_model
+from tmexport.onnx.graph import build_graph
 from tmexport.types import Coded, GGMLType
 from tmexport.verify import verify_gguf
 
 TIED = mamba2_model(256, 2, 512, d_state=64)
+GROUPS = mamba2_model(256, 2, 512, d_state=64, n_groups=2)
 CASES = {
     "binary": (TIED, "binary", "dense", GGMLType.Q1_0, GGMLType.F16),
     "ternary embedding": (TIED, "ternary", "ternary", GGMLType.TQ1_0, GGMLType.TQ1_0),
     "binary, ternary embedding and head": (SMALL, "binary", "ternary", GGMLType.Q1_0, GGMLType.TQ1_0),
+    "int8": (GROUPS, "int8", "int8", GGMLType.Q8_0, GGMLType.Q8_0),
+    "int4, int8 embedding and head": (SMALL, "int4", "int8", GGMLType.Q4_0, GGMLType.Q8_0),
 }
 
 
@@ -75,11 +80,20 @@ def log_softmax(logits):
 
 
 # llama.cpp rounds the scale of every 32 activations to fp16, which random weights amplify; with 256 it does not
-LIMITS = {GGMLType.TQ1_0: 0.004, GGMLType.TQ2_0: 0.004, GGMLType.Q1_0: 0.04, GGMLType.Q2_0: 0.04, GGMLType.Q4_0: 0.04}
+LIMITS = {
+    GGMLType.Q8_0: 0.02,
+    GGMLType.TQ1_0: 0.004,
+    GGMLType.TQ2_0: 0.004,
+    GGMLType.Q1_0: 0.04,
+    GGMLType.Q2_0: 0.04,
+    GGMLType.Q4_0: 0.04,
+}
 
 
 def kinds_for(of_blocks):
     """Types that hold the projections: groups of 128 with different scales do not fit blocks of 256."""
+    if of_blocks in (GGMLType.Q8_0, GGMLType.Q4_0):
+        return ["auto"]
     return ["auto", "q2_0", "q4_0"] + (["tq2_0"] if of_blocks is GGMLType.TQ1_0 else [])
 
 
@@ -92,7 +106,10 @@ def test_llamacpp_loads_every_type_and_agrees_with_profile_fast(case):
 def agrees_with_llamacpp(folder, kind):
     path = folder / f"{kind}.gguf"
     plan_export(open_checkpoint(folder / "ckpt"), kind).write(path, lambda tensor: None)
-    limit, llama = LIMITS[open_gguf(path).tensors["blk.0.ssm_in.weight"].type], Llama(path)
+    limit, llama = (
+        max(LIMITS[info.type] for info in open_gguf(path).tensors.values() if info.type in LIMITS),
+        Llama(path),
+    )
     prompt = llama.tokenize("Fellow citizens of the Senate")
     found = llama.greedy(prompt, 12)
     model = ReferenceModel(load_weights(gguf_source(path)), "fast")
@@ -125,7 +142,13 @@ def test_kernels_equal_the_specification_and_exact_does_not_see_the_container(ca
 def test_what_cannot_be_is_refused(case, tmp_path):
     folder, tensors, *_ = case
     checkpoint = open_checkpoint(folder / "ckpt")
-    if "binary" in {t.kind for t in tensors.values() if isinstance(t, Coded)}:
+    kinds = {t.kind for t in tensors.values() if isinstance(t, Coded)}
+    if "int8" in kinds:
+        with pytest.raises(UsageError, match="in_proj is int., which TQ1_0 does not hold exactly; use --type auto, q"):
+            plan_export(checkpoint, "tq1_0")
+        with pytest.raises(NotTernaryError, match="is int., not ternary"):
+            build_graph(checkpoint, "portable", "f16")
+    if kinds != {"ternary"}:
         return
     with pytest.raises(UsageError, match="in_proj is ternary, which Q1_0 does not hold exactly; use --type auto, "):
         plan_export(checkpoint, "q1_0")
@@ -157,3 +180,43 @@ def test_a_quantization_config_that_cannot_be_read(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+def test_roles_of_different_kinds_in_one_file(tmp_path):
+    """Ternary in_proj, int4 out_proj, both as Q4_0 or each as auto says: the file tells them apart."""
+    tensors = coded_tensors(TIED, {"in_proj": "ternary", "out_proj": "int4"}, "int8")
+    write_checkpoint(tmp_path / "ckpt", TIED, tensors, train_tokenizer(tmp_path / "tokenizer.json"))
+    checkpoint, digests = open_checkpoint(tmp_path / "ckpt"), set()
+    for kind, of_in in (("auto", GGMLType.TQ1_0), ("q4_0", GGMLType.Q4_0)):
+        path = tmp_path / f"{kind}.gguf"
+        plan = plan_export(checkpoint, kind)
+        plan.write(path, lambda tensor: None)
+        assert plan.metadata["tmexport.int4"] == ["ssm_out.weight"]
+        gguf = open_gguf(path)
+        assert gguf.tensors["blk.0.ssm_in.weight"].type is of_in
+        assert verify_gguf(checkpoint, gguf).difference is None
+        assert coded_kind(gguf, "blk.1.ssm_in.weight") == "ternary"
+        assert coded_kind(gguf, "blk.1.ssm_out.weight") is None
+        weights = load_weights(gguf_source(path))
+        assert np.array_equal(weights.out_proj[1].codes, tensors["backbone.layers.1.mixer.out_proj.weight"].codes)
+        assert isinstance(weights.in_proj[0], TernaryMatrix)
+        model, reference = Model.load(path, "exact", 1), ReferenceModel(weights, "exact")
+        logits = np.concatenate(list(model.score(model.new_state(), [3, 141])))
+        state = reference.new_state()
+        assert logits.tobytes() == b"".join(reference.step(state, token).tobytes() for token in (3, 141))
+        digests.add(logits.tobytes())
+    assert len(digests) == 1
+    agrees_with_llamacpp(tmp_path, "auto")
+
+
+def test_verify_sees_one_changed_code_of_a_block(tmp_path):
+    tensors = coded_tensors(TIED, "int8", "int8")
+    write_checkpoint(tmp_path / "ckpt", TIED, tensors)
+    path = tmp_path / "m.gguf"
+    plan_export(open_checkpoint(tmp_path / "ckpt"), ids_only=True).write(path, lambda tensor: None)
+    data = bytearray(path.read_bytes())
+    data[open_gguf(path).tensors["token_embd.weight"].offset + 34 * 8 + 5] ^= 1  # row 1, block 0, code 3
+    path.write_bytes(data)
+    found = verify_gguf(open_checkpoint(tmp_path / "ckpt"), open_gguf(path)).difference
+    assert (found.tensor, found.row, found.group) == ("token_embd.weight", 1, 0)
+    assert "column 3" in found.expected

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models import random_binary, random_ternary
+from tests.models import RANDOM, random_binary, random_blocks, random_ternary
 from tmexport.errors import CheckpointError, GGUFError, NotTernaryError
 from tmexport.types import (
     CONTAINERS,
@@ -19,13 +19,13 @@ from tmexport.types import (
     decode_values,
     encode_codes,
     smallest_exact,
+    widest_exact,
 )
 from tmexport.types.binary import BinaryTensor
 
 HELD = [(kind, c.type) for c in CONTAINERS.values() for kind in c.kinds]
-RANDOM = {"ternary": lambda n, k, seed: random_ternary(n, k, 256, seed), "binary": random_binary}
 # general.file_type as llama.cpp's own Python names it; Q1_0's is newer than that list (llama.h: MOSTLY_Q1_0 = 40)
-FILE_TYPES = {"Q4_0": 2, "F16": 1, "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41}
+FILE_TYPES = {"Q4_0": 2, "F16": 1, "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41, "Q8_0": 7}
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,10 +66,13 @@ def test_q1_0_read_one_weight_at_a_time():
             assert (2 * bit - 1, d) == (tensor.codes[row, column], tensor.scales[row, column // 128])
 
 
-@pytest.mark.parametrize("kind", ["ternary", "binary"])
-def test_gguf_reads_our_q4_0_as_code_times_scale(kind):
+@pytest.mark.parametrize(
+    ("kind", "where"), [("ternary", "Q4_0"), ("binary", "Q4_0"), ("int4", "Q4_0"), ("int8", "Q8_0")]
+)
+def test_gguf_reads_our_blocks_as_code_times_scale(kind, where):
     tensor = RANDOM[kind](5, 512, 3)
-    values = gguf.quants.dequantize(encode_codes(tensor, GGMLType.Q4_0, "w"), gguf.GGMLQuantizationType.Q4_0)
+    raw = encode_codes(tensor, GGMLType[where], "w")
+    values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[where])
     assert np.array_equal(values, tensor.codes * np.repeat(tensor.scales, tensor.group_size, axis=1).astype(np.float32))
 
 
@@ -79,11 +82,50 @@ def test_packing_for_a_checkpoint_and_reading_it_exactly(kind):
     packed = known.pack(tensor.codes)
     assert packed.shape == (4, 512 // known.per_byte)
     assert np.array_equal(known.unpack(packed, "w"), tensor.codes)
+    if known.exact is None:  # values do not tell codes from scales
+        return
     again = known.exact(tensor.dense(), "w", tensor.group_size)
     assert np.array_equal(again.codes, tensor.codes)
     assert np.array_equal(again.scales, tensor.scales)
     rounded = known.quantize(np.full((1, 256), -0.25, np.float32), known.group_sizes[-1])
     assert (rounded.dense() == -0.25).all()
+
+
+def test_rounding_into_blocks_one_weight_at_a_time():
+    """The scale is an fp16 by the rule; no other code in the range is nearer to the weight."""
+    rng = np.random.default_rng(4)
+    weight = (rng.standard_normal((6, 96)) * 10.0 ** rng.integers(-6, 3, (6, 1))).astype(np.float32)
+    weight[0, :32] = 0
+    weight[1, :2] = (9e4, -9e4)  # a tie; int4's scale would overflow nothing, int8's neither
+    for kind, steps in (("int8", 127), ("int4", -8)):
+        tensor = KINDS[kind].quantize(weight, 32).check("w")
+        for row, block in np.ndindex(6, 3):
+            part = weight[row, 32 * block : 32 * block + 32].astype(np.float64)
+            extreme = np.abs(part).max()
+            if kind == "int4" and part.min() == -extreme:
+                extreme = -extreme
+            scale = tensor.scales[row, block]
+            assert scale == np.float16(np.float32(extreme) / np.float32(steps))
+            tried = np.abs(part[:, None] - float(scale) * np.arange(tensor.allowed[0], tensor.allowed[-1] + 1))
+            chosen = np.abs(part - float(scale) * tensor.codes[row, 32 * block : 32 * block + 32])
+            assert (chosen <= tried.min(axis=1) * (1 + 1e-6) + 1e-12 * abs(extreme)).all()
+    assert not np.signbit(tensor.scales[0, 0])
+
+
+def test_blocks_that_are_no_kind():
+    good = random_blocks(2, 64, "int4")
+    for codes, scale, message in (
+        (8, 1.0, "a code lies outside -8 to"),
+        (1, np.nan, "finite"),
+        (1, -0.0, "other than -0"),
+    ):
+        codes, scales = np.full_like(good.codes, codes), np.full_like(good.scales, scale)
+        with pytest.raises(CheckpointError, match=message):
+            type(good)(codes, scales, 32).check("w")
+    with pytest.raises(CheckpointError, match="non-zero codes but the scale 0"):
+        type(good)(np.ones_like(good.codes), np.zeros_like(good.scales), 32).check("w")
+    with pytest.raises(NotTernaryError, match="values do not say which int8 codes"):
+        widest_exact(np.ones((1, 32), np.float32), "w", "int8")
 
 
 def test_the_sign_of_zero_is_plus():
@@ -101,6 +143,8 @@ def test_the_smallest_container_that_is_exact():
     assert smallest_exact("binary", 128, [768]) is GGMLType.Q1_0
     assert smallest_exact("binary", 128, [576]) is GGMLType.Q2_0
     assert smallest_exact("ternary", 256, [100]) is None
+    assert smallest_exact("int4", 32, [576, 96]) is GGMLType.Q4_0
+    assert smallest_exact("int8", 32, [576]) is GGMLType.Q8_0
 
 
 def test_the_command_offers_every_type():

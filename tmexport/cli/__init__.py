@@ -33,6 +33,8 @@ VERBS = {
     "inspect": Verb(EXPORT, "tmexport.cli.inspect:inspect", "Show dimensions, types, sizes and zero ratios of a model."),
     "doctor": Verb(EXPORT, "tmexport.cli.doctor:doctor", "Say what a GGUF of any program is, and what is wrong with it."),
     "generate": Verb(RUN, "runtime_ref.generate:generate", "Continue a text with a GGUF or ONNX file."),
+    "chat": Verb(RUN, "runtime_ref.chat:chat", "Talk with a GGUF in the terminal.", "serve"),
+    "serve": Verb(RUN, "runtime_ref.serve.cli:serve", "Serve a GGUF over HTTP as OpenAI's API.", "serve"),
     "perplexity": Verb(RUN, "runtime_ref.perplexity:perplexity", "Bits per byte and perplexity of a GGUF on a text."),
     "bench": Verb(RUN, "runtime_ref.bench.cli:bench", "Time a GGUF: speed, latency, memory, bandwidth."),
     "zero-shot": Verb(RUN, "zero_shot.cli:zero_shot", "Accuracy of a model on zero-shot tasks."),

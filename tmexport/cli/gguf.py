@@ -22,7 +22,7 @@ from tmexport.errors import UsageError
 @click.command(context_settings=HELP)
 @click.argument("checkpoint", type=PATH)
 @click.argument("output", type=PATH, required=False)
-@click.option("--type", "kind", type=click.Choice(["auto", "tq1_0", "tq2_0", "q2_0", "q4_0", "q1_0", "f16"]), default="auto",
+@click.option("--type", "kind", type=click.Choice(["auto", "tq1_0", "tq2_0", "q2_0", "q4_0", "q8_0", "q1_0", "f16"]), default="auto",
               show_default=True, help="Type of in_proj and out_proj; auto is the smallest that is exact. q4_0: larger, and quick in llama.cpp on every CPU.")  # fmt: skip
 @click.option("--embedding-type", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", show_default=True,
               help="Type of the embedding and of an untied head; auto is f16, or the smallest that holds its codes.")  # fmt: skip

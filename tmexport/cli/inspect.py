@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,12 +49,12 @@ def _show(path: Path, summary: Summary) -> None:
         f"[bold]{escape(click.format_filename(path))}[/]: {summary.format}, {summary.parameters:,} parameters, {summary.bytes / 1e6:.2f} MB",
         soft_wrap=True,
     )
-    console.print(
-        f"layers {config.n_layer}, d_model {config.d_model}, d_inner {config.d_inner}, d_state {config.d_state}, "
-        f"heads {config.n_heads} of {config.headdim}, groups of B and C {config.n_groups}, vocabulary {config.vocab_size}, "
-        f"head {'tied' if config.tie_embeddings else 'untied'}",
-        soft_wrap=True,
-    )
+    head = f"vocabulary {config.vocab_size}, head {'tied' if config.tie_embeddings else 'untied'}"
+    console.print(f"blocks {config.n_layer}, d_model {config.d_model}, {head}", soft_wrap=True)
+    counted = Counter(branch for block in config.blocks for branch in block.branches)
+    for branch, count in counted.items():
+        dimensions = ", ".join(f"{name} {value}" for name, value in branch.dimensions().items())
+        console.print(f"{count} x {branch.kind}: {dimensions}", soft_wrap=True)
     if summary.onnx is not None:
         versions = ", ".join(f"{domain} {version}" for domain, version in summary.onnx["opset"].items())
         functions = ", ".join(summary.onnx["functions"]) or "none"

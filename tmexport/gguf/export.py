@@ -12,7 +12,7 @@ import numpy as np
 
 from tmexport.checkpoint import Checkpoint, shared_group_size
 from tmexport.errors import NotTernaryError, ScaleError, UsageError
-from tmexport.gguf.names import gguf_values, model_metadata
+from tmexport.gguf.names import gguf_codes, gguf_values, model_metadata
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
 from tmexport.tokenizer.gguf import export_tokenizer, without_tokenizer
@@ -24,9 +24,9 @@ from tmexport.types import (
     GGMLType,
     encode_codes,
     encode_values,
-    holds,
     scales_per_block,
     smallest_exact,
+    tells,
 )
 
 # what --type and --embedding-type offer: a type that holds codes or F16, and those that values are rounded into
@@ -96,14 +96,14 @@ def plan_export(
         shape, tensor_kind = layout[tensor.gguf]
         if group_size is not None and tensor.role in types and tensor_kind is not GGMLType.F16:
             make = partial(_projection, checkpoint, tensor.hf, tensor_kind, group_size, ptq)
-        elif checkpoint.form(tensor.hf) is not None and CONTAINERS[tensor_kind].encode_values is None:
+        elif (codes := checkpoint.kind(tensor.hf)) is not None and tells(tensor_kind, codes):
             make = partial(_codes, checkpoint, tensor.hf, tensor_kind)
         else:
             make = partial(_float, checkpoint, tensor, tensor_kind)
         tensors.append(PlannedTensor(tensor.gguf, shape, tensor_kind, make))
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
     chosen = next(iter(types.values()))
-    metadata = model_metadata(config, FILE_TYPES[chosen], harmless_name(name), group_size)
+    metadata = model_metadata(config, FILE_TYPES[chosen], harmless_name(name), group_size, _int4(checkpoint, types))
     source = tokenizer or checkpoint.tokenizer
     if ids_only:
         exported = without_tokenizer(config)
@@ -112,6 +112,13 @@ def plan_export(
         return ExportPlan(chosen, group_size, metadata | {"tokenizer.ggml.model": "none"}, tensors)
     exported = export_tokenizer(source, config, checkpoint.path)
     return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.sentences())
+
+
+def _int4(checkpoint: Checkpoint, types: Mapping[str, GGMLType]) -> list[str]:
+    """Names, after blk.N., of the projections that are int4 in a Q4_0."""
+    projections = [tensor for tensor in checkpoint.config.tensors.values() if tensor.role in types]
+    found = [t for t in projections if types[t.role] is GGMLType.Q4_0 and checkpoint.kind(t.hf) == "int4"]
+    return list(dict.fromkeys(t.gguf.split(".", 2)[-1] for t in found))
 
 
 def tensor_layout(model: Model, types: Mapping[str, GGMLType]) -> dict[str, tuple[tuple[int, ...], GGMLType]]:
@@ -144,7 +151,7 @@ def low_bit_types(model: Model, kind: GGMLType, embedding: GGMLType) -> dict[str
 
 
 def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dict[str, GGMLType], int | None]:
-    """The type of each role's projections, and the group size to record: that of the codes, None without any."""
+    """The type of each role's projections, and the group size to record: that of codes in groups, None without any."""
     config = checkpoint.config
     names: dict[str, list[str]] = {}
     for name in config.projections:
@@ -152,7 +159,7 @@ def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dic
     if kind == "f16":
         return dict.fromkeys(names, GGMLType.F16), None
     rows = {config.tensors[name].shape[1] for name in config.projections}
-    kinds = {role: form.kind if (form := checkpoint.form(of[0])) else "ternary" for role, of in names.items()}
+    kinds = {role: checkpoint.kind(of[0]) or "ternary" for role, of in names.items()}
     groups = {}
     for codes in dict.fromkeys(kinds.values()):
         of_kind = [name for role, found in names.items() if kinds[role] == codes for name in found]
@@ -174,7 +181,7 @@ def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dic
                 f"{role} is {codes}, which {found.name} does not hold exactly; use --type auto, {fitting} or f16"
             )
         chosen[role] = found
-    return chosen, min(groups.values())
+    return chosen, min((size for codes, size in groups.items() if not KINDS[codes].in_blocks), default=None)
 
 
 def _group_for_rounding(rows: set[int]) -> int:
@@ -193,7 +200,7 @@ def _embedding_type(checkpoint: Checkpoint, tensor: ModelTensor, kind: str, embe
     if form is None or kind == "f16":
         return GGMLType.F16
     asked = TYPES.get(kind)  # not a Q4_0: outside the blocks nothing would tell its codes from rounded values
-    if asked and holds(asked, form.kind) and form.group_size % asked.block_size == 0:
+    if asked and tells(asked, form.kind) and form.group_size % asked.block_size == 0:
         return asked
     return smallest_exact(form.kind, form.group_size, [tensor.shape[1]]) or GGMLType.F16
 
@@ -208,11 +215,11 @@ def _refusal(error: NotTernaryError) -> NotTernaryError:
 
 
 def _codes(checkpoint: Checkpoint, name: str, kind: GGMLType) -> np.ndarray:
-    return encode_codes(checkpoint.codes(name), kind, name)
+    return encode_codes(gguf_codes(checkpoint.config.tensors[name], checkpoint.codes(name)), kind, name)
 
 
-def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int, ptq: bool) -> np.ndarray:
-    if not ptq:
+def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int | None, ptq: bool) -> np.ndarray:
+    if not ptq or group_size is None or checkpoint.kind(name) not in (None, "ternary"):
         try:
             return _codes(checkpoint, name, kind)
         except NotTernaryError as error:
@@ -222,7 +229,7 @@ def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: i
         scales_per_block(tensor, max(kind.block_size, group_size), name)
     except NotTernaryError:
         tensor = KINDS["ternary"].quantize(checkpoint.dense(name), group_size)
-    return encode_codes(tensor, kind, name)
+    return encode_codes(gguf_codes(checkpoint.config.tensors[name], tensor), kind, name)
 
 
 def _float(checkpoint: Checkpoint, tensor: ModelTensor, kind: GGMLType) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,25 +14,53 @@ from tmexport.model import Model, ModelTensor
 from tmexport.model.dialects import FAMILIES, family_of
 from tmexport.model.dialects.reading import Keys
 from tmexport.model.spec import NEG_EXP
-from tmexport.types import KINDS, GGMLType, container, decode_codes, first_true, joined_scales
+from tmexport.types import KINDS, Coded, GGMLType, container, decode_codes, first_true, joined_scales
 
 GROUP_SIZE_KEY = "tmexport.group_size"
+INT4_KEY = (
+    "tmexport.int4"  # beside a group size: the names, after blk.N., of tensors whose Q4_0 is int4 and not ternary
+)
 TOKENIZER_JSON_KEY = "tokenizer.huggingface.json"
 
 
 def gguf_values(tensor: ModelTensor, values: np.ndarray) -> np.ndarray:
-    """The values that the file holds: A = -exp(A_log), everything else as it is.
+    """The values that the file holds: A = -exp(A_log), rows that RoPE turns interleaved, everything else as it is.
 
     The exponential is taken in fp64 and rounded once, so the bytes do not depend on the machine's fp32 exp.
     """
+    if tensor.rotated is not None:
+        return interleaved(values, tensor.rotated)
     if tensor.transform is None:
         return values
     assert tensor.transform == NEG_EXP, tensor.transform
     return (-np.exp(values.astype(np.float64))).astype(np.float32)
 
 
-def model_metadata(model: Model, file_type: int, name: str, group_size: int | None) -> dict[str, Any]:
-    """The keys llama.cpp's loader needs, and ours."""
+def gguf_codes(tensor: ModelTensor, coded: Coded) -> Coded:
+    """The codes and scales that the file holds: rows in the file's order."""
+    if tensor.rotated is None:
+        return coded
+    return replace(
+        coded, codes=interleaved(coded.codes, tensor.rotated), scales=interleaved(coded.scales, tensor.rotated)
+    )
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [n, ...] with the two halves of each of so many heads alternating (llama.cpp's converter, LlamaModel.permute)."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `interleaved`."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def model_metadata(
+    model: Model, file_type: int, name: str, group_size: int | None, int4: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The keys llama.cpp's loader needs, and ours. int4: see INT4_KEY."""
     metadata: dict[str, Any] = {
         "general.architecture": model.family,
         "general.type": "model",
@@ -41,6 +71,8 @@ def model_metadata(model: Model, file_type: int, name: str, group_size: int | No
     metadata |= {f"{model.family}.{key}": value for key, value in family_of(model.family).to_gguf(model).items()}
     if group_size is not None:
         metadata[GROUP_SIZE_KEY] = group_size
+        if int4:
+            metadata[INT4_KEY] = list(int4)
     return metadata
 
 
@@ -89,17 +121,21 @@ def _check_tensors(gguf: GGUFFile, model: Model) -> None:
 
 
 def coded_kind(gguf: GGUFFile, name: str) -> str | None:
-    """The kind of codes that a tensor holds: that of its type; of a Q4_0, which holds rounded values too, ternary inside the
-    blocks of a file that records a group size. None: values.
+    """The kind of codes with recorded groups that a tensor holds: that of its type; of a Q4_0, which holds values and int4
+    blocks too, ternary inside the blocks of a file that records a group size. None: values, or blocks, which are as values.
     """
     found = container(gguf.tensors[name].type)
-    if not found.kinds or (found.encode_values is not None and not _says_ternary(gguf, name)):
+    kinds = [kind for kind in found.kinds if not KINDS[kind].in_blocks]
+    if not kinds or (found.encode_values is not None and not _says_ternary(gguf, name)):
         return None
-    return found.kinds[0]
+    return kinds[0]
 
 
 def _says_ternary(gguf: GGUFFile, name: str) -> bool:
-    return GROUP_SIZE_KEY in gguf.metadata and name.startswith("blk.") and name.endswith(".weight")
+    if GROUP_SIZE_KEY not in gguf.metadata or not (name.startswith("blk.") and name.endswith(".weight")):
+        return False
+    blocks = gguf.metadata.get(INT4_KEY, ())
+    return not (isinstance(blocks, Sequence) and name.split(".", 2)[-1] in list(blocks))
 
 
 def coded_tensors(gguf: GGUFFile) -> dict[str, str]:

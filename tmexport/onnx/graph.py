@@ -75,6 +75,10 @@ def build_graph(
         states = block_states(block, number, io_names)
         inputs += [_float(state.past, ["batch", *state.shape]) for state in states.values()]
         outputs += [_float(state.present, ["batch", *state.shape]) for state in states.values()]
+        if len(block.branches) != 1 or block.multiplier != 1.0:
+            raise UsageError(
+                f"block {number} has {len(block.branches)} branches or a multiplier; ONNX has one branch a block"
+            )
         (branch,) = block.branches
         out = branch_module(branch.kind).WRITERS[form](writer, branch, normed, layers[number], states)
         if number + 1 < config.n_layer:

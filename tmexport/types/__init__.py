@@ -1,6 +1,6 @@
 """Kinds of weights and the containers that hold them: one registry, and the functions that use it.
 
-A kind is codes and scales (`Coded`): ternary, binary; a container is a GGML type (`Container`). An addition is a file with
+A kind is codes and scales (`Coded`): ternary, binary, int8, int4; a container is a GGML type (`Container`). An addition is a file with
 CONTAINERS (and its Coded class), and its lines below. What is not in the tables raises: no type stands for "any other".
 
     encode_codes, decode_codes     codes and scales <-> blocks, nothing rounded
@@ -38,6 +38,7 @@ __all__ = [
     "joined_scales",
     "scales_per_block",
     "smallest_exact",
+    "tells",
     "widest_exact",
     "widest_group",
 ]
@@ -50,14 +51,21 @@ _ROWS_AT_ONCE = 256  # keeps the intermediates in cache and the peak memory at o
 
 @dataclass(frozen=True)
 class Kind:
-    """tensor: its Coded class; per_byte: codes a byte in a checkpoint; quantize rounds, exact reads without changing a value."""
+    """tensor: its Coded class; per_byte: codes a byte in a checkpoint; quantize rounds; exact reads a dense matrix without
+    changing a value, where the values tell codes and scales (None: they do not).
+    """
 
     tensor: type[Coded]
     per_byte: int
     pack: Callable[[np.ndarray], np.ndarray]
     unpack: Callable[[np.ndarray, str], np.ndarray]
     quantize: Callable[[np.ndarray, int], Coded]
-    exact: Callable[[np.ndarray, str, int], Coded]
+    exact: Callable[[np.ndarray, str, int], Coded] | None = None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a scale belongs to a block of its container, as that of a rounded value does, and not to a recorded group."""
+        return self.group_sizes == (blocks.BLOCK,)
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -77,6 +85,8 @@ KINDS: dict[str, Kind] = {
     "binary": Kind(
         binary.BinaryTensor, 8, binary.pack_signs, binary.unpack_signs, binary.quantize_sign, binary.exact_binary
     ),
+    "int8": Kind(blocks.Int8Tensor, 1, blocks.pack_bytes, blocks.unpack_bytes, blocks.quantize_int8),
+    "int4": Kind(blocks.Int4Tensor, 2, blocks.pack_nibbles, blocks.unpack_nibbles, blocks.quantize_int4),
 }
 
 
@@ -97,6 +107,13 @@ def holds(kind: GGMLType, codes: str) -> bool:
     """Whether a type exists for codes of this kind alone or among others, and never rounds values into itself."""
     found = container(kind)
     return codes in found.kinds and found.encode_values is None
+
+
+def tells(kind: GGMLType, codes: str) -> bool:
+    """Whether a reader who knows the type alone multiplies these codes as they are meant: it holds no values, or the codes
+    are multiplied as values in its blocks are.
+    """
+    return holds(kind, codes) or (codes in container(kind).kinds and KINDS[codes].in_blocks)
 
 
 def encode_codes(tensor: Coded, kind: GGMLType, name: str) -> np.ndarray:
@@ -197,11 +214,14 @@ def widest_exact(weight: np.ndarray, name: str, kind: str = "ternary") -> Coded:
     Raises:
         NotTernaryError: no group size fits; the error is the smallest one's.
     """
+    exact = KINDS[kind].exact
+    if exact is None:
+        raise NotTernaryError(f"{name}: is dense, and values do not say which {kind} codes and scales they were")
     *wider, smallest = KINDS[kind].group_sizes
     for group_size in wider:
         with contextlib.suppress(NotTernaryError):
-            return KINDS[kind].exact(weight, name, group_size)
-    return KINDS[kind].exact(weight, name, smallest)
+            return exact(weight, name, group_size)
+    return exact(weight, name, smallest)
 
 
 def rounded_scales(weight: np.ndarray, name: str, kind: str = "ternary") -> tuple[Coded, float]:

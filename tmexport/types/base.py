@@ -90,6 +90,7 @@ class Coded:
     kind: ClassVar[str]
     allowed: ClassVar[tuple[int, ...]]  # codes, ascending
     group_sizes: ClassVar[tuple[int, ...]]  # widest first
+    allowed_scales: ClassVar[str] = "+0 or a positive normal fp16"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,16 +125,21 @@ class Coded:
             )
         low, high = self.codes.min(initial=self.allowed[0]), self.codes.max(initial=self.allowed[-1])
         if low < self.allowed[0] or high > self.allowed[-1] or (0 not in self.allowed and not self.codes.all()):
-            allowed = ", ".join(f"{code:+d}" if code else "0" for code in self.allowed)
-            raise CheckpointError(f"{name}: a code lies outside {allowed}; the file is damaged or not {self.kind}")
-        bad = bad_scales(self.scales)
+            raise CheckpointError(
+                f"{name}: a code lies outside {_codes_in_words(self.allowed)}; the file is damaged or not {self.kind}"
+            )
+        bad = self._bad_scales()
         if bad.any():
             row, group = first_true(bad)
             raise CheckpointError(
-                f"{name}: row {row}, group {group} has the scale {self.scales[row, group]}; expected +0 or a positive normal fp16"
+                f"{name}: row {row}, group {group} has the scale {self.scales[row, group]}; expected {self.allowed_scales}"
             )
         self._check_empty(name)
         return self
+
+    def _bad_scales(self) -> np.ndarray:
+        """Which scales are not `allowed_scales`."""
+        return bad_scales(self.scales)
 
     def _check_empty(self, name: str) -> None:
         """A scale of 0 has codes of 0 only: a group has one way of being stored."""
@@ -143,6 +149,13 @@ class Coded:
             if (used & empty).any():
                 row, group = first_true(used & empty)
                 raise CheckpointError(f"{name}: row {row}, group {group} has non-zero codes but the scale 0")
+
+
+def _codes_in_words(codes: tuple[int, ...]) -> str:
+    """Codes for a message: "-1, 0, +1", "-8 to +7"."""
+    if len(codes) > 3:
+        return f"{codes[0]:+d} to {codes[-1]:+d}"
+    return ", ".join(f"{code:+d}" if code else "0" for code in codes)
 
 
 def in_words(sizes: tuple[int, ...]) -> str:

@@ -11,7 +11,10 @@ from tmexport.model.spec import NEG_EXP, StateSpec, TensorSpec, whole_number
 
 @dataclass(frozen=True)
 class Mamba2:
-    """Dimensions. A group of B and C serves n_heads / n_groups consecutive heads; chunk_size matters to training code only."""
+    """Dimensions. A group of B and C serves n_heads / n_groups consecutive heads; chunk_size matters to training code only.
+
+    gate_norm: whether out_proj reads the norm of y * silu(z), or that product itself.
+    """
 
     kind: ClassVar[str] = "mamba2"
 
@@ -22,6 +25,7 @@ class Mamba2:
     headdim: int = 64
     n_groups: int = 1
     chunk_size: int = 256
+    gate_norm: bool = True
 
     def __post_init__(self) -> None:
         for name in ("d_inner", "d_state", "headdim", "n_groups", "chunk_size"):
@@ -51,6 +55,7 @@ class Mamba2:
         heads, per_group = (self.n_heads,), (self.n_groups, self.d_inner // self.n_groups)
         conv, d_conv = self.conv_dim, self.d_conv
         column = (self.n_heads, 1)
+        norm = TensorSpec("gate_norm", "norm.weight", "ssm_norm.weight", (self.d_inner,), per_group)
         return (
             TensorSpec("in_proj", "in_proj.weight", "ssm_in.weight", (self.d_in_proj, self.d_model), low_bit=True),
             TensorSpec("conv_weight", "conv1d.weight", "ssm_conv1d.weight", (conv, 1, d_conv), (conv, d_conv)),
@@ -58,7 +63,7 @@ class Mamba2:
             TensorSpec("dt_bias", "dt_bias", "ssm_dt.bias", heads),
             TensorSpec("a", "A_log", "ssm_a", heads, column, NEG_EXP),
             TensorSpec("d", "D", "ssm_d", heads, column),
-            TensorSpec("gate_norm", "norm.weight", "ssm_norm.weight", (self.d_inner,), per_group),
+            *((norm,) if self.gate_norm else ()),
             TensorSpec("out_proj", "out_proj.weight", "ssm_out.weight", (self.d_model, self.d_inner), low_bit=True),
         )
 
@@ -73,4 +78,5 @@ class Mamba2:
         """By the names that config.json files use."""
         expand = {"expand": self.d_inner // self.d_model} if self.d_inner % self.d_model == 0 else {}
         own = {"d_inner": self.d_inner, "d_state": self.d_state, "d_conv": self.d_conv, **expand}
-        return own | {"headdim": self.headdim, "n_groups": self.n_groups, "chunk_size": self.chunk_size}
+        own |= {"headdim": self.headdim, "n_groups": self.n_groups, "chunk_size": self.chunk_size}
+        return own if self.gate_norm else own | {"gate_norm": False}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tmexport.errors import ConfigError, GGUFError
 from tmexport.model.spec import Model, Names, shown
 
@@ -19,7 +21,8 @@ BACKBONE = Names(
     final_norm=("backbone.norm_f.weight", "output_norm.weight"),
     head=("lm_head.weight", "output.weight"),
     block=("backbone.layers.{}.", "blk.{}."),
-    norm=("norm.weight", "attn_norm.weight"),
+    norm="norm.weight",
+    norms=("attn_norm.weight",),
 )
 
 
@@ -31,6 +34,12 @@ class Keys:
     metadata: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     architecture: str
+
+    @property
+    def here(self) -> set[str]:
+        """The keys of the architecture, without its prefix."""
+        prefix = self.architecture + "."
+        return {key.removeprefix(prefix) for key in self.metadata if key.startswith(prefix)}
 
     def whole(self, key: str) -> int:
         """A positive whole number under "ARCHITECTURE.key".
@@ -73,13 +82,17 @@ class Keys:
 
 @dataclass(frozen=True)
 class Family:
-    """Models that are called the same: name, which is GGUF's architecture; names of tensors; both directions of both files."""
+    """Models that are called the same: name, which is GGUF's architecture; names of tensors; both directions of both files.
+
+    folds: (config.json, model) -> by role, factors fp32 of the dense weights in a checkpoint, taken one after another.
+    """
 
     name: str
     names: Names
     to_hf: Callable[[Model], dict[str, Any]]
     to_gguf: Callable[[Model], dict[str, Any]]  # without the architecture's prefix
     from_gguf: Callable[[Keys], Model]
+    folds: Callable[[Mapping[str, Any], Model], Mapping[str, tuple[np.ndarray, ...]]] = lambda raw, model: {}
 
 
 def common_keys(model: Model) -> dict[str, Any]:

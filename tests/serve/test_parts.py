@@ -1,0 +1,116 @@
+"""Templates, stop texts and grammars by themselves."""
+
+import time
+
+import jinja2
+import numpy as np
+import pytest
+
+from runtime_ref.command import DEMO_MODEL
+from runtime_ref.sampling import Sampling
+from runtime_ref.serve.choice import Choice, StopTexts
+from runtime_ref.serve.vocabulary import Vocabulary
+from runtime_ref.template import ChatTemplate
+from runtime_ref.tokenizer import Tokenizer
+from tmexport.errors import TextError, TmexportError
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+MESSAGES = [{"role": "user", "content": "a {{ b }}"}, {"role": "assistant", "content": "ü"}]
+
+
+def template(text):
+    return ChatTemplate(text, TOKENS, "x.gguf")
+
+
+def test_a_template_renders_as_transformers_does():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    text = (
+        "{{ bos_token }}{% for m in messages %}\n  {% if loop.index0 > 5 %}{% break %}{% endif %}\n"
+        "{{ '<|' + m['role'] + '|>' }}\n{{ m.content | trim | tojson }}{{ eos_token }}\n{% endfor %}\n"
+        "{%- if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    for answer in (True, False):
+        (wanted,), _ = render_jinja_template([MESSAGES], chat_template=text, add_generation_prompt=answer, **TOKENS)
+        assert template(text).render(MESSAGES, answer) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+        ("{{ ''.__class__.__base__ }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ 'a' * 10000000 }}", "too large"),
+        ("{{ 9 ** 9 }}", "too large"),
+        ("{{ range(10 ** 9) }}", "too large"),
+        ("{{ range(1000000) }}", "OverflowError"),
+        (
+            "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "characters",
+        ),
+        ("{% for i in range(100) %}{{ 'a' * 900000 }}{% endfor %}", "characters"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[9].content.x.y }}", "UndefinedError"),
+    ],
+)
+def test_a_hostile_template_is_refused(text, said):
+    with pytest.raises(TextError, match=said):
+        template(text).render(MESSAGES)
+
+
+def test_a_slow_template_is_stopped():
+    began = time.monotonic()
+    with pytest.raises(TextError, match="takes longer"):
+        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}").render(MESSAGES)
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("text", ["{% for %}", "{{", "{% include 'x' %}{% endfor %}"])
+def test_a_damaged_template_is_one_line(text):
+    with pytest.raises(TmexportError, match=r"x\.gguf: the chat template is damaged"):
+        template(text)
+
+
+def test_jinja_is_the_real_one():
+    assert jinja2.__version__ >= "3.1"
+
+
+@pytest.mark.parametrize("text", ["abcabd", "ababc", "xaaabyaab", "no stop at all", "aab", ""])
+@pytest.mark.parametrize("stops", [("aab",), ("abc", "b"), ("abd",), ()])
+def test_stop_texts_equal_a_search_of_the_whole(text, stops):
+    """However the text is cut, what is shown is what comes before the earliest stop text to be completed."""
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    for size in (1, 2, 3, 100):
+        finder, shown, stopped = StopTexts(stops), "", False
+        for at in range(0, len(text), size):
+            more, stopped = finder.push(text[at : at + size])
+            shown += more
+            if stopped:
+                break
+        shown += "" if stopped else finder.flush()
+        assert stopped == bool(ends)
+        if not ends:
+            assert shown == text
+        elif size == 1:
+            assert shown == text[: min(at for end, at in ends if end == min(ends)[0])]
+        else:
+            assert shown in [text[:at] for _, at in ends]
+
+
+def test_a_choice_shows_whole_characters_and_ends_at_its_limit():
+    """Logits that force the bytes of a text: what is shown is that text, its last character cut by the limit."""
+    tokenizer = Tokenizer.from_gguf(DEMO_MODEL)
+    vocabulary = Vocabulary(tokenizer, 3840)
+    single = {piece: i for i, piece in enumerate(vocabulary.pieces) if len(piece) == 1}
+    ids = [single[bytes([b])] for b in "naïve ☃".encode()]
+    choice, shown = Choice(0, vocabulary, Sampling(), (0,), len(ids) - 1), []
+    for token in ids[:-1]:
+        logits = np.zeros(3840, np.float32)
+        logits[token] = 1
+        piece = choice.step(logits)
+        shown.append(piece.text if piece else "")
+    assert "".join(shown) == "naïve \ufffd"
+    assert choice.reason == "length"
+    assert choice.tokens == ids[:-1]
