@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.model import load_model
 from qat.ptq.calibration import Projection, round_each
 from tmexport.checkpoint import Checkpoint
 from tmexport.errors import UsageError
@@ -23,14 +22,13 @@ _POWERS = [tenth / 10 for tenth in range(11)]
 
 def awq(teacher: Checkpoint, ids: Tensor, kind: str, groups: Mapping[str, int]) -> dict[str, np.ndarray | Coded]:
     """The projections in `groups` scaled and rounded, the norms before them scaled back."""
-    model = load_model(teacher.path).requires_grad_(False)
 
     def method(projection: Projection) -> Coded:
         group_size = groups[projection.name]
         fold(projection, best_factor(projection, kind, group_size))
         return KINDS[kind].quantize(projection.module.weight.numpy(), group_size)
 
-    return round_each(model, ids, groups, method)
+    return round_each(teacher, ids, kind, groups, method)
 
 
 @torch.no_grad()

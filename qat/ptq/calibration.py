@@ -1,15 +1,16 @@
-"""What enters the projections on a calibration text, and the tensors that a model makes once they are rounded."""
+"""What enters the projections on a calibration text, and the tensors of a model once they are rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.model import LanguageModel, ResidualBlock
+from qat.model import LanguageModel, ResidualBlock, load_model
+from tmexport.checkpoint import Checkpoint, kept
 from tmexport.cli.progress import progress_bar
 from tmexport.types import Coded
 
@@ -72,13 +73,29 @@ def _inputs(block: nn.Module, module: nn.Linear, hidden: Tensor) -> Inputs:
     return found
 
 
-def round_each(
-    model: LanguageModel, ids: Tensor, chosen: Iterable[str], method: Callable[[Projection], Coded]
+def round_weights(
+    teacher: Checkpoint, kind: str, groups: Mapping[str, int], method: Callable[[np.ndarray, int], Coded]
 ) -> dict[str, np.ndarray | Coded]:
-    """Round every chosen projection of `model` in place by a method, in order; the tensors of the checkpoint."""
+    """The projections in `groups`, which has their group sizes, by a method that sees a weight alone, or as they are if they are
+    of the kind already; all other tensors as they are.
+    """
+    return {
+        name: (kept(teacher, name, kind, groups[name]) or method(teacher.dense(name), groups[name]))
+        if name in groups
+        else teacher.dense(name)
+        for name in teacher.names
+    }
+
+
+def round_each(
+    teacher: Checkpoint, ids: Tensor, kind: str, groups: Mapping[str, int], method: Callable[[Projection], Coded]
+) -> dict[str, np.ndarray | Coded]:
+    """The same with a method that sees what enters, too: layers in order, each on what the rounded layers before it produce."""
+    model = load_model(teacher.path).requires_grad_(False)
     codes: dict[str, np.ndarray | Coded] = {}
-    for projection in walk(model, ids, chosen):
-        codes[projection.name] = coded = method(projection)
+    for projection in walk(model, ids, groups):
+        coded = kept(teacher, projection.name, kind, groups[projection.name]) or method(projection)
+        codes[projection.name] = coded
         projection.module.weight.data.copy_(torch.from_numpy(coded.dense()))
     state = model.state_dict()
     return {name: codes[name] if name in codes else state[name].numpy() for name in model.config.tensors}

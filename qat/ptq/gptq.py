@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.model import load_model
 from qat.ptq.calibration import round_each
 from qat.quantizer import group_scales, round_to_codes
 from tmexport.checkpoint import Checkpoint
@@ -23,9 +22,8 @@ _DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ's code
 
 def gptq(teacher: Checkpoint, ids: Tensor, kind: str, groups: Mapping[str, int]) -> dict[str, np.ndarray | Coded]:
     """The projections in `groups` rounded with error feedback; all other tensors as they are."""
-    model = load_model(teacher.path).requires_grad_(False)
     return round_each(
-        model, ids, groups, lambda p: gptq_weight(p.module.weight, p.inputs.moments, kind, groups[p.name])
+        teacher, ids, kind, groups, lambda p: gptq_weight(p.module.weight, p.inputs.moments, kind, groups[p.name])
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from qat.ptq.awq import awq
 from qat.ptq.gptq import gptq
 from qat.ptq.rtn import round_to_nearest
 from qat.ptq.sigma_delta import sigma_delta
-from tmexport.checkpoint import open_checkpoint, write_checkpoint
+from tmexport.checkpoint import Checkpoint, group_that_keeps, open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.quantization import group_for, projections_of
 from tmexport.types import KINDS, Coded
@@ -73,7 +73,7 @@ def make(
         raise CheckpointError(f"{teacher}: holds low-bit weights already; expected a full-precision teacher")
     table = checkpoint.config.tensors
     chosen = projections_of(checkpoint.config, projections)
-    groups = {name: group_for(kind, group_size, name, table[name].shape[1]) for name in chosen}
+    groups = _groups(checkpoint, kind, group_size, chosen)
     tensors = METHODS[method].tensors(checkpoint, ids, kind, groups)
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
     for name, tensor in table.items():
@@ -82,6 +82,25 @@ def make(
             tensors[name] = KINDS[other].quantize(_fp32(tensors[name]), group_for(other, None, name, tensor.shape[1]))
     write_checkpoint(out, checkpoint.config, tensors, checkpoint.tokenizer)
     return sum(int((tensor.codes == 0).sum()) for tensor in coded) / sum(tensor.codes.size for tensor in coded)
+
+
+def _groups(checkpoint: Checkpoint, kind: str, group_size: int | None, chosen: Mapping[str, str]) -> dict[str, int]:
+    """The group size of each chosen projection: the one asked for, or the widest that fits and keeps what is of the kind already."""
+    roles: dict[str, list[str]] = {}
+    for name, role in chosen.items():
+        roles.setdefault(role, []).append(name)
+    groups = {}
+    for names in roles.values():
+        keeps = group_that_keeps(checkpoint, names, kind)
+        for name in names:
+            size = group_for(kind, group_size, name, checkpoint.config.tensors[name].shape[1])
+            if group_size is not None and size > keeps:
+                raise UsageError(
+                    f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
+                    f"use --group-size {keeps}"
+                )
+            groups[name] = min(size, keeps)
+    return groups
 
 
 def _fp32(tensor: np.ndarray | Coded) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
+from qat.ptq.calibration import round_weights
 from tmexport.checkpoint import Checkpoint
 from tmexport.types import KINDS, Coded
 
@@ -15,7 +16,4 @@ def round_to_nearest(
     teacher: Checkpoint, ids: Tensor | None, kind: str, groups: Mapping[str, int]
 ) -> dict[str, np.ndarray | Coded]:
     """The projections in `groups` rounded, all other tensors as they are."""
-    return {
-        name: KINDS[kind].quantize(teacher.dense(name), groups[name]) if name in groups else teacher.dense(name)
-        for name in teacher.names
-    }
+    return round_weights(teacher, kind, groups, KINDS[kind].quantize)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.ptq.calibration import round_weights
 from qat.quantizer import group_scales, round_to_codes
 from tmexport.checkpoint import Checkpoint
 from tmexport.types import KINDS, Coded
@@ -17,12 +18,9 @@ def sigma_delta(
     teacher: Checkpoint, ids: Tensor | None, kind: str, groups: Mapping[str, int]
 ) -> dict[str, np.ndarray | Coded]:
     """First-order noise shaping along the inputs of every row of the projections in `groups`; no data."""
-    return {
-        name: shaped(torch.from_numpy(np.array(teacher.dense(name))), kind, groups[name])
-        if name in groups
-        else teacher.dense(name)
-        for name in teacher.names
-    }
+    return round_weights(
+        teacher, kind, groups, lambda weight, size: shaped(torch.from_numpy(np.array(weight)), kind, size)
+    )
 
 
 def shaped(weight: Tensor, kind: str, group_size: int) -> Coded:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tmexport.checkpoint import Checkpoint, shared_group_size
+from tmexport.checkpoint import Checkpoint, group_that_keeps, kept, shared_group_size
 from tmexport.errors import NotTernaryError, ScaleError, UsageError
 from tmexport.gguf.names import GROUP_SIZE_KEY, gguf_codes, gguf_values, model_metadata
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
@@ -24,7 +24,6 @@ from tmexport.types import (
     GGMLType,
     encode_codes,
     encode_values,
-    scales_per_block,
     smallest_exact,
     tells,
 )
@@ -86,8 +85,6 @@ def plan_export(
         UsageError: the dimensions do not divide into the type's blocks.
     """
     config = checkpoint.config
-    if ptq:  # the nearest ternary matrix to one with an fp32 scale keeps its codes
-        checkpoint = replace(checkpoint, round_scales=True)
     types, groups = _projection_types(checkpoint, kind, ptq)
     group_size = min(groups.values(), default=None)
     by_role = dict(types)
@@ -193,7 +190,9 @@ def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dic
             continue
         codes = codes or "ternary"
         if ptq and codes == "ternary":
-            group = _group_for_rounding({config.tensors[name].shape[1] for name in config.projections})
+            ternary = [name for name in config.projections if checkpoint.kind(name) in (None, "ternary")]
+            rows = {config.tensors[name].shape[1] for name in config.projections}
+            group = min(_group_for_rounding(rows), _group_to_keep(checkpoint, ternary, kind))
         else:
             try:
                 group = shared_group_size(checkpoint, found, codes)
@@ -215,6 +214,12 @@ def _type_of_codes(role: str, codes: str, group: int, kind: str, rows: set[int])
             f"{role} is {codes}, which {found.name} does not hold exactly; use --type auto, {fitting} or f16"
         )
     return found
+
+
+def _group_to_keep(checkpoint: Checkpoint, names: list[str], kind: str) -> int:
+    """The widest group that keeps what is ternary already; no narrower than a block of the type asked for."""
+    block = TYPES[kind].block_size if kind != "auto" else 0
+    return max(block, group_that_keeps(checkpoint, names, "ternary"))
 
 
 def _group_for_rounding(rows: set[int]) -> int:
@@ -257,11 +262,11 @@ def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: i
             return _codes(checkpoint, name, kind)
         except NotTernaryError as error:
             raise _refusal(error) from None
-    try:  # a weight that already is ternary stays as it is
-        tensor = checkpoint.codes(name)
-        scales_per_block(tensor, max(kind.block_size, group_size), name)
-    except NotTernaryError:
-        tensor = KINDS["ternary"].quantize(checkpoint.dense(name), group_size)
+    try:
+        tensor = kept(checkpoint, name, "ternary", max(kind.block_size, group_size))
+    except NotTernaryError:  # its groups are smaller than a block of the type that was asked for
+        tensor = None
+    tensor = tensor or KINDS["ternary"].quantize(checkpoint.dense(name), group_size)
     return encode_codes(gguf_codes(checkpoint.config.tensors[name], tensor), kind, name)
 
 
