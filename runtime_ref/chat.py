@@ -137,6 +137,11 @@ def chat(
       /reset       begin anew
       /save FILE   write the messages as JSON, as OpenAI's API takes them
       /exit        end (as does the end of the input)
+
+    \b
+    Examples:
+      tmexport chat model.gguf --system "Answer in one sentence."
+      echo "How is the Union?" | tmexport chat model.gguf --temperature 0
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     template = needed_template(model_path, chat_template)

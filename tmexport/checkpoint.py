@@ -20,7 +20,7 @@ from tmexport.model import Model, load_config
 from tmexport.model.dialects import family_of
 from tmexport.quantization import Stored, read_quantization, write_quantization
 from tmexport.safetensors_io import StoredTensor
-from tmexport.types import KINDS, Coded, rounded_scales, widest_exact, widest_group
+from tmexport.types import KINDS, Coded, rounded_scales, scales_per_block, widest_exact, widest_group
 from tmexport.weight_files import index_folder
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
@@ -138,6 +138,34 @@ def shared_group_size(checkpoint: Checkpoint, names: Iterable[str], kind: str = 
         found = next(s for s in sizes if s <= widest_group(tensor) and tensor.shape[1] % s == 0)
         widest = min(widest, found)
     return widest
+
+
+def already(checkpoint: Checkpoint, name: str, kind: str) -> Coded | None:
+    """A weight that is of a kind, if only up to rounding its scales to fp16 (BitNet's fp32 one), as codes; None if it is not."""
+    if (checkpoint.kind(name) or kind) != kind or KINDS[kind].exact is None:
+        return None
+    try:
+        return replace(checkpoint, round_scales=True).codes(name, kind)
+    except NotTernaryError:
+        return None
+
+
+def group_that_keeps(checkpoint: Checkpoint, names: Iterable[str], kind: str) -> int:
+    """The widest group size of a kind that keeps the scales of those weights which are of the kind already."""
+    found = (already(checkpoint, name, kind) for name in names)
+    return min((widest_group(tensor) for tensor in found if tensor is not None), default=KINDS[kind].group_sizes[0])
+
+
+def kept(checkpoint: Checkpoint, name: str, kind: str, group_size: int) -> Coded | None:
+    """What `already` finds, in groups of this size.
+
+    Raises:
+        NotTernaryError: it is of the kind in smaller groups only (see `group_that_keeps`).
+    """
+    tensor = already(checkpoint, name, kind)
+    if tensor is None:
+        return None
+    return KINDS[kind].tensor(tensor.codes, scales_per_block(tensor, group_size, name), group_size)
 
 
 def open_checkpoint(folder: Path | str, round_scales: bool = False) -> Checkpoint:

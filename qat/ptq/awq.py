@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.model import load_model
 from qat.ptq.calibration import Projection, round_each
 from tmexport.checkpoint import Checkpoint
 from tmexport.errors import UsageError
@@ -21,13 +20,12 @@ _POWERS = [tenth / 10 for tenth in range(11)]
 
 def awq(teacher: Checkpoint, ids: Tensor, kind: str, group_size: int) -> dict[str, np.ndarray | Coded]:
     """Every projection scaled and rounded, the norms before them scaled back."""
-    model = load_model(teacher.path).requires_grad_(False)
 
     def method(projection: Projection) -> Coded:
         fold(projection, best_factor(projection, kind, group_size))
         return KINDS[kind].quantize(projection.module.weight.numpy(), group_size)
 
-    return round_each(model, ids, method)
+    return round_each(teacher, ids, kind, group_size, method)
 
 
 @torch.no_grad()

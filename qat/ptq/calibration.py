@@ -1,4 +1,4 @@
-"""What enters the projections on a calibration text, and the tensors that a model makes once they are rounded."""
+"""What enters the projections on a calibration text, and the tensors of a model once they are rounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.model import LanguageModel, ResidualBlock
+from qat.model import LanguageModel, ResidualBlock, load_model
+from tmexport.checkpoint import Checkpoint, kept
 from tmexport.cli.progress import progress_bar
 from tmexport.types import Coded
 
@@ -71,13 +72,28 @@ def _inputs(block: nn.Module, module: nn.Linear, hidden: Tensor) -> Inputs:
     return found
 
 
-def round_each(
-    model: LanguageModel, ids: Tensor, method: Callable[[Projection], Coded]
+def round_weights(
+    teacher: Checkpoint, kind: str, group_size: int, method: Callable[[np.ndarray], Coded]
 ) -> dict[str, np.ndarray | Coded]:
-    """Round every projection of `model` in place by a method, in order; the tensors of the checkpoint."""
+    """Every projection by a method that sees its weight alone, or as it is if it is of the kind already; all other tensors."""
+    projections = set(teacher.config.projections)
+    return {
+        name: (kept(teacher, name, kind, group_size) or method(teacher.dense(name)))
+        if name in projections
+        else teacher.dense(name)
+        for name in teacher.names
+    }
+
+
+def round_each(
+    teacher: Checkpoint, ids: Tensor, kind: str, group_size: int, method: Callable[[Projection], Coded]
+) -> dict[str, np.ndarray | Coded]:
+    """The same with a method that sees what enters, too: layers in order, each on what the rounded layers before it produce."""
+    model = load_model(teacher.path).requires_grad_(False)
     codes: dict[str, np.ndarray | Coded] = {}
     for projection in walk(model, ids):
-        codes[projection.name] = coded = method(projection)
+        coded = kept(teacher, projection.name, kind, group_size) or method(projection)
+        codes[projection.name] = coded
         projection.module.weight.data.copy_(torch.from_numpy(coded.dense()))
     state = model.state_dict()
     return {name: codes[name] if name in codes else state[name].numpy() for name in model.config.tensors}

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.model import load_model
 from qat.ptq.calibration import round_each
 from qat.quantizer import group_scales, round_to_codes
 from tmexport.checkpoint import Checkpoint
@@ -21,8 +20,9 @@ _DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ's code
 
 def gptq(teacher: Checkpoint, ids: Tensor, kind: str, group_size: int) -> dict[str, np.ndarray | Coded]:
     """Every projection rounded with error feedback; all other tensors as they are."""
-    model = load_model(teacher.path).requires_grad_(False)
-    return round_each(model, ids, lambda p: gptq_weight(p.module.weight, p.inputs.moments, kind, group_size))
+    return round_each(
+        teacher, ids, kind, group_size, lambda p: gptq_weight(p.module.weight, p.inputs.moments, kind, group_size)
+    )
 
 
 def gptq_weight(weight: Tensor, moments: Tensor, kind: str, group_size: int) -> Coded:

@@ -16,7 +16,7 @@ from qat.ptq.awq import awq
 from qat.ptq.gptq import gptq
 from qat.ptq.rtn import round_to_nearest
 from qat.ptq.sigma_delta import sigma_delta
-from tmexport.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from tmexport.checkpoint import Checkpoint, group_that_keeps, open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.types import KINDS, Coded
 from tmexport.types.base import in_words
@@ -80,10 +80,16 @@ def make(
 
 
 def _fitting(checkpoint: Checkpoint, kind: str, group_size: int | None) -> int:
-    sizes = KINDS[kind].group_sizes
-    size = sizes[0] if group_size is None else group_size
+    """The group size asked for, or the widest that keeps what is of the kind already."""
+    keeps = group_that_keeps(checkpoint, checkpoint.config.projections, kind)
+    size = keeps if group_size is None else group_size
     rows = sorted({checkpoint.config.tensors[name].shape[1] for name in checkpoint.config.projections})
-    _check_rows(size, rows, sizes)
+    _check_rows(size, rows, KINDS[kind].group_sizes)
+    if size > keeps:
+        raise UsageError(
+            f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
+            f"use --group-size {keeps}"
+        )
     return size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from qat.ptq.calibration import round_weights
 from tmexport.checkpoint import Checkpoint
 from tmexport.types import KINDS, Coded
 
@@ -13,8 +14,4 @@ def round_to_nearest(
     teacher: Checkpoint, ids: Tensor | None, kind: str, group_size: int
 ) -> dict[str, np.ndarray | Coded]:
     """Every projection rounded, all other tensors as they are."""
-    projections = set(teacher.config.projections)
-    return {
-        name: KINDS[kind].quantize(teacher.dense(name), group_size) if name in projections else teacher.dense(name)
-        for name in teacher.names
-    }
+    return round_weights(teacher, kind, group_size, lambda weight: KINDS[kind].quantize(weight, group_size))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.ptq.calibration import round_weights
 from qat.quantizer import group_scales, round_to_codes
 from tmexport.checkpoint import Checkpoint
 from tmexport.types import KINDS, Coded
@@ -13,13 +14,9 @@ from tmexport.types import KINDS, Coded
 
 def sigma_delta(teacher: Checkpoint, ids: Tensor | None, kind: str, group_size: int) -> dict[str, np.ndarray | Coded]:
     """First-order noise shaping along the inputs of every row; no data."""
-    projections = set(teacher.config.projections)
-    return {
-        name: shaped(torch.from_numpy(np.array(teacher.dense(name))), kind, group_size)
-        if name in projections
-        else teacher.dense(name)
-        for name in teacher.names
-    }
+    return round_weights(
+        teacher, kind, group_size, lambda weight: shaped(torch.from_numpy(np.array(weight)), kind, group_size)
+    )
 
 
 def shaped(weight: Tensor, kind: str, group_size: int) -> Coded:

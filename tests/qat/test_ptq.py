@@ -228,3 +228,39 @@ def test_refusals(teacher, tmp_path):
         make("rtn", tmp_path / "low", tmp_path / "out", group_size=64)
     with pytest.raises(UsageError, match="is the teacher's folder"):
         make("rtn", teacher, teacher, group_size=64)
+
+
+def _ternary_teacher(teacher, folder, scale, group=None):
+    """The teacher with projections of random codes times one scale (or one a group); its checkpoint and the codes."""
+    source, rng, codes = open_checkpoint(teacher), np.random.default_rng(5), {}
+    tensors = {name: source.dense(name) for name in source.names}
+    for name in source.config.projections:
+        n, k = tensors[name].shape
+        codes[name] = rng.integers(-1, 2, (n, k)).astype(np.int8)
+        scales = np.full((n, 1), scale, np.float32) if group is None else scale * rng.integers(1, 9, (n, k // group))
+        tensors[name] = codes[name] * np.repeat(scales, k // scales.shape[1], 1).astype(np.float32)
+    write_checkpoint(folder, source.config, tensors, source.tokenizer)
+    return codes
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("scale", [np.float32(0.0213456789), np.float32(0.0625)], ids=["bitnet", "fp16"])
+def test_a_model_that_is_ternary_already_keeps_its_codes_and_scales(teacher, ids, tmp_path, method, scale):
+    codes = _ternary_teacher(teacher, tmp_path / "ternary", scale)
+    make(method, tmp_path / "ternary", tmp_path / "out", "ternary", 64, ids)
+    found, source = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "ternary")
+    for name, expected in codes.items():
+        coded = found.codes(name)
+        assert np.array_equal(coded.codes, expected)
+        assert (coded.scales == np.float16(scale)).all()
+    assert all(np.array_equal(found.dense(n), source.dense(n)) for n in source.names if n not in codes)
+
+
+def test_groups_of_a_ternary_model_are_the_default_and_never_joined(teacher, tmp_path):
+    codes = _ternary_teacher(teacher, tmp_path / "ternary", 2**-9, group=64)
+    make("rtn", tmp_path / "ternary", tmp_path / "out")
+    found, source = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "ternary")
+    assert found.group_size == 64
+    assert all(np.array_equal(found.dense(n), source.dense(n)) for n in codes)
+    with pytest.raises(UsageError, match="is ternary already, in groups of 64, which groups of 128 would change"):
+        make("rtn", tmp_path / "ternary", tmp_path / "wide", group_size=128)

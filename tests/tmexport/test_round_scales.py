@@ -93,3 +93,23 @@ def test_an_exact_one_is_the_same_with_the_flag(tmp_path):
     _run(gguf, folder, tmp_path / "a.gguf")
     assert "error of a scale in fp16 is 0.0e+00" in _run(gguf, folder, tmp_path / "b.gguf", "--round-scales").stderr
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_ptq_keeps_scales_of_groups_that_the_widest_would_join(tmp_path):
+    """Groups of 64 with scales of their own, and one matrix that is not ternary: the exact ones stay exact."""
+    rng, tensors, exact = np.random.default_rng(4), random_tensors(SMALL), {}
+    names = [name for name in tensors if name.endswith("_proj.weight")]
+    for name in names[1:]:
+        n, k = tensors[name].shape
+        scales = np.float16(2**-9) * rng.integers(1, 9, (n, k // 64)).astype(np.float16)
+        exact[name] = rng.integers(-1, 2, (n, k)) * np.repeat(scales, 64, 1).astype(np.float32)
+        tensors[name] = exact[name].astype(np.float32)
+    write_checkpoint(tmp_path / "ckpt", SMALL, tensors)
+    _run(gguf, tmp_path / "ckpt", tmp_path / "a.gguf", "--ptq", "rtn")
+    file = open_gguf(tmp_path / "a.gguf")
+    for name, values in exact.items():
+        other = SMALL.tensors[name].gguf
+        info = file.tensors[other]
+        codes, scales = decode_codes(file.blocks(other), info.type, info.shape[-1])
+        found = codes * np.repeat(scales, info.shape[-1] // scales.shape[1], 1).astype(np.float32)
+        assert np.array_equal(found.reshape(values.shape), values)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from tests.llama import Llama
-from tests.models import write_small
+from tests.models import train_tokenizer, write_small
 from tests.tokenizer.random_features import check, trained
 from tests.tokenizer.samples import SCRIPTS
 from tmexport.cli import cli
@@ -79,3 +80,27 @@ def test_no_tokenizer_gives_a_file_that_llamacpp_runs(tmp_path):
     llama._server = xllamacpp.Server(params)
     answer = llama._post("/completion", {"prompt": [5, 6, 7], "n_predict": 3, "temperature": 0, "return_tokens": True})
     assert len(answer["tokens"]) == 3
+
+
+@pytest.mark.parametrize("verb", ["gguf", "onnx"])
+def test_verify_of_another_tokenizer_by_the_same_flag(tmp_path, verb):
+    """The file holds the tokenizer that --tokenizer named; verify is told the same, and then nothing else is equal."""
+    write_small(tmp_path / "ckpt", group_size=256)
+    other = train_tokenizer(tmp_path / "other.json", 300)
+    own, made, bare = tmp_path / "ckpt" / "tokenizer.json", tmp_path / f"m.{verb}", tmp_path / f"bare.{verb}"
+    assert own.read_bytes() != other.read_bytes()
+    assert run(verb, tmp_path / "ckpt", made, "--tokenizer", other).exit_code == 0
+    assert run(verb, tmp_path / "ckpt", bare, "--no-tokenizer").exit_code == 0
+    verdicts = {
+        (path.stem, flag): run("verify", tmp_path / "ckpt", path, *(() if flag is None else ("--tokenizer", flag)))
+        for path in (made, bare)
+        for flag in (None, own, other)
+    }
+    assert {key: verdict.exit_code for key, verdict in verdicts.items()} == {
+        ("m", None): 1, ("m", own): 1, ("m", other): 0, ("bare", None): 0, ("bare", own): 1, ("bare", other): 1,
+    }  # fmt: skip
+    assert f"tokenizer: expected the text of {own}" in str(verdicts["m", None].exception)
+    if verb == "gguf":
+        (tmp_path / "texts.txt").write_text("the Union of the States\n")
+        compared = run("verify", tmp_path / "ckpt", made, "--tokenizer", other, "--texts", tmp_path / "texts.txt", "--json")  # fmt: skip
+        assert json.loads(compared.stdout)["texts"]["tokens"] == len(Tokenizer.from_file(str(other)).encode("the Union of the States\n").ids)  # fmt: skip

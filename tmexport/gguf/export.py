@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tmexport.checkpoint import Checkpoint, shared_group_size
+from tmexport.checkpoint import Checkpoint, group_that_keeps, kept, shared_group_size
 from tmexport.errors import NotTernaryError, ScaleError, UsageError
 from tmexport.gguf.names import gguf_codes, gguf_values, model_metadata
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
@@ -24,7 +24,6 @@ from tmexport.types import (
     GGMLType,
     encode_codes,
     encode_values,
-    scales_per_block,
     smallest_exact,
     tells,
 )
@@ -83,8 +82,6 @@ def plan_export(
         UsageError: the dimensions do not divide into the type's blocks.
     """
     config = checkpoint.config
-    if ptq:  # the nearest ternary matrix to one with an fp32 scale keeps its codes
-        checkpoint = replace(checkpoint, round_scales=True)
     types, group_size = _projection_types(checkpoint, kind, ptq)
     by_role = dict(types)
     for tensor in config.tensors.values():
@@ -164,7 +161,7 @@ def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dic
     for codes in dict.fromkeys(kinds.values()):
         of_kind = [name for role, found in names.items() if kinds[role] == codes for name in found]
         if ptq and codes == "ternary":
-            groups[codes] = _group_for_rounding(rows)
+            groups[codes] = min(_group_for_rounding(rows), _group_to_keep(checkpoint, of_kind, kind))
             continue
         try:
             groups[codes] = shared_group_size(checkpoint, of_kind, codes)
@@ -182,6 +179,12 @@ def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dic
             )
         chosen[role] = found
     return chosen, min((size for codes, size in groups.items() if not KINDS[codes].in_blocks), default=None)
+
+
+def _group_to_keep(checkpoint: Checkpoint, names: list[str], kind: str) -> int:
+    """The widest group that keeps what is ternary already; no narrower than a block of the type asked for."""
+    block = TYPES[kind].block_size if kind != "auto" else 0
+    return max(block, group_that_keeps(checkpoint, names, "ternary"))
 
 
 def _group_for_rounding(rows: set[int]) -> int:
@@ -224,11 +227,11 @@ def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: i
             return _codes(checkpoint, name, kind)
         except NotTernaryError as error:
             raise _refusal(error) from None
-    try:  # a weight that already is ternary stays as it is
-        tensor = checkpoint.codes(name)
-        scales_per_block(tensor, max(kind.block_size, group_size), name)
-    except NotTernaryError:
-        tensor = KINDS["ternary"].quantize(checkpoint.dense(name), group_size)
+    try:
+        tensor = kept(checkpoint, name, "ternary", max(kind.block_size, group_size))
+    except NotTernaryError:  # its groups are smaller than a block of the type that was asked for
+        tensor = None
+    tensor = tensor or KINDS["ternary"].quantize(checkpoint.dense(name), group_size)
     return encode_codes(gguf_codes(checkpoint.config.tensors[name], tensor), kind, name)
 
 
