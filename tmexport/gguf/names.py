@@ -191,12 +191,16 @@ def _shared_group_size(gguf: GGUFFile, names: list[str], kind: str, recorded: An
 
 
 def _widest(gguf: GGUFFile, names: list[str], kind: str) -> int:
-    for size in KINDS[kind].group_sizes:
-        if all(_divides(gguf, name, size) and not _differing(gguf, name, size).any() for name in names):
+    """The widest group size that every one of the tensors has."""
+    sizes = KINDS[kind].group_sizes
+
+    def fits(name: str, size: int) -> bool:
+        return _divides(gguf, name, size) and not _differing(gguf, name, size).any()
+
+    for size in sizes:
+        if all(fits(name, size) for name in names):
             return size
-    name = next(
-        n for n in names if not any(_divides(gguf, n, size) for size in KINDS[kind].group_sizes) or len(names) > 1
-    )
+    name = next(name for name in names if not fits(name, sizes[-1]))
     raise GGUFError(
         f"{gguf.path}: {name} has rows that do not divide into groups as other tensors' do, or scales that differ"
     )
