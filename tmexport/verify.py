@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -53,14 +54,26 @@ class Report:
     difference: Difference | None
 
 
-def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str], None] = lambda name: None) -> Report:
+def verify_gguf(
+    checkpoint: Checkpoint,
+    gguf: GGUFFile,
+    on_tensor: Callable[[str], None] = lambda name: None,
+    tokenizer: Path | None = None,
+) -> Report:
     """Compare every tensor, the dimensions and the tokenizer; stops at the first difference.
+
+    Args:
+        checkpoint: what was exported.
+        gguf: the file.
+        on_tensor: called with the name of each tensor that is equal.
+        tokenizer: the tokenizer.json that the file must hold; None: the checkpoint's own, unless the file was written
+            without one.
 
     Raises:
         GGUFError: the GGUF is damaged.
         CheckpointError: the checkpoint is damaged.
     """
-    difference = _compare_model(checkpoint, gguf)
+    difference = _compare_model(checkpoint, gguf, tokenizer)
     n_ternary = n_codes = n_scales = n_other = 0
     for tensor in checkpoint.config.tensors.values() if difference is None else ():
         kind = gguf.tensors[tensor.gguf].type
@@ -78,12 +91,12 @@ def verify_gguf(checkpoint: Checkpoint, gguf: GGUFFile, on_tensor: Callable[[str
     return Report(n_ternary, n_codes, n_scales, n_other, difference)
 
 
-def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
+def _compare_model(checkpoint: Checkpoint, gguf: GGUFFile, tokenizer: Path | None) -> Difference | None:
     found, expected = _flat(config_from_metadata(gguf)), _flat(checkpoint.config)
     for field in expected | found:
         if found.get(field) != expected.get(field):
             return Difference(field, None, None, repr(expected.get(field)), repr(found.get(field)))
-    return _compare_tokenizer(checkpoint, gguf)
+    return _compare_tokenizer(checkpoint, gguf, tokenizer)
 
 
 def _flat(model: Model) -> dict[str, object]:
@@ -99,13 +112,14 @@ def _flat(model: Model) -> dict[str, object]:
     return {name: value for name, value in flat.items() if name.split(" ")[-1] not in _NOT_COMPARED}
 
 
-def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile) -> Difference | None:
-    """Every tokenizer.* key; a file that says it has no tokenizer takes token ids only, and nothing is compared."""
-    if checkpoint.tokenizer is None or not has_vocabulary(gguf.metadata):
+def _compare_tokenizer(checkpoint: Checkpoint, gguf: GGUFFile, tokenizer: Path | None) -> Difference | None:
+    """Every tokenizer.* key; of a file that says it takes token ids only, only where a tokenizer was asked for."""
+    path = tokenizer or checkpoint.tokenizer
+    if path is None or (tokenizer is None and not has_vocabulary(gguf.metadata)):
         return None
-    wanted = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).metadata
+    wanted = export_tokenizer(path, checkpoint.config, checkpoint.path).metadata
     if gguf.metadata.get(TOKENIZER_JSON_KEY) != wanted[TOKENIZER_JSON_KEY]:
-        return Difference("tokenizer", None, None, f"the text of {checkpoint.tokenizer}", "another or none")
+        return Difference("tokenizer", None, None, f"the text of {path}", "another or none")
     for key, expected in wanted.items():
         if gguf.metadata.get(key) != expected:
             return Difference(key, None, None, _shown(expected), _shown(gguf.metadata.get(key)))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+
+import llvmlite.binding as llvm
 
 from tmexport.errors import UsageError
+from tmexport.library_errors import lines_on_stderr
 
 
 def check_settings() -> None:
@@ -25,6 +29,31 @@ def check_settings() -> None:
             raise UsageError(
                 f"NUMBA_CPU_FEATURES holds {feature!r}; expected names with + or - before each: +avx2,+f16c"
             )
+
+    for variable, word in (("NUMBA_CPU_NAME", "cpu"), ("NUMBA_CPU_FEATURES", "features")):
+        said = _said_by_llvm(**{word: os.environ[variable]}) if os.environ.get(variable) else ""
+        if said:
+            raise UsageError(f"{variable} is {os.environ[variable]!r}; LLVM says: {said}")
+    _import_numba()
+
+
+def _said_by_llvm(**target: str) -> str:
+    """The first line that LLVM writes to stderr when asked to compile for a core or features: it has no other answer."""
+    llvm.initialize_native_target()
+    machine = llvm.Target.from_default_triple()
+    with lines_on_stderr() as said:
+        machine.create_target_machine(**target)
+    return said[0] if said else ""
+
+
+def _import_numba() -> None:
+    """Numba warns, with a traceback, of a variable it cannot read, and goes on without it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Environment variable", RuntimeWarning)
+        try:
+            import numba  # noqa: F401
+        except RuntimeWarning as warning:
+            raise UsageError(f"{str(warning).strip().splitlines()[0]} Correct it, or unset it") from None
 
 
 check_settings()

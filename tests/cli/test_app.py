@@ -1,6 +1,7 @@
 """The runner: whatever ends a command is one line and an exit code; and the table of verbs."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests.commands import invoke
 from tests.demo.running import ROOT
+from tests.models import write_small
 from tmexport.cli import VERBS, app, cli, load
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.extras import import_with
@@ -218,3 +220,15 @@ def test_module_forms_are_the_same_commands(module, verb):
     assert texts[0].split("\n")[1:] == texts[1].split("\n")[1:]
     assert f"python -m {module} " in texts[0].split("\n")[0]
     assert f"tmexport {verb} " in texts[1].split("\n")[0]
+
+
+@pytest.mark.parametrize(("setting", "code"), [("OMP_NUM_THREADS=abc", 2), ("OMP_SCHEDULE=x", 2), ("OMP_NUM_THREADS=2", 0), ("KMP_AFFINITY=abc", 0)])  # fmt: skip
+def test_a_variable_that_torchs_openmp_cannot_read(tmp_path, setting, code):
+    write_small(tmp_path / "ckpt")
+    (tmp_path / "t.txt").write_text("the union of the states")
+    name, value = setting.split("=")
+    command = [sys.executable, "-m", "qat.evaluate", tmp_path / "ckpt", "--data", tmp_path / "t.txt", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {name: value})
+    said = f"error: {name} is {value!r}, which OpenMP cannot read; correct it, or unset it\n" if code else ""
+    assert (done.returncode, done.stderr) == (code, said)
+    assert code or json.loads(done.stdout)["tokens"] > 5

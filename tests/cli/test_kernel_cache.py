@@ -191,11 +191,17 @@ def test_older_versions_are_removed(machine):
 
 
 SETTINGS = [
-    ("NUMBA_NUM_THREADS=abc", 0, "warning: Environment variable 'NUMBA_NUM_THREADS' is defined but its"),
+    ("NUMBA_NUM_THREADS=abc", 2, "error: Environment variable 'NUMBA_NUM_THREADS' is defined but its"),
     ("NUMBA_NUM_THREADS=0", 2, "error: NUMBA_NUM_THREADS is 0; expected 1 or more"),
-    ("NUMBA_OPT=abc", 0, "warning: Environment variable 'NUMBA_OPT'"),
+    ("NUMBA_OPT=abc", 2, "error: Environment variable 'NUMBA_OPT'"),
     ("NUMBA_DISABLE_JIT=1", 2, "error: NUMBA_DISABLE_JIT is set"),
     ("NUMBA_CPU_FEATURES=abc", 2, "error: NUMBA_CPU_FEATURES holds 'abc'"),
+    (
+        "NUMBA_CPU_FEATURES=+abc",
+        2,
+        "error: NUMBA_CPU_FEATURES is '+abc'; LLVM says: '+abc' is not a recognized feature",
+    ),
+    ("NUMBA_CPU_NAME=abc", 2, "error: NUMBA_CPU_NAME is 'abc'; LLVM says: 'abc' is not a recognized processor"),
     ("RUNTIME_REF_ISA=abc", 2, "error: RUNTIME_REF_ISA is 'abc'; expected one of"),
     ("OMP_NUM_THREADS=abc", 0, ""),
     ("OPENBLAS_NUM_THREADS=abc", 0, ""),

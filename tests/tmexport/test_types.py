@@ -1,5 +1,7 @@
 """Every kind in every container that says it holds it: nothing is lost, and the bytes are those of the format."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -170,3 +172,17 @@ def test_what_does_not_fit_is_refused():
     bad[0, :2] = (0, 0x7E)  # NaN
     with pytest.raises(GGUFError, match="row 0, block 0 has the scale nan"):
         decode_codes(bad, GGMLType.Q1_0, 128)
+
+
+def test_the_names_that_scripts_outside_know():
+    """tmexport.gguf.decode was where these stood: the same functions, and nothing of ours goes that way."""
+    from tmexport.gguf.decode import decode_ternary, dequantize
+
+    assert (decode_ternary, dequantize) == (decode_codes, decode_values)
+    root = Path(__file__).parents[2]
+    sources = [
+        p
+        for package in ("tmexport", "qat", "runtime_ref", "zero_shot", "scripts")
+        for p in (root / package).rglob("*.py")
+    ]
+    assert not [p for p in sources if "gguf.decode import" in p.read_text(encoding="utf-8")]

@@ -1,12 +1,15 @@
 """llama.cpp's tokens of what was exported: random features, 24 scripts, and files without a tokenizer."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from tests.llama import Llama
-from tests.models import write_small
+from tests.models import train_tokenizer, write_small
 from tests.tokenizer.random_features import check, trained
 from tests.tokenizer.samples import SCRIPTS
 from tmexport.cli import cli
@@ -60,6 +63,18 @@ def test_verify_texts(tmp_path):
     assert (differs.exit_code, "the tokenizer gives [" in str(differs.exception)) == (1, True)
 
 
+def test_a_server_that_ends_at_once_does_not_wait_for_ever(tmp_path):
+    """llama.cpp's queue starts after the server answers; ended between the two, it never stops (2 of 2 tries hung under load)."""
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.json")
+    code = (
+        "import sys; from pathlib import Path; from tmexport.tokenizer.gguf import export_tokenizer\n"
+        "from tmexport.model import mamba2_model; from tmexport.tokenizer.texts import LlamaTokenizer\n"
+        "keys = export_tokenizer(Path(sys.argv[1]), mamba2_model(256, 1, 512, d_state=64)).metadata\n"
+        "for _ in range(20):\n    with LlamaTokenizer(keys): pass"
+    )
+    subprocess.run([sys.executable, "-c", code, tokenizer], check=True, timeout=100)
+
+
 def test_without_xllamacpp_it_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "xllamacpp", None)
     with pytest.raises(TmexportError, match="xllamacpp is not installed"):
@@ -79,3 +94,27 @@ def test_no_tokenizer_gives_a_file_that_llamacpp_runs(tmp_path):
     llama._server = xllamacpp.Server(params)
     answer = llama._post("/completion", {"prompt": [5, 6, 7], "n_predict": 3, "temperature": 0, "return_tokens": True})
     assert len(answer["tokens"]) == 3
+
+
+@pytest.mark.parametrize("verb", ["gguf", "onnx"])
+def test_verify_of_another_tokenizer_by_the_same_flag(tmp_path, verb):
+    """The file holds the tokenizer that --tokenizer named; verify is told the same, and then nothing else is equal."""
+    write_small(tmp_path / "ckpt", group_size=256)
+    other = train_tokenizer(tmp_path / "other.json", 300)
+    own, made, bare = tmp_path / "ckpt" / "tokenizer.json", tmp_path / f"m.{verb}", tmp_path / f"bare.{verb}"
+    assert own.read_bytes() != other.read_bytes()
+    assert run(verb, tmp_path / "ckpt", made, "--tokenizer", other).exit_code == 0
+    assert run(verb, tmp_path / "ckpt", bare, "--no-tokenizer").exit_code == 0
+    verdicts = {
+        (path.stem, flag): run("verify", tmp_path / "ckpt", path, *(() if flag is None else ("--tokenizer", flag)))
+        for path in (made, bare)
+        for flag in (None, own, other)
+    }
+    assert {key: verdict.exit_code for key, verdict in verdicts.items()} == {
+        ("m", None): 1, ("m", own): 1, ("m", other): 0, ("bare", None): 0, ("bare", own): 1, ("bare", other): 1,
+    }  # fmt: skip
+    assert f"tokenizer: expected the text of {own}" in str(verdicts["m", None].exception)
+    if verb == "gguf":
+        (tmp_path / "texts.txt").write_text("the Union of the States\n")
+        compared = run("verify", tmp_path / "ckpt", made, "--tokenizer", other, "--texts", tmp_path / "texts.txt", "--json")  # fmt: skip
+        assert json.loads(compared.stdout)["texts"]["tokens"] == len(Tokenizer.from_file(str(other)).encode("the Union of the States\n").ids)  # fmt: skip

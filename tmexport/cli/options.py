@@ -34,7 +34,7 @@ threads_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 tokenizer_option = click.option(
-    "--tokenizer", type=PATH, help="A tokenizer.json, if the checkpoint has none of its own."
+    "--tokenizer", type=PATH, help="A tokenizer.json to take in place of the checkpoint's, which may have none."
 )
 no_tokenizer_option = click.option(
     "--no-tokenizer", is_flag=True, help="Leave the tokenizer out; the file takes token ids only."

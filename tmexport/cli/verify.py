@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tmexport.cli.options import HELP, PATH, json_option, round_scales_option
+from tmexport.cli.options import HELP, PATH, json_option, round_scales_option, tokenizer_option
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import TmexportError
 from tmexport.extras import import_with
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 @click.argument("exported", type=PATH)
 @click.option("--texts", type=PATH, help="Also tokenise this file (text, or .jsonl) with llama.cpp; needs xllamacpp.")
 @round_scales_option
+@tokenizer_option
 @json_option
-def verify(checkpoint: Path, exported: Path, texts: Path | None, round_scales: bool, as_json: bool) -> None:
+def verify(
+    checkpoint: Path, exported: Path, texts: Path | None, round_scales: bool, tokenizer: Path | None, as_json: bool
+) -> None:
     """Prove that EXPORTED holds CHECKPOINT: codes and scales bit for bit, the rest within its type's rounding.
 
     Exits with 0, or with 1 and the first difference named.
@@ -32,6 +35,7 @@ def verify(checkpoint: Path, exported: Path, texts: Path | None, round_scales: b
     Example:
       tmexport verify ckpt/ model.gguf
       tmexport verify ckpt/ model.gguf --texts heldout.txt
+      tmexport verify mamba2-130m/ fp.gguf --tokenizer neox/tokenizer.json
     """
     from tmexport.checkpoint import open_checkpoint
     from tmexport.gguf.reader import open_gguf
@@ -43,10 +47,14 @@ def verify(checkpoint: Path, exported: Path, texts: Path | None, round_scales: b
     with progress_bar("comparing", len(source.names), unit="tensors") as bar:
         if exported.suffix == ".onnx":
             verify_onnx = import_with("onnx", "tmexport.onnx.verify").verify_onnx
-            report = verify_onnx(source, exported, lambda name: bar.advance())
+            report = verify_onnx(source, exported, lambda name: bar.advance(), tokenizer)
         else:
-            report = verify_gguf(source, open_gguf(exported), lambda name: bar.advance())
-    compared = None if texts is None or report.difference else _compare_texts(source, exported, texts)
+            report = verify_gguf(source, open_gguf(exported), lambda name: bar.advance(), tokenizer)
+    compared = (
+        None
+        if texts is None or report.difference
+        else _compare_texts(tokenizer or source.tokenizer, source, exported, texts)
+    )
     if as_json:
         difference = vars(report.difference) if report.difference else None
         click.echo(
@@ -63,7 +71,7 @@ def verify(checkpoint: Path, exported: Path, texts: Path | None, round_scales: b
         raise TmexportError(f"{exported}: {report.difference}")
 
 
-def _compare_texts(source: Checkpoint, exported: Path, path: Path) -> dict[str, int]:
+def _compare_texts(file: Path | None, source: Checkpoint, exported: Path, path: Path) -> dict[str, int]:
     """How many texts and tokens were the same in both programs.
 
     Raises:
@@ -73,10 +81,10 @@ def _compare_texts(source: Checkpoint, exported: Path, path: Path) -> dict[str, 
     from tmexport.tokenizer.parse import parse_tokenizer, read_tokenizer
     from tmexport.tokenizer.texts import LlamaTokenizer, first_difference, read_texts
 
-    if source.tokenizer is None:
-        raise TmexportError(f"{source.path}: has no tokenizer.json to compare with")
+    if file is None:
+        raise TmexportError(f"{source.path}: has no tokenizer.json to compare with; name one with --tokenizer")
     texts = read_texts(path)
-    tokenizer = parse_tokenizer(read_tokenizer(source.tokenizer), str(source.tokenizer))
+    tokenizer = parse_tokenizer(read_tokenizer(file), str(file))
     count = 0
 
     def ours(text: str) -> list[int]:

@@ -45,8 +45,15 @@ def load_onnx(path: Path) -> tuple[onnx.ModelProto, ModelInfo]:
     return model, info_from_metadata({p.key: p.value for p in model.metadata_props}, path)
 
 
-def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], None] = lambda name: None) -> Report:
+def verify_onnx(
+    checkpoint: Checkpoint,
+    path: Path,
+    on_tensor: Callable[[str], None] = lambda name: None,
+    tokenizer: Path | None = None,
+) -> Report:
     """Compare the dimensions, the nodes, every weight and the tokenizer beside the file; stops at the first difference.
+
+    The arguments are those of `tmexport.verify.verify_gguf`.
 
     Raises:
         OnnxError: the file is damaged.
@@ -69,7 +76,7 @@ def verify_onnx(checkpoint: Checkpoint, path: Path, on_tensor: Callable[[str], N
         if difference is not None:
             break
         on_tensor(name)
-    return Report(n_ternary, n_codes, n_scales, n_other, difference or _compare_tokenizer(checkpoint, path))
+    return Report(n_ternary, n_codes, n_scales, n_other, difference or _compare_tokenizer(checkpoint, path, tokenizer))
 
 
 def _compare_config(checkpoint: Checkpoint, info: ModelInfo) -> Difference | None:
@@ -118,13 +125,14 @@ def _compare_graph(
     return Difference(min(extra), None, None, "no such weight", "one") if extra else None
 
 
-def _compare_tokenizer(checkpoint: Checkpoint, path: Path) -> Difference | None:
-    """The tokenizer.json of the checkpoint, if it has one, is the one beside the file."""
-    if checkpoint.tokenizer is None:
+def _compare_tokenizer(checkpoint: Checkpoint, path: Path, tokenizer: Path | None) -> Difference | None:
+    """The tokenizer asked for, or else the checkpoint's, if it has one, is the one beside the file."""
+    source = tokenizer or checkpoint.tokenizer
+    if source is None:
         return None
-    beside, want = tokenizer_path(path), f"the text of {checkpoint.tokenizer}"
-    expected = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path).text
-    if not beside.exists() and _written_without_tokenizer(path):
+    beside, want = tokenizer_path(path), f"the text of {source}"
+    expected = export_tokenizer(source, checkpoint.config, checkpoint.path).text
+    if tokenizer is None and not beside.exists() and _written_without_tokenizer(path):
         return None
     if not beside.is_file():
         return Difference("tokenizer", None, None, f"{want} in {beside.name}", "no such file")
