@@ -25,6 +25,9 @@ def main() -> None:
     """Make a low-bit checkpoint without training."""
 
 
+_WHICH = "Which become that kind: all, mixers (not the MLPs'), or roles: in_proj,down_proj."
+
+
 def _options(name: str, method: Method) -> list[Callable[..., Any]]:
     options = [
         click.option("--teacher", required=True, type=PATH, help="Checkpoint folder of the full-precision model."),
@@ -39,7 +42,15 @@ def _options(name: str, method: Method) -> list[Callable[..., Any]]:
             show_default=True,
             help="Kind of the embedding and of an untied head, rounded to nearest.",
         ),
-        click.option("--group-size", type=int, help="Weights that share a scale. Default: the widest of their kind."),
+        click.option("--group-size", type=int, help="Weights that share a scale. Default: the widest that fits."),
+        click.option("--projections", default="all", show_default=True, help=_WHICH),
+        click.option(
+            "--rest",
+            type=click.Choice(["dense", *KINDS]),
+            default="dense",
+            show_default=True,
+            help="Kind of the other projections, rounded to nearest.",
+        ),
         json_option,
     ]
     if method.reads_text:
@@ -56,15 +67,15 @@ def _options(name: str, method: Method) -> list[Callable[..., Any]]:
 
 def _command(name: str, method: Method) -> click.Command:
     def run(
-        teacher: Path, out: Path, weights: str, embedding: str, group_size: int | None, as_json: bool, data: tuple[Path, ...] = (),
-        samples: int = 0, seq_len: int = 0, seed: int = 0, tokenizer: Path | None = None, threads: int | None = None,
+        teacher: Path, out: Path, weights: str, embedding: str, group_size: int | None, projections: str, rest: str,
+        as_json: bool, data: tuple[Path, ...] = (), samples: int = 0, seq_len: int = 0, seed: int = 0, tokenizer: Path | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads or default_threads())
         ids = None
         if method.reads_text:
             with tempfile.TemporaryDirectory() as cache:
                 ids = calibration_ids(teacher, list(data), tokenizer, samples, seq_len, seed, Path(cache))
-        zero_ratio = make(name, teacher, out, weights, group_size, ids, embedding)
+        zero_ratio = make(name, teacher, out, weights, group_size, ids, embedding, projections, rest)
         if as_json:
             click.echo(json.dumps({"out": str(out), "method": name, "weights": weights, "zero_ratio": zero_ratio}))
         else:

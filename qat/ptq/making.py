@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from qat.ptq.rtn import round_to_nearest
 from qat.ptq.sigma_delta import sigma_delta
 from tmexport.checkpoint import Checkpoint, group_that_keeps, open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
+from tmexport.quantization import group_for, projections_of
 from tmexport.types import KINDS, Coded
-from tmexport.types.base import in_words
 
 
 @dataclass(frozen=True)
 class Method:
-    """tensors: (teacher, ids int64 [n, seq_len], a key of KINDS, group size) -> the tensors of the checkpoint."""
+    """tensors: (teacher, ids int64 [n, seq_len], a key of KINDS, group size by projection) -> the tensors of the checkpoint."""
 
     help: str
     tensors: Callable[..., dict[str, np.ndarray | Coded]]
@@ -47,17 +47,21 @@ def make(
     group_size: int | None = None,
     ids: Tensor | None = None,
     embedding: str = "dense",
+    projections: str = "all",
+    rest: str = "dense",
 ) -> float:
-    """Write the checkpoint `teacher` to `out` with every projection rounded; returns the zero ratio of the projections.
+    """Write the checkpoint `teacher` to `out` with its projections rounded; returns the zero ratio of those of `kind`.
 
     Args:
         method: a key of METHODS.
         teacher: a full-precision checkpoint folder.
         out: folder to write, another.
         kind: a key of KINDS.
-        group_size: weights that share a scale; the kind's widest if None.
+        group_size: weights that share a scale; the kind's widest that fits if None.
         ids: calibration tokens int64 [n, seq_len], for a method that reads text.
         embedding: a key of KINDS to which the embedding and an untied head are rounded, in its widest groups; or dense.
+        projections: which become `kind` (`tmexport.quantization.projections_of`).
+        rest: a key of KINDS to which the other projections are rounded to nearest; or dense.
 
     Raises:
         TmexportError: the teacher cannot be read, is low-bit already, or has rows that the group size does not divide.
@@ -67,38 +71,36 @@ def make(
     checkpoint = open_checkpoint(teacher)
     if checkpoint.coded:
         raise CheckpointError(f"{teacher}: holds low-bit weights already; expected a full-precision teacher")
-    size = _fitting(checkpoint, kind, group_size)
-    tensors = METHODS[method].tensors(checkpoint, ids, kind, size)
+    table = checkpoint.config.tensors
+    chosen = projections_of(checkpoint.config, projections)
+    groups = _groups(checkpoint, kind, group_size, chosen)
+    tensors = METHODS[method].tensors(checkpoint, ids, kind, groups)
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
-    for name, tensor in checkpoint.config.tensors.items() if embedding != "dense" else ():
-        if tensor.low_bit and tensor.block is None:
-            widest = KINDS[embedding].group_sizes[0]
-            _check_rows(widest, [tensor.shape[1]], KINDS[embedding].group_sizes)
-            tensors[name] = KINDS[embedding].quantize(_fp32(tensors[name]), widest)
+    for name, tensor in table.items():
+        other = "dense" if name in chosen or not tensor.low_bit else embedding if tensor.block is None else rest
+        if other != "dense":
+            tensors[name] = KINDS[other].quantize(_fp32(tensors[name]), group_for(other, None, name, tensor.shape[1]))
     write_checkpoint(out, checkpoint.config, tensors, checkpoint.tokenizer)
     return sum(int((tensor.codes == 0).sum()) for tensor in coded) / sum(tensor.codes.size for tensor in coded)
 
 
-def _fitting(checkpoint: Checkpoint, kind: str, group_size: int | None) -> int:
-    """The group size asked for, or the widest that keeps what is of the kind already."""
-    keeps = group_that_keeps(checkpoint, checkpoint.config.projections, kind)
-    size = keeps if group_size is None else group_size
-    rows = sorted({checkpoint.config.tensors[name].shape[1] for name in checkpoint.config.projections})
-    _check_rows(size, rows, KINDS[kind].group_sizes)
-    if size > keeps:
-        raise UsageError(
-            f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
-            f"use --group-size {keeps}"
-        )
-    return size
-
-
-def _check_rows(size: int, rows: list[int], sizes: tuple[int, ...]) -> None:
-    if size not in sizes or any(length % size for length in rows):
-        raise UsageError(
-            f"group size {size} does not fit rows of {' and '.join(map(str, rows))}; "
-            f"expected {in_words(sizes)}, and a divisor of each"
-        )
+def _groups(checkpoint: Checkpoint, kind: str, group_size: int | None, chosen: Mapping[str, str]) -> dict[str, int]:
+    """The group size of each chosen projection: the one asked for, or the widest that fits and keeps what is of the kind already."""
+    roles: dict[str, list[str]] = {}
+    for name, role in chosen.items():
+        roles.setdefault(role, []).append(name)
+    groups = {}
+    for names in roles.values():
+        keeps = group_that_keeps(checkpoint, names, kind)
+        for name in names:
+            size = group_for(kind, group_size, name, checkpoint.config.tensors[name].shape[1])
+            if group_size is not None and size > keeps:
+                raise UsageError(
+                    f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
+                    f"use --group-size {keeps}"
+                )
+            groups[name] = min(size, keeps)
+    return groups
 
 
 def _fp32(tensor: np.ndarray | Coded) -> np.ndarray:
