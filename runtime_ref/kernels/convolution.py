@@ -36,7 +36,7 @@ def convolve_rows(tid, threads, job, a):
         convolve(a, job.s, past, q * job.length, job.length, low * 16, high * 16)
 
 
-@kernel
+@inlined
 def convolve(a, s, past, first, rows, low, high):
     """Channels low..high of the convolution over `rows` consecutive tokens; the state fp32 [K-1, C] at `past` is updated."""
     keep = a.weight.shape[0] - 1

@@ -127,7 +127,7 @@ def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, dec
     return sig, codegen
 
 
-@kernel
+@inlined
 def scan_head(isa, kept_as, a, s, states, first, rows, head):
     """The recurrence of one head over `rows` consecutive tokens, and the gate.
 
