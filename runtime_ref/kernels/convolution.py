@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime_ref.kernels.compiled import inlined, kernel
+from runtime_ref.kernels.compiled import inlined
 from runtime_ref.kernels.math import vector_silu
 from runtime_ref.kernels.vector import LANES, address, peek, poke
 

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from runtime_ref.arithmetic import Activations, RecurrentState
 from runtime_ref.kernels.barrier import share
-from runtime_ref.kernels.compiled import inlined, kernel, made_for, stack
+from runtime_ref.kernels.compiled import inlined, made_for, stack
 from runtime_ref.kernels.convolution import Convolution, convolve_rows
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
 from runtime_ref.kernels.layers import Layer, sixteens
