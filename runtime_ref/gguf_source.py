@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime_ref.arithmetic import Preset
+from runtime_ref.reference.model import BRANCHES
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix
 from tmexport.errors import GGUFError
 from tmexport.gguf.names import config_from_metadata, group_sizes_of
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def gguf_source(path: Path | str) -> Source:
-    """Open a Mamba-2 GGUF.
+    """Open a GGUF.
 
     Raises:
-        GGUFError: the file is damaged, or not a Mamba-2 of a type this runtime computes.
+        GGUFError: the file is damaged, or has layers or types that this runtime does not compute.
     """
     gguf = open_gguf(path)
     return source_of(gguf)
@@ -62,13 +63,12 @@ def check_branches(model: Model, where: object) -> None:
     """Raises GGUFError if a block has a branch that this runtime has no specification and no kernels for."""
     for block in model.blocks:
         for branch in block.branches:
-            if branch.kind not in _BRANCHES:
+            if branch.kind not in BRANCHES:
                 raise GGUFError(
                     f"{where}: has {branch.kind} layers, which this runtime does not compute; run it with llama.cpp"
                 )
 
 
-_BRANCHES = ("mamba2",)
 _BLOCK_BITS = {GGMLType.Q8_0: 8, GGMLType.Q4_0: 4}  # of values rounded in blocks of 32
 _FAST_BLOCKS = {GGMLType.TQ1_0: 256, GGMLType.TQ2_0: 256, GGMLType.Q2_0: 32, GGMLType.Q1_0: 32, GGMLType.Q4_0: 32}
 

@@ -16,8 +16,18 @@ from runtime_ref.arithmetic import Preset, StateArray
 from runtime_ref.errors import StateError
 from tmexport.files import atomic_write
 from tmexport.model import Model as Config
+from tmexport.model.spec import Branch
 
 FORMAT = "runtime_ref-state-1"
+
+
+def branch_state_arrays(branch: Branch, preset: Preset) -> list[StateArray]:
+    """The arrays of one branch's state, under the names of its table."""
+    result: list[StateArray] = []
+    for spec in branch.states():
+        fp32 = (StateArray(spec.name, spec.shape, np.dtype(np.float32)),)
+        result += preset.state.arrays(spec.name, spec.shape) if spec.recurrent else fp32
+    return result
 
 
 def state_arrays(config: Config, preset: Preset) -> tuple[StateArray, ...]:
@@ -28,10 +38,8 @@ def state_arrays(config: Config, preset: Preset) -> tuple[StateArray, ...]:
     """
     result: list[StateArray] = []
     for number, (branch, count) in enumerate(Counter(b for block in config.blocks for b in block.branches).items()):
-        for spec in branch.states():
-            name, shape = f"{spec.name}.{number}" if number else spec.name, (count, *spec.shape)
-            fp32 = (StateArray(name, shape, np.dtype(np.float32)),)
-            result += preset.state.arrays(name, shape) if spec.recurrent else fp32
+        for name, shape, dtype in branch_state_arrays(branch, preset):
+            result.append(StateArray(f"{name}.{number}" if number else name, (count, *shape), dtype))
     return tuple(result)
 
 

@@ -27,7 +27,10 @@ def main() -> None:
     """Make a low-bit checkpoint without training."""
 
 
-_SAID = "; ".join(f"{name}: {transform.help}" for name, transform in TRANSFORMS.items())
+_WHICH = "Which become that kind: all, mixers (not the MLPs'), or roles: in_proj,down_proj."
+
+
+_STEPS = "; ".join(f"{name}: {transform.help}" for name, transform in TRANSFORMS.items())
 
 
 def _options() -> list[Callable[..., Any]]:
@@ -44,26 +47,38 @@ def _options() -> list[Callable[..., Any]]:
             show_default=True,
             help="Kind of the embedding and of an untied head, rounded to nearest.",
         ),
-        click.option("--group-size", type=int, help="Weights that share a scale. Default: the widest of their kind."),
+        click.option("--group-size", type=int, help="Weights that share a scale. Default: the widest that fits."),
+        click.option("--projections", default="all", show_default=True, help=_WHICH),
         click.option(
-            "--transform", "transforms", multiple=True, type=click.Choice(list(TRANSFORMS)),
-            help=f"Before rounding, in the order given; repeatable. {_SAID}.",
+            "--rest",
+            type=click.Choice(["dense", *KINDS]),
+            default="dense",
+            show_default=True,
+            help="Kind of the other projections, rounded to nearest.",
+        ),
+        click.option(
+            "--transform",
+            "transforms",
+            multiple=True,
+            type=click.Choice(list(TRANSFORMS)),
+            help=f"Before rounding, in the order given; repeatable. {_STEPS}.",
         ),
         json_option,
         *TEXT_OPTIONS,
-    ]  # fmt: skip
+    ]
 
 
 def _command(name: str, method: Method) -> click.Command:
     def run(
-        teacher: Path, out: Path, weights: str, embedding: str, group_size: int | None, transforms: tuple[str, ...], as_json: bool,
-        data: tuple[Path, ...], samples: int, seq_len: int, seed: int, tokenizer: Path | None, threads: int | None,
+        teacher: Path, out: Path, weights: str, embedding: str, group_size: int | None, projections: str, rest: str,
+        transforms: tuple[str, ...], as_json: bool, data: tuple[Path, ...], samples: int, seq_len: int, seed: int,
+        tokenizer: Path | None, threads: int | None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads or default_threads())
         if method.reads_text and not data:
             raise click.UsageError(f"{name} reads calibration text; add --data")
         ids = read_ids(teacher, data, tokenizer, samples, seq_len, seed) if data else None
-        made = make(name, teacher, out, weights, group_size, ids, embedding, transforms, seed)
+        made = make(name, teacher, out, weights, group_size, ids, embedding, projections, rest, transforms, seed)
         if as_json:
             said = {"out": str(out), "method": name, "weights": weights, "zero_ratio": made.zero_ratio}
             click.echo(json.dumps(said | {"transforms": made.transforms}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from qat.ptq.statistics import text_digest
 from qat.ptq.transforms import TRANSFORMS, Work, apply
 from tmexport.checkpoint import Checkpoint, group_that_keeps, open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
+from tmexport.quantization import group_for, projections_of
 from tmexport.types import KINDS, Coded
-from tmexport.types.base import in_words
 
 
 @dataclass(frozen=True)
 class Method:
-    """tensors: (teacher, ids int64 [n, seq_len], a key of KINDS, group size) -> the tensors of the checkpoint."""
+    """tensors: (teacher, ids int64 [n, seq_len], a key of KINDS, group size by projection) -> the tensors of the checkpoint."""
 
     help: str
     tensors: Callable[..., dict[str, np.ndarray | Coded]]
@@ -45,7 +45,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Made:
-    """What `make` wrote: the zero ratio of the projections, and the record of the transformations."""
+    """What `make` wrote: the zero ratio of the projections of its kind, and the record of the transformations."""
 
     zero_ratio: float
     transforms: tuple[dict[str, Any], ...] = ()
@@ -59,19 +59,23 @@ def make(
     group_size: int | None = None,
     ids: Tensor | None = None,
     embedding: str = "dense",
+    projections: str = "all",
+    rest: str = "dense",
     transforms: Sequence[str] = (),
     seed: int = 0,
 ) -> Made:
-    """Write the checkpoint `teacher` to `out` with every projection rounded.
+    """Write the checkpoint `teacher` to `out` with its projections rounded.
 
     Args:
         method: a key of METHODS.
         teacher: a full-precision checkpoint folder.
         out: folder to write, another.
         kind: a key of KINDS.
-        group_size: weights that share a scale; the kind's widest if None.
+        group_size: weights that share a scale; the kind's widest that fits if None.
         ids: calibration tokens int64 [n, seq_len], for a method or a transformation that reads text.
         embedding: a key of KINDS to which the embedding and an untied head are rounded, in its widest groups; or dense.
+        projections: which become `kind` (`tmexport.quantization.projections_of`).
+        rest: a key of KINDS to which the other projections are rounded to nearest; or dense.
         transforms: keys of TRANSFORMS, applied to the teacher in this order before it is rounded.
         seed: of what a transformation draws.
 
@@ -84,20 +88,20 @@ def make(
     checkpoint = open_checkpoint(teacher)
     if checkpoint.coded:
         raise CheckpointError(f"{teacher}: holds low-bit weights already; expected a full-precision teacher")
-    size = _fitting(checkpoint, kind, group_size)
+    chosen = projections_of(checkpoint.config, projections)
+    source: Checkpoint = checkpoint
+    done: list[dict[str, Any]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".transformed-") as folder:
-        done: list[dict[str, Any]] = []
-        source = checkpoint
         if transforms:
             source, done = _transformed(checkpoint, transforms, ids, seed, Path(folder))
-        tensors = METHODS[method].tensors(source, ids, kind, size)
+        groups = _groups(source, kind, group_size, chosen)
+        tensors = METHODS[method].tensors(source, ids, kind, groups)
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
-    for name, tensor in source.config.tensors.items() if embedding != "dense" else ():
-        if tensor.low_bit and tensor.block is None:
-            widest = KINDS[embedding].group_sizes[0]
-            _check_rows(widest, [tensor.shape[1]], KINDS[embedding].group_sizes)
-            tensors[name] = KINDS[embedding].quantize(_fp32(tensors[name]), widest)
+    for name, tensor in source.config.tensors.items():
+        other = "dense" if name in chosen or not tensor.low_bit else embedding if tensor.block is None else rest
+        if other != "dense":
+            tensors[name] = KINDS[other].quantize(_fp32(tensors[name]), group_for(other, None, name, tensor.shape[1]))
     provenance: dict[str, Any] | None = None
     if done:
         provenance = {"method": method, "transforms": done}
@@ -121,26 +125,23 @@ def _transformed(
     return open_checkpoint(folder), work.done
 
 
-def _fitting(checkpoint: Checkpoint, kind: str, group_size: int | None) -> int:
-    """The group size asked for, or the widest that keeps what is of the kind already."""
-    keeps = group_that_keeps(checkpoint, checkpoint.config.projections, kind)
-    size = keeps if group_size is None else group_size
-    rows = sorted({checkpoint.config.tensors[name].shape[1] for name in checkpoint.config.projections})
-    _check_rows(size, rows, KINDS[kind].group_sizes)
-    if size > keeps:
-        raise UsageError(
-            f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
-            f"use --group-size {keeps}"
-        )
-    return size
-
-
-def _check_rows(size: int, rows: list[int], sizes: tuple[int, ...]) -> None:
-    if size not in sizes or any(length % size for length in rows):
-        raise UsageError(
-            f"group size {size} does not fit rows of {' and '.join(map(str, rows))}; "
-            f"expected {in_words(sizes)}, and a divisor of each"
-        )
+def _groups(checkpoint: Checkpoint, kind: str, group_size: int | None, chosen: Mapping[str, str]) -> dict[str, int]:
+    """The group size of each chosen projection: the one asked for, or the widest that fits and keeps what is of the kind already."""
+    roles: dict[str, list[str]] = {}
+    for name, role in chosen.items():
+        roles.setdefault(role, []).append(name)
+    groups = {}
+    for names in roles.values():
+        keeps = group_that_keeps(checkpoint, names, kind)
+        for name in names:
+            size = group_for(kind, group_size, name, checkpoint.config.tensors[name].shape[1])
+            if group_size is not None and size > keeps:
+                raise UsageError(
+                    f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
+                    f"use --group-size {keeps}"
+                )
+            groups[name] = min(size, keeps)
+    return groups
 
 
 def _fp32(tensor: np.ndarray | Coded) -> np.ndarray:

@@ -76,7 +76,7 @@ def recipe(
     chosen, (kind, profile) = RECIPES[name], BITS[bits]
     ids = read_ids(teacher, data, tokenizer, samples, seq_len, seed)
     start = time.monotonic()
-    made = make(chosen.method, teacher, out, kind, None, ids, "int8", chosen.transforms, seed)
+    made = make(chosen.method, teacher, out, kind, None, ids, "int8", transforms=chosen.transforms, seed=seed)
     save(gather(load_model(out), ids, moments=False), ids, out / "statistics.json")
     seconds = time.monotonic() - start
     size = sum(tensor.n_bytes for tensor in open_checkpoint(out).stored.values())

@@ -114,7 +114,8 @@ def _prepare(
     student = LanguageModel(config)
     if teacher is not None:
         student.load_state_dict(load_model(teacher).state_dict())
-        make_low_bit(student, recipe.weights, recipe.group_size, recipe.learned_scale, recipe.ternary_embedding)
+        learned, embedding = recipe.learned_scale, recipe.ternary_embedding
+        make_low_bit(student, recipe.weights, recipe.group_size, learned, embedding, recipe.projections)
     run = Run(
         recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
     )

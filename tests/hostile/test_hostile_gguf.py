@@ -311,7 +311,7 @@ def test_a_dimension_that_is_missing_or_absurd(tmp_path, name):
     ("key", "encoded", "message"),
     [
         ("general.architecture", None, r"general.architecture is None; expected 'mamba' or 'mamba2'"),
-        ("general.architecture", value(STRING, "llama"), r"general.architecture is 'llama'"),
+        ("general.architecture", value(STRING, "rwkv7"), r"general.architecture is 'rwkv7'"),
         ("general.architecture", value(ARRAY, (STRING, ["mamba2"])), r"general.architecture is \['mamba2'\]"),
         ("mamba2.vocab_size", value(U32, 17), r"mamba2.vocab_size is 17, but token_embd.weight has 16 rows"),
         ("mamba2.vocab_size", value(STRING, "16"), r"mamba2.vocab_size is '16'"),

@@ -205,7 +205,7 @@ def teacher(tmp_path, tokenizer_path):
 
 
 def test_a_checkpoint_says_what_was_done(teacher, tmp_path):
-    make("rtn", teacher, tmp_path / "out", "int8", None, IDS, "int8", ["sort", "hadamard"], 4)
+    make("rtn", teacher, tmp_path / "out", "int8", None, IDS, "int8", transforms=["sort", "hadamard"], seed=4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     provenance = config["provenance"]
     assert [step["name"] for step in provenance["transforms"]] == ["sort", "fold", "hadamard"]

@@ -36,11 +36,14 @@ class TensorSpec:
     hf: str
     gguf: str
     shape: Shape
-    gguf_shape: Shape | None = None
+    gguf_shape: Shape = ()
     transform: str | None = None
     low_bit: bool = False
     matrix: bool = False
     rotated: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gguf_shape", self.gguf_shape or self.shape)
 
 
 @dataclass(frozen=True)
@@ -89,28 +92,20 @@ class Block:
 
 
 @dataclass(frozen=True)
-class ModelTensor:
-    """A tensor of the whole model: names in full, shapes as in TensorSpec; block is None outside the blocks.
+class ModelTensor(TensorSpec):
+    """A tensor of the whole model: a TensorSpec with names in full; block is None outside the blocks.
 
     hf: its name everywhere in this program (torch, checkpoints in memory); file: its name in a checkpoint folder, where the
     family's class in transformers calls it otherwise; part: (which, of how many) equal parts of that tensor's rows it is.
     rotated: as in TensorSpec, where a GGUF of this family interleaves.
     """
 
-    role: str
-    hf: str
-    gguf: str
-    shape: Shape
-    gguf_shape: Shape
     block: int | None = None
-    transform: str | None = None
-    low_bit: bool = False
-    matrix: bool = False
-    rotated: int | None = None
     file: str = ""
     part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "file", self.file or self.hf)
 
 
@@ -206,24 +201,6 @@ class Model:
     def n_layer(self) -> int:
         return len(self.blocks)
 
-    def __getattr__(self, name: str) -> Any:
-        """Until every reader asks the branch: the dimensions of a model whose blocks are all alike."""
-        if name in (
-            "d_inner",
-            "d_state",
-            "d_conv",
-            "headdim",
-            "n_groups",
-            "chunk_size",
-            "n_heads",
-            "conv_dim",
-            "d_in_proj",
-        ):
-            return getattr(self.blocks[0].branches[0], name)
-        if name == "expand":
-            return self.d_inner // self.d_model
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def to_hf(self) -> dict[str, Any]:
         """The config.json of the Hugging Face class that loads it."""
         from tmexport.model.dialects import family_of
@@ -242,13 +219,13 @@ class Model:
         """Every tensor by its Hugging Face name, in the order of the file."""
         names, matrix = self.names, (self.vocab_size, self.d_model)
         embedding, final_norm = ("", "") if names.files is None else (names.files.embedding, names.files.final_norm)
-        found = [ModelTensor("embedding", *names.embedding, matrix, matrix, low_bit=True, file=embedding)]
+        found = [ModelTensor("embedding", *names.embedding, matrix, low_bit=True, file=embedding)]
         for number, block in enumerate(self.blocks):
             found += _tensors_of(block, number, names, self.d_model)
         vector = (self.d_model,)
-        found.append(ModelTensor("final_norm", *names.final_norm, vector, vector, file=final_norm))
+        found.append(ModelTensor("final_norm", *names.final_norm, vector, file=final_norm))
         if not self.tie_embeddings:
-            found.append(ModelTensor("head", *names.head, matrix, matrix, low_bit=True))
+            found.append(ModelTensor("head", *names.head, matrix, low_bit=True))
         return {tensor.hf: tensor for tensor in found}
 
     @cached_property
@@ -282,18 +259,15 @@ def _tensors_of(block: Block, number: int, names: Names, d_model: int) -> list[M
     layer, place = divmod(number, len(names.norms))
     hf, gguf = names.block[0].format(number), names.block[1].format(layer)
     files = names.files
-    norm = ModelTensor("norm", hf + names.norm, gguf + names.norms[place], (d_model,), (d_model,), number)
+    norm = ModelTensor("norm", hf + names.norm, gguf + names.norms[place], (d_model,), block=number)
     found = [norm if files is None else replace(norm, file=files.layer.format(layer) + files.norms[place])]
     for branch in block.branches:
         prefix = f"{hf}{names.branch_name(branch)}."
         for spec in branch.tensors():
             file, part = ("", (0, 1)) if files is None else files.of(layer, branch, spec)
-            found.append(
-                ModelTensor(
-                    spec.role, prefix + spec.hf, gguf + spec.gguf, spec.shape, spec.gguf_shape or spec.shape, number,
-                    spec.transform, spec.low_bit, spec.matrix, spec.rotated if names.interleaved else None, file, part,
-                )
-            )  # fmt: skip
+            rotated = spec.rotated if names.interleaved else None
+            full = {"hf": prefix + spec.hf, "gguf": gguf + spec.gguf, "rotated": rotated}
+            found.append(ModelTensor(**vars(spec) | full, block=number, file=file, part=part))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tmexport.errors import CheckpointError, NotTernaryError
+from tmexport.errors import CheckpointError, GGUFError, NotTernaryError
 
 SMALLEST_SCALE = np.float16(2.0**-14)  # the smallest normal fp16
 LARGEST_SCALE = np.float16(65504.0)
@@ -71,6 +71,33 @@ def bad_scales(scales: np.ndarray) -> np.ndarray:
     """
     bits = scales.view(np.uint16)
     return (bits != 0) & ((bits < 0x0400) | (bits >= 0x7C00))  # subnormal; infinite, NaN or with the sign set
+
+
+def scales_at(
+    grid: np.ndarray,
+    at: int,
+    name: str,
+    bad: Callable[[np.ndarray], np.ndarray] = bad_scales,
+    expected: str = "+0 or a positive normal fp16",
+) -> np.ndarray:
+    """The scales in the bytes at, at + 1 of every container block of uint8 [n, blocks, bytes]: fp16 [n, blocks].
+
+    Raises:
+        GGUFError: naming `name`, and the row and block of the first that is `bad`, and what was `expected`.
+    """
+    scales = np.ascontiguousarray(grid[:, :, at : at + 2]).view("<f2")[:, :, 0]
+    wrong = bad(scales)
+    if wrong.any():
+        row, block = first_true(wrong)
+        raise GGUFError(f"{name}: row {row}, block {block} has the scale {scales[row, block]}; expected {expected}")
+    return scales
+
+
+def mean_scales(weight: np.ndarray, group_size: int) -> np.ndarray:
+    """mean|w| of every group of fp32 [n, k], clamped to the positive normal fp16 numbers: fp16 [n, k / group_size]."""
+    grouped = np.abs(np.ascontiguousarray(weight, np.float32)).reshape(len(weight), -1, group_size)
+    mean = grouped.mean(axis=2, dtype=np.float32)
+    return np.clip(mean, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)
 
 
 def joined_scales(scales: np.ndarray, per_group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmexport.errors import GGUFError, NotTernaryError
-from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE, Coded, Container, GGMLType, bad_scales, first_true
+from tmexport.errors import NotTernaryError
+from tmexport.types.base import Coded, Container, GGMLType, bad_scales, first_true, mean_scales, scales_at
 
 GROUP_SIZES = (128,)
 
@@ -32,11 +32,7 @@ def quantize_sign(weight: np.ndarray, group_size: int = 128) -> BinaryTensor:
         weight: fp32 [n, k], k a multiple of group_size.
         group_size: weights that share a scale.
     """
-    n, k = weight.shape
-    grouped = np.ascontiguousarray(weight, np.float32).reshape(n, k // group_size, group_size)
-    mean = np.abs(grouped).mean(axis=2, dtype=np.float32)
-    scales = np.clip(mean, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)
-    return BinaryTensor(np.where(weight < 0, -1, 1).astype(np.int8), scales, group_size)
+    return BinaryTensor(np.where(weight < 0, -1, 1).astype(np.int8), mean_scales(weight, group_size), group_size)
 
 
 def exact_binary(weight: np.ndarray, name: str, group_size: int = 128) -> BinaryTensor:
@@ -76,14 +72,7 @@ def _encode_q1_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _decode_q1_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    scales = np.ascontiguousarray(grid[:, :, :2]).view("<f2")[:, :, 0]
-    bad = bad_scales(scales)
-    if bad.any():
-        row, block = first_true(bad)
-        raise GGUFError(
-            f"{name}: row {row}, block {block} has the scale {scales[row, block]}; expected +0 or a positive normal fp16"
-        )
-    codes = np.empty((*grid.shape[:2], 128), np.int8)
+    scales, codes = scales_at(grid, 0, name), np.empty((*grid.shape[:2], 128), np.int8)
     for element in range(128):
         codes[:, :, element] = (grid[:, :, 2 + element // 8] >> (element % 8) & 1).astype(np.int8) * 2 - 1
     return codes, scales

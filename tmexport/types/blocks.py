@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmexport.errors import GGUFError
-from tmexport.types.base import Coded, Container, GGMLType, first_true
+from tmexport.types.base import Coded, Container, GGMLType, scales_at
 
 BLOCK = 32
 
@@ -150,14 +149,7 @@ def _encode_nibbles(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _scales(grid: np.ndarray, name: str) -> np.ndarray:
-    scales = np.ascontiguousarray(grid[:, :, :2]).view("<f2")[:, :, 0]
-    bad = ~np.isfinite(scales)
-    if bad.any():
-        row, block = first_true(bad)
-        raise GGUFError(
-            f"{name}: row {row}, block {block} has the scale {scales[row, block]}; expected a finite number"
-        )
-    return scales
+    return scales_at(grid, 0, name, lambda scales: ~np.isfinite(scales), "a finite number")
 
 
 def _decode_q8_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import CheckpointError, GGUFError, NotTernaryError
-from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE, Coded, Container, GGMLType, bad_scales, first_true
+from tmexport.types.base import Coded, Container, GGMLType, first_true, mean_scales, scales_at
 
 GROUP_SIZES = (256, 128, 64)
 _ROWS_AT_ONCE = 64  # keeps the intermediates in cache
@@ -38,8 +38,7 @@ def quantize_absmean(weight: np.ndarray, group_size: int = 256) -> TernaryTensor
     """
     n, k = weight.shape
     grouped = np.ascontiguousarray(weight, np.float32).reshape(n, k // group_size, group_size)
-    mean = np.abs(grouped).mean(axis=2, dtype=np.float32)
-    scales = np.clip(mean, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)
+    scales = mean_scales(weight, group_size)
     codes = np.rint(np.clip(grouped / scales.astype(np.float32)[:, :, None], -1.0, 1.0)).astype(np.int8)
     return TernaryTensor(codes.reshape(n, k), scales, group_size)
 
@@ -157,18 +156,6 @@ def _encode_q2_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.concatenate([_scale_bytes(scales), packed], axis=2)
 
 
-def _scales_at(grid: np.ndarray, at: int, name: str) -> np.ndarray:
-    """The scales in the bytes at, at + 1 of every block, checked."""
-    scales = np.ascontiguousarray(grid[:, :, at : at + 2]).view("<f2")[:, :, 0]
-    bad = bad_scales(scales)
-    if bad.any():
-        row, block = first_true(bad)
-        raise GGUFError(
-            f"{name}: row {row}, block {block} has the scale {scales[row, block]}; expected +0 or a positive normal fp16"
-        )
-    return scales
-
-
 def _checked_codes(codes: np.ndarray, name: str) -> np.ndarray:
     codes -= 1
     if codes.max(initial=0) > 1:
@@ -178,7 +165,7 @@ def _checked_codes(codes: np.ndarray, name: str) -> np.ndarray:
 
 
 def _decode_tq2_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    scales, codes = _scales_at(grid, 64, name), np.empty((*grid.shape[:2], 256), np.int8)
+    scales, codes = scales_at(grid, 64, name), np.empty((*grid.shape[:2], 256), np.int8)
     for element in range(256):
         half, within = divmod(element, 128)
         shift, byte = divmod(within, 32)
@@ -187,14 +174,14 @@ def _decode_tq2_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decode_q2_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    scales, codes = _scales_at(grid, 0, name), np.empty((*grid.shape[:2], 64), np.int8)
+    scales, codes = scales_at(grid, 0, name), np.empty((*grid.shape[:2], 64), np.int8)
     for element in range(64):
         codes[:, :, element] = (grid[:, :, 2 + element // 4] >> (2 * (element % 4))) & 3
     return _checked_codes(codes, name), scales
 
 
 def _decode_tq1_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    scales, codes = _scales_at(grid, 52, name), np.empty((*grid.shape[:2], 256), np.int8)
+    scales, codes = scales_at(grid, 52, name), np.empty((*grid.shape[:2], 256), np.int8)
     _unpack_base3(grid, codes, name)
     return codes - np.int8(1), scales
 
