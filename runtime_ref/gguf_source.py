@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from runtime_ref.arithmetic import Preset
 from runtime_ref.reference.model import BRANCHES
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix
 from tmexport.errors import GGUFError
-from tmexport.gguf.names import config_from_metadata, group_sizes_of
+from tmexport.gguf.names import config_from_metadata, group_sizes_of, in_halves
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.model import Model
 from tmexport.types import GGMLType, decode_codes, decode_values, joined_scales
@@ -36,6 +38,9 @@ def source_of(gguf: GGUFFile) -> Source:
     config = config_from_metadata(gguf)
     check_branches(config, gguf.path)
     groups = group_sizes_of(gguf)
+    rotated = {tensor.gguf: tensor.rotated for tensor in config.tensors.values() if tensor.rotated is not None}
+    if rotated:
+        gguf = _InHalves(gguf.path, gguf.metadata, gguf.tensors, gguf.data, rotated)
 
     def matrix(name: str) -> Matrix:
         return read_matrix(gguf, name, groups.get(name))
@@ -57,6 +62,20 @@ def source_of(gguf: GGUFFile) -> Source:
         return 32 if group is None else preset.activations.block(group, fast_block(gguf.tensors[name].type))
 
     return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
+
+
+@dataclass(frozen=True)
+class _InHalves(GGUFFile):
+    """A file whose rows that RoPE turns are given as this program and transformers have them: half after half of each head."""
+
+    rotated: Mapping[str, int] = field(default_factory=dict)
+
+    def blocks(self, name: str) -> np.ndarray:
+        found = super().blocks(name)
+        if name not in self.rotated:
+            return found
+        rows = self.tensors[name].shape[0]
+        return in_halves(found.reshape(rows, -1), self.rotated[name]).reshape(found.shape)
 
 
 def check_branches(model: Model, where: object) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 from runtime_ref.arithmetic import preset_of
 from runtime_ref.gguf_source import check_branches
 from runtime_ref.kernels.scratch import CHUNK
-from runtime_ref.state import state_arrays
-from tmexport.errors import TmexportError
+from runtime_ref.state import state_arrays, with_positions
+from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.export import EMBEDDING_TYPES, low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile, open_gguf
@@ -32,6 +32,7 @@ from tmexport.types import KINDS, GGMLType, container, holds
 FIXED = 165_000_000
 COMPILER = 75_000_000
 TOKENIZER = 16  # bytes for each byte of a tokenizer.json, once it is parsed
+POSITIONS = 8192  # counted of a model with attention that states no context length; others count to theirs
 PACKERS = 4  # layers that are read at a time while loading (kernels.build)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -122,7 +123,10 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int
     for kind, of_embedding in kinds:
         if config.d_model % of_embedding.block_size:
             continue
-        layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
+        try:
+            layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
+        except UsageError:  # rows of some projections do not divide into its blocks
+            continue
         for how in (profile, *(preset.name for preset in preset_of(profile).smaller())):
             option = _need(gguf, config, layout, how, states, compiles)
             name = (
@@ -168,7 +172,9 @@ def _need(gguf: GGUFFile, config: Model, layout: Layout, profile: str, states: i
     weights = sum(packed.values())
     ends = [packed[name] + stored[name] for name in ("token_embd.weight", "output.weight") if name in packed]
     layers = max(packed[name] + stored[name] for name in packed if name.startswith("blk."))
-    state = sum(array.nbytes for array in state_arrays(config, preset_of(profile)))
+    positions = config.context_length or POSITIONS
+    arrays = state_arrays(config, preset_of(profile))
+    state = sum(array._replace(shape=with_positions(array, positions)).nbytes for array in arrays)
     tokenizer = gguf.metadata.get(TOKENIZER_JSON_KEY)
     other = (
         FIXED

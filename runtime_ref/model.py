@@ -23,7 +23,7 @@ from runtime_ref.kernels.program import Job, run
 from runtime_ref.kernels.records import words
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
 from runtime_ref.sampling import Sampling, continue_tokens
-from runtime_ref.state import State, state_arrays
+from runtime_ref.state import State, state_arrays, with_positions
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
 from tmexport.errors import UsageError
@@ -45,6 +45,7 @@ class Model:
         self._team = Team(threads or default_threads())
         self._lock = threading.Lock()
         self._scratch: Scratch = allocate(1, self._built.room)
+        self._scores = np.zeros((0, 0), np.float32)
 
     @classmethod
     def load(cls, path: Path | str, profile: str = DEFAULT, threads: int | None = None) -> Model:
@@ -82,14 +83,15 @@ class Model:
         """Compile the kernels for prompts of so many tokens, or load them from the cache; otherwise the first call does it."""
         one, rows = np.zeros(1, np.int64), min(tokens, CHUNK)
         with self._lock:
-            job = self._job(one, np.zeros((1, 1), np.uint64), 1, np.zeros((1, 1), np.float32))
+            job = self._job(one, np.zeros((1, 1), np.uint64), 1, np.zeros((1, 1), np.float32), [self.new_state()])
             for number in {1, rows}:
                 self._program(job._replace(rows=number))
 
     def new_state(self) -> State:
         """The state before the first token."""
-        arrays = {name: np.zeros(shape, dtype) for name, shape, dtype in self._state_arrays}
-        return State(arrays, 0, self.fingerprint, self.profile)
+        arrays = {array.name: np.zeros(with_positions(array, 0), array.dtype) for array in self._state_arrays}
+        growing = frozenset(array.name for array in self._state_arrays if array.grows)
+        return State(arrays, 0, self.fingerprint, self.profile, growing)
 
     def load_state(self, path: Path | str) -> State:
         """A state saved by `State.save`.
@@ -103,7 +105,7 @@ class Model:
         """Logits fp32 [vocab] after one more token; the state is updated.
 
         Raises:
-            UsageError: the token is outside the vocabulary.
+            UsageError: the token is outside the vocabulary, or the text longer than the context of a model with attention.
             NumericsError: an Inf or a NaN appeared; the layer is named, and the state is no longer meaningful.
         """
         return self._forward([state], _ids([token]).reshape(1, 1), all_logits=False)[0]
@@ -127,6 +129,7 @@ class Model:
         ids = _ids(tokens)
         if not len(ids):
             raise UsageError("the prompt has no tokens; expected at least one")
+        self._check_context(state, len(ids))
         logits = np.zeros(0, np.float32)
         for start in range(0, len(ids), CHUNK):
             part = ids[start : start + CHUNK]
@@ -141,6 +144,7 @@ class Model:
         Raises: as `decode`.
         """
         ids = _ids(tokens)
+        self._check_context(state, len(ids))
         for start in range(0, len(ids), CHUNK):
             yield self._forward([state], ids[None, start : start + CHUNK], all_logits=True)
 
@@ -171,12 +175,15 @@ class Model:
                 raise StateError("the state belongs to another model or profile")
             state.check(self._state_arrays)
         sequences, length = tokens.shape
+        for state in states:
+            self._check_context(state, length)
+            state.make_room(state.tokens + length)
         with self._lock:
             if len(self._scratch.x) < tokens.size:
                 self._scratch = allocate(tokens.size, self._built.room)
             logits = np.empty((tokens.size if all_logits else sequences, vocab), np.float32)
             addresses = [[s.arrays[array.name].ctypes.data for s in states] for array in self._state_arrays]
-            job = self._job(tokens.reshape(-1), np.array(addresses, np.uint64), length, logits)
+            job = self._job(tokens.reshape(-1), np.array(addresses, np.uint64), length, logits, states)
             table, record = self._program(job), np.array(list(words(job)), np.uint64)
             self._team.run(run, table, record.ctypes.data)
             self._check(logits, tokens.size)
@@ -195,9 +202,23 @@ class Model:
         if not np.isfinite(logits).all():
             raise NumericsError("an Inf or a NaN appears in the output of the head; the weights are damaged")
 
-    def _job(self, tokens: np.ndarray, states: np.ndarray, length: int, logits: np.ndarray) -> Job:
-        """tokens int64 [sequences * length], states uint64 [arrays, sequences], logits [sequences or all tokens, vocab]."""
-        return Job(len(tokens), len(tokens) // length, length, len(logits), tokens, states, logits, self._scratch)
+    def _check_context(self, state: State, length: int) -> None:
+        limit = self.config.context_length
+        if state.growing and limit is not None and state.tokens + length > limit:
+            raise UsageError(
+                f"the text has {state.tokens + length} tokens, but the model was made for {limit} (its context length)"
+            )
+
+    def _job(
+        self, tokens: np.ndarray, addresses: np.ndarray, length: int, logits: np.ndarray, states: Sequence[State]
+    ) -> Job:
+        """tokens int64 [sequences * length], addresses uint64 [arrays, sequences], logits [sequences or all tokens, vocab]."""
+        past, room = (np.array(values, np.int64) for values in ([s.tokens for s in states], [s.room for s in states]))
+        width = -(-int(room.max()) // 16) * 16 + 16
+        if self._scores.shape[0] != self.threads or self._scores.shape[1] < width:
+            self._scores = np.zeros((self.threads, width), np.float32)
+        shape = (len(tokens), len(tokens) // length, length, len(logits))
+        return Job(*shape, tokens, addresses, logits, past, room, self._scores, self._scratch)
 
     def _program(self, job: Job) -> np.ndarray:
         """The code for many rows has to be compiled only for prompts that are longer than that takes."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime_ref.arithmetic import Preset
 from tmexport.model import Model
-from tmexport.model.spec import Branch
+from tmexport.model.spec import Branch, TensorSpec
 
 if TYPE_CHECKING:
     from runtime_ref.kernels.pack import Packed
@@ -105,7 +105,14 @@ class Source:
 
 def block_norm(source: Source, number: int) -> np.ndarray:
     """The weight of a block's norm, fp32 [d]."""
-    return np.array(source.vector(f"blk.{number}.attn_norm.weight").reshape(source.config.d_model), np.float32)
+    names = source.config.names
+    name = names.block[1].format(number // len(names.norms)) + names.norms[number % len(names.norms)]
+    return np.array(source.vector(name).reshape(source.config.d_model), np.float32)
+
+
+def tensor_name(config: Model, number: int, spec: TensorSpec) -> str:
+    """What a GGUF calls a tensor of a branch of this block."""
+    return config.names.block[1].format(number // len(config.names.norms)) + spec.gguf
 
 
 def final_norm(source: Source) -> np.ndarray:
@@ -118,7 +125,7 @@ def vectors(source: Source, number: int, branch: Branch) -> dict[str, np.ndarray
     found = {}
     for spec in branch.tensors():
         if not spec.low_bit and not spec.matrix:
-            values = source.vector(f"blk.{number}.{spec.gguf}").reshape(spec.shape)
+            values = source.vector(tensor_name(source.config, number, spec)).reshape(spec.shape)
             values = values[:, 0].T if spec.role == "conv_weight" else values
             found[spec.role] = np.array(values, np.float32, order="C")
     return found
@@ -140,7 +147,7 @@ def load_weights(source: Source) -> Weights:
 
 
 def _branch(source: Source, number: int, branch: Branch) -> BranchWeights:
-    names = {s.role: f"blk.{number}.{s.gguf}" for s in branch.tensors() if s.low_bit or s.matrix}
+    names = {s.role: tensor_name(source.config, number, s) for s in branch.tensors() if s.low_bit or s.matrix}
     matrices = {role: source.matrix(name) for role, name in names.items()}
     return BranchWeights(branch, matrices, vectors(source, number, branch))
 

@@ -14,16 +14,33 @@ import numpy as np
 
 from runtime_ref.arithmetic import Preset
 from runtime_ref.gguf_source import check_branches
-from runtime_ref.kernels import mamba1, mamba2
+from runtime_ref.kernels import attention, mamba1, mamba2, swiglu
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.layers import Arena, Layer, Multiplied, multiplied, sixteens
-from runtime_ref.kernels.phases import LOGITS, Embedding, Norm, Product, embed_rows, final_norm_rows, ways
+from runtime_ref.kernels.phases import (
+    LOGITS,
+    Embedding,
+    Norm,
+    Product,
+    Scale,
+    divide_logits,
+    embed_rows,
+    final_norm_rows,
+    scale_rows,
+    ways,
+)
 from runtime_ref.kernels.program import Program, Step
 from runtime_ref.kernels.scratch import Room
 from runtime_ref.state import branch_state_arrays
 from runtime_ref.weights import Source, block_norm, final_norm
+from tmexport.model import Model
 
-BRANCHES: dict[str, Any] = {"mamba1": mamba1, "mamba2": mamba2}  # a file a kind: check, room, SMALL, steps
+BRANCHES: dict[str, Any] = {  # a file a kind: check, room, SMALL, steps
+    "mamba1": mamba1,
+    "mamba2": mamba2,
+    "attention": attention,
+    "swiglu": swiglu,
+}
 
 
 @dataclass(frozen=True)
@@ -61,18 +78,29 @@ def build(source: Source, preset: Preset) -> Built:
     norm = final_norm(source)
     few, many = ways(select(), preset.activations)
     body = [step for part in parts for step in part]
+    start, number = [Step(embed_rows, Embedding(embedding.packed))], float(np.float32(c.embedding_multiplier))
+    if number != 1.0:
+        start.append(Step(scale_rows, Scale(number, c.d_model)))
     end = [
         Step(final_norm_rows(preset.activations), Norm(norm, _eps(source), head.block, c.n_layer)),
         Step(few, Product(*head, LOGITS), many),
     ]
+    if c.logits_divisor != 1.0:
+        end.append(Step(divide_logits, Scale(float(np.float32(c.logits_divisor)), c.vocab_size)))
     room = reduce(Room.__or__, (BRANCHES[layer.branch.kind].room(layer.branch) for layer in layers))
     return Built(
-        Program([Step(embed_rows, Embedding(embedding.packed)), *body, *end]),
-        room | Room(x=c.d_model, wide=c.d_model),
+        Program([*start, *body, *end]),
+        room | Room(x=c.d_model, wide=c.d_model, sum=c.d_model if _sums(c) else 1),
         embedding,
         sum(_nbytes(step.args) for step in [*body, *end]),
         _fingerprint(source, layers, norm),
     )
+
+
+def _sums(c: Model) -> bool:
+    """Whether some block's sum is more than one product."""
+    alone = [len(block.branches) == 1 and block.multiplier == 1.0 for block in c.blocks]
+    return not all(alone) or any(getattr(branch, "bias", False) for block in c.blocks for branch in block.branches)
 
 
 def _eps(source: Source) -> float:
@@ -81,15 +109,21 @@ def _eps(source: Source) -> float:
 
 def _layers(source: Source, preset: Preset) -> list[Layer]:
     """Every branch of the model in its order, with its place in the state (`runtime_ref.state.state_arrays`)."""
-    branches = [(number, branch) for number, block in enumerate(source.config.blocks) for branch in block.branches]
+    branches = [
+        (number, place, branch)
+        for number, block in enumerate(source.config.blocks)
+        for place, branch in enumerate(block.branches)
+    ]
     slots, slot = {}, 0
-    for _, branch in branches:
+    for _, _, branch in branches:
         if branch not in slots:
             slots[branch] = slot
             slot += len(branch_state_arrays(branch, preset))
     isa, arena, seen, layers = select(), Arena(), Counter[Any](), []
-    for number, branch in branches:
-        layers.append(Layer(source, preset, isa, arena, number, branch, slots[branch], seen[branch], _eps(source)))
+    for number, place, branch in branches:
+        layers.append(
+            Layer(source, preset, isa, arena, number, branch, place, slots[branch], seen[branch], _eps(source))
+        )
         seen[branch] += 1
     return layers
 
@@ -110,6 +144,6 @@ def _fingerprint(source: Source, layers: list[Layer], last: np.ndarray) -> str:
     for branch in dict.fromkeys(layer.branch for layer in layers):
         for role in BRANCHES[branch.kind].SMALL:
             for layer in layers:
-                if layer.branch == branch:
+                if layer.branch == branch and role in layer.small:
                     digest.update(np.ascontiguousarray(layer.small[role]).data)
     return digest.hexdigest()[:16]

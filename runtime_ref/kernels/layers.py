@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -13,9 +14,21 @@ from runtime_ref.arithmetic import Preset
 from runtime_ref.kernels.isa import Isa
 from runtime_ref.kernels.matmul import UNQUANTISED
 from runtime_ref.kernels.pack import Packed, aligned, expect
-from runtime_ref.kernels.phases import Norm, Product, norm_rows, ways
+from runtime_ref.kernels.phases import (
+    ADD,
+    RESIDUAL,
+    SUM,
+    Added,
+    Norm,
+    Product,
+    Rows,
+    add_rows,
+    norm_rows,
+    quantize_rows,
+    ways,
+)
 from runtime_ref.kernels.program import Step
-from runtime_ref.weights import Source, block_norm, vectors
+from runtime_ref.weights import Source, block_norm, tensor_name, vectors
 from tmexport.errors import GGUFError
 
 
@@ -52,7 +65,7 @@ class Arena:
 class Layer:
     """One branch of one block.
 
-    number: the block's; slot: of the branch's first state among the state's arrays; index: among the branches that share
+    number: the block's; place: of the branch in it; slot: of the branch's first state among the state's arrays; index: among the branches that share
     those arrays; eps: the norms'.
     """
 
@@ -62,6 +75,7 @@ class Layer:
     arena: Arena
     number: int
     branch: Any
+    place: int
     slot: int
     index: int
     eps: float
@@ -79,7 +93,7 @@ class Layer:
         """
         (spec,) = (spec for spec in self.branch.tensors() if spec.role == role)
         n, k = spec.gguf_shape or spec.shape
-        found = multiplied(self.source, f"blk.{self.number}.{spec.gguf}", n, k, self.preset)
+        found = multiplied(self.source, tensor_name(self.source.config, self.number, spec), n, k, self.preset)
         return found._replace(packed=type(found.packed)(*map(self.arena.keep, found.packed)))
 
     def product(self, matrix: Multiplied, target: int) -> Step:
@@ -89,9 +103,33 @@ class Layer:
 
     def normed_product(self, role: str, target: int) -> list[Step]:
         """The block's norm, and the product that reads it."""
-        matrix = self.matrix(role)
-        norm = Norm(block_norm(self.source, self.number), self.eps, matrix.block, self.number)
-        return [Step(norm_rows(self.preset.activations), norm), self.product(matrix, target)]
+        return self.normed_products({role: target})
+
+    def normed_products(self, targets: Mapping[str, int]) -> list[Step]:
+        """The block's norm, and the products that read it: roles, and where their results go."""
+        matrices = {role: self.matrix(role) for role in targets}
+        blocks = [matrix.block for matrix in matrices.values()]
+        ready = next((block for block in blocks if block), 0)
+        norm = Norm(block_norm(self.source, self.number), self.eps, ready, self.number)
+        found = [Step(norm_rows(self.preset.activations), norm)]
+        for role, matrix in matrices.items():
+            if matrix.block not in (0, ready):  # its scales reach over other activations
+                ready = matrix.block
+                found.append(Step(quantize_rows(self.preset.activations), Rows(matrix.k, ready)))
+            found.append(self.product(matrix, targets[role]))
+        return found
+
+    def output(self, matrix: Multiplied, bias: np.ndarray | None = None) -> list[Step]:
+        """The last product of the branch, and what its block then adds to the residual stream."""
+        block = self.source.config.blocks[self.number]
+        if len(block.branches) == 1 and bias is None and block.multiplier == 1.0:
+            return [self.product(matrix, RESIDUAL)]
+        assert bias is None or len(block.branches) == 1, "a bias is added after the block's sum"
+        found = [self.product(matrix, ADD if self.place else SUM)]
+        if self.place == len(block.branches) - 1:
+            bias = np.zeros(0, np.float32) if bias is None else bias
+            found.append(Step(add_rows, Added(bias, float(np.float32(block.multiplier)), self.source.config.d_model)))
+        return found
 
 
 def multiplied(source: Source, name: str, n: int, k: int, preset: Preset) -> Multiplied:

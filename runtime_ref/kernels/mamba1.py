@@ -13,7 +13,7 @@ from runtime_ref.kernels.convolution import Convolution, convolve_rows
 from runtime_ref.kernels.layers import Layer, sixteens
 from runtime_ref.kernels.math import softplus, vector_exp, vector_silu
 from runtime_ref.kernels.matmul import quantize_row
-from runtime_ref.kernels.phases import DT, MID, PROJ, RESIDUAL, Rows, quantize_rows
+from runtime_ref.kernels.phases import DT, MID, PROJ, Rows, quantize_rows
 from runtime_ref.kernels.program import Step
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
@@ -154,5 +154,5 @@ def steps(layer: Layer) -> list[Step]:
         layer.product(dt_proj, DT),
         Step(scan_rows(layer.preset.state), scan),
         Step(quantize_rows(activations), Rows(c.d_inner, out.block)),
-        layer.product(out, RESIDUAL),
+        *layer.output(out),
     ]

@@ -18,7 +18,7 @@ from runtime_ref.kernels.layers import Layer, sixteens
 from runtime_ref.kernels.math import exp, softplus, vector_silu
 from runtime_ref.kernels.matmul import quantize_row
 from runtime_ref.kernels.norm import rms_norm
-from runtime_ref.kernels.phases import PROJ, RESIDUAL
+from runtime_ref.kernels.phases import PROJ, Rows, quantize_rows
 from runtime_ref.kernels.program import Step
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
@@ -252,10 +252,15 @@ def steps(layer: Layer) -> list[Step]:
         layer.slot + 1,
         layer.index,
     )
+    activations = layer.preset.activations
+    if c.gate_norm:
+        gated = Step(gate_norm_rows(activations), GateNorm(small["gate_norm"], c.n_groups, layer.eps, out.block))
+    else:
+        gated = Step(quantize_rows(activations), Rows(c.d_inner, out.block))
     return [
         *layer.normed_product("in_proj", PROJ),
         Step(convolve_rows, Convolution(small["conv_weight"], small["conv_bias"], c.d_inner, layer.slot, layer.index)),
         Step(scan_rows(layer.isa, layer.preset.state), scan),
-        Step(gate_norm_rows(layer.preset.activations), GateNorm(small["gate_norm"], c.n_groups, layer.eps, out.block)),
-        layer.product(out, RESIDUAL),
+        gated,
+        *layer.output(out),
     ]

@@ -8,16 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime_ref.arithmetic import Activations
+from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import inlined, made_for
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
 from runtime_ref.kernels.matmul import embed, multiply, multiply_few, quantize_row
 from runtime_ref.kernels.norm import rms_norm
 from runtime_ref.kernels.pack import Packed
+from runtime_ref.kernels.vector import load, splat, store
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
+ONE = np.float32(1.0)
 FEWEST_ROWS = 8  # from here on the code for many rows is the faster one
-PROJ, RESIDUAL, LOGITS, MID, DT = range(5)  # where a product writes: s.proj, added to s.x, ...
+# Where a product writes: s.proj, added to s.x, ...
+PROJ, RESIDUAL, LOGITS, MID, DT, SUM, ADD = range(7)
 
 
 class Embedding(NamedTuple):
@@ -40,6 +44,21 @@ class Rows(NamedTuple):
 
     k: int
     block: int
+
+
+class Added(NamedTuple):
+    """bias fp32 [d], or [0] for none; multiplier, an fp32; d."""
+
+    bias: np.ndarray
+    multiplier: float
+    d: int
+
+
+class Scale(NamedTuple):
+    """number: an fp32; d: values of a row."""
+
+    number: float
+    d: int
 
 
 class Product(NamedTuple):
@@ -119,14 +138,14 @@ def product(isa: Isa, activations: Activations, many: bool) -> Any:
         @inlined
         def body(tid, threads, job, a):
             s, out, rows = job.s, _target(job, a.target), job.wanted if a.target == LOGITS else job.rows
-            multiply(isa, activations, a.matrix, s, rows, a.k, a.block, out, a.target == RESIDUAL, tid, threads)
+            multiply(isa, activations, a.matrix, s, rows, a.k, a.block, out, _adds(a.target), tid, threads)
 
     else:
 
         @inlined
         def body(tid, threads, job, a):
             s, out, rows = job.s, _target(job, a.target), job.wanted if a.target == LOGITS else job.rows
-            multiply_few(isa, activations, a.matrix, s, rows, a.k, a.block, out, a.target == RESIDUAL, tid, threads)
+            multiply_few(isa, activations, a.matrix, s, rows, a.k, a.block, out, _adds(a.target), tid, threads)
 
     return body
 
@@ -141,7 +160,46 @@ def _target(job, target):
         return job.logits
     if target == MID:
         return job.s.mid
-    return job.s.dt
+    if target == DT:
+        return job.s.dt
+    return job.s.sum
+
+
+@inlined
+def _adds(target):
+    return target in (RESIDUAL, ADD)
+
+
+@inlined
+def add_rows(tid, threads, job, a):
+    """What lies in s.sum, with the bias and times the multiplier, added to the residual stream."""
+    s, factor = job.s, np.float32(a.multiplier)
+    for r in range(tid, job.rows, threads):
+        for i in range(0, a.d, 16):
+            out = load(s.sum[r], i)
+            if a.bias.shape[0]:
+                out = out + load(a.bias, i)
+            if factor != ONE:
+                out = out * splat(factor)
+            store(s.x[r], i, load(s.x[r], i) + out)
+
+
+@inlined
+def scale_rows(tid, threads, job, a):
+    """The embedding's rows times a number."""
+    s = job.s
+    for r in range(tid, job.rows, threads):
+        for i in range(0, a.d, 16):
+            store(s.x[r], i, load(s.x[r], i) * splat(np.float32(a.number)))
+
+
+@inlined
+def divide_logits(tid, threads, job, a):
+    """The logits divided by a number."""
+    low, high = share(job.logits.shape[1], tid, threads)
+    for r in range(job.wanted):
+        for i in range(low, high):
+            job.logits[r, i] = job.logits[r, i] / np.float32(a.number)
 
 
 def ways(isa: Isa, activations: Activations) -> tuple[Any, Any]:

@@ -33,7 +33,8 @@ class Job(NamedTuple):
     """One call: `sequences` texts of `length` tokens each, a row a token, text by text.
 
     wanted: rows of logits, which are all, or the last of each text; tokens int64 [rows]; states uint64 [arrays, sequences]:
-    the addresses of each text's arrays; logits fp32 [wanted, vocab].
+    the addresses of each text's arrays; logits fp32 [wanted, vocab]; past, room int64 [sequences]: tokens read before, and
+    positions that the arrays have which grow; scores fp32 [threads, positions and up to 16]: of one head of one token.
     """
 
     rows: int
@@ -43,6 +44,9 @@ class Job(NamedTuple):
     tokens: np.ndarray
     states: np.ndarray
     logits: np.ndarray
+    past: np.ndarray
+    room: np.ndarray
+    scores: np.ndarray
     s: Scratch
 
 

@@ -306,4 +306,5 @@ _VALUES = {
     GGMLType.F16: _pack_half,
     GGMLType.F32: _pack_float,
     GGMLType.BF16: _pack_float,
+    GGMLType.Q4_1: _pack_float,  # read, not made to be run: export it as int4 or int8
 }

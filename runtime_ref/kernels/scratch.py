@@ -13,7 +13,7 @@ CHUNK = 64  # rows of a forward pass: enough to use each unpacked weight often, 
 class Scratch(NamedTuple):
     """x: residual stream; wide: what a projection reads, before quantisation; q*: the quantised activations (int16, and
     its int8 planes q = 256 * high + low; `low` alone in profile fast), their scales and sums a block; proj: in_proj's
-    output; xbc: the convolution's; mid, dt: x_proj's and dt_proj's (Mamba-1); bad: first layer of a row that gave an Inf
+    output; xbc: the convolution's; mid, dt: x_proj's and dt_proj's (Mamba-1), keys and values, up_proj's; sum: of a block's branches; bad: first layer of a row that gave an Inf
     or a NaN, or -1.
     """
 
@@ -28,6 +28,7 @@ class Scratch(NamedTuple):
     xbc: np.ndarray
     mid: np.ndarray
     dt: np.ndarray
+    sum: np.ndarray
     bad: np.ndarray
 
 
@@ -41,6 +42,7 @@ class Room:
     xbc: int = 1
     mid: int = 1
     dt: int = 1
+    sum: int = 1
 
     def __or__(self, other: Room) -> Room:
         """Enough for both."""
@@ -48,7 +50,7 @@ class Room:
 
     def nbytes(self, rows: int) -> int:
         """Of all arrays."""
-        return rows * (9 * self.wide + 4 * (self.x + self.proj + self.xbc + self.mid + self.dt))
+        return rows * (9 * self.wide + 4 * (self.x + self.proj + self.xbc + self.mid + self.dt + self.sum))
 
 
 def activations(rows: int, k: int) -> dict[str, np.ndarray]:
@@ -75,5 +77,6 @@ def allocate(rows: int, room: Room) -> Scratch:
         xbc=np.zeros((rows, room.xbc), np.float32),
         mid=np.zeros((rows, -(-room.mid // 16) * 16), np.float32),
         dt=np.zeros((rows, room.dt), np.float32),
+        sum=np.zeros((rows, -(-room.sum // 16) * 16), np.float32),
         bad=np.full(rows, -1, np.int64),
     )

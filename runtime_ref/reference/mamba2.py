@@ -34,5 +34,6 @@ def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], pre
     y = sum16(h * cc[:, None, :]) + v["d"][:, None] * x_in
 
     gated = y.reshape(-1) * silu(z)
-    normed = rms_norm(gated.reshape(groups, -1), v["gate_norm"].reshape(groups, -1), eps)
-    return matmul(m["out_proj"], normed.reshape(-1), preset.activations)
+    if c.gate_norm:
+        gated = rms_norm(gated.reshape(groups, -1), v["gate_norm"].reshape(groups, -1), eps).reshape(-1)
+    return matmul(m["out_proj"], gated, preset.activations)

@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 from runtime_ref.arithmetic import preset_of
-from runtime_ref.reference import mamba1, mamba2
+from runtime_ref.reference import attention, mamba1, mamba2, swiglu
 from runtime_ref.reference.functions import rms_norm
 from runtime_ref.reference.products import embed, matmul
 from runtime_ref.state import branch_state_arrays
 from runtime_ref.weights import Weights
 
-BRANCHES: dict[str, Any] = {"mamba1": mamba1, "mamba2": mamba2}  # a file a kind: mix
+BRANCHES: dict[str, Any] = {  # a file a kind: mix
+    "mamba1": mamba1,
+    "mamba2": mamba2,
+    "attention": attention,
+    "swiglu": swiglu,
+}
 
 ReferenceState = list[
     dict[str, np.ndarray]
@@ -32,17 +37,27 @@ class ReferenceModel:
         for block in self.weights.config.blocks:
             for branch in block.branches:
                 arrays = branch_state_arrays(branch, self.preset)
-                found.append({a.name: np.zeros(a.shape, a.dtype) for a in arrays})
+                found.append({a.name: np.zeros((0, *a.shape) if a.grows else a.shape, a.dtype) for a in arrays})
         return found
 
     def step(self, state: ReferenceState, token: int) -> np.ndarray:
         """Logits fp32 [vocab] after `token`; the state is updated in place."""
-        w, eps = self.weights, self.weights.config.rms_eps
+        w, c, eps = self.weights, self.weights.config, self.weights.config.rms_eps
         states = iter(state)
         with np.errstate(over="ignore", invalid="ignore"):
-            x = embed(w.embedding, token)
-            for block in w.blocks:
+            x = scaled(embed(w.embedding, token), c.embedding_multiplier)
+            for block, described in zip(w.blocks, c.blocks, strict=True):
                 normed = rms_norm(x, block.norm, eps)
+                total: np.ndarray | None = None
                 for branch in block.branches:
-                    x = x + BRANCHES[branch.branch.kind].mix(branch, normed, next(states), self.preset, eps)
-            return matmul(w.head, rms_norm(x, w.norm_f, eps), self.preset.activations)
+                    out = BRANCHES[branch.branch.kind].mix(branch, normed, next(states), self.preset, eps)
+                    total = out if total is None else total + out
+                assert total is not None
+                x = x + scaled(total, described.multiplier)
+            logits = matmul(w.head, rms_norm(x, w.norm_f, eps), self.preset.activations)
+            return logits if c.logits_divisor == 1.0 else logits / np.float32(c.logits_divisor)
+
+
+def scaled(values: np.ndarray, multiplier: float) -> np.ndarray:
+    """Times a multiplier rounded to fp32; 1 leaves all as it is."""
+    return values if multiplier == 1.0 else values * np.float32(multiplier)

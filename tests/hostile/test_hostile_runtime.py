@@ -261,7 +261,7 @@ def test_projections_whose_types_share_no_group(tmp_path):
     for name, shape in (("ssm_conv1d.weight", (channels, 4)), ("ssm_conv1d.bias", (channels,)), ("ssm_dt.bias", (heads,)), ("ssm_a", (heads, 1)),
                         ("ssm_d", (heads, 1)), ("ssm_norm.weight", (1, 256))):  # fmt: skip
         mixed = mixed.with_tensor(f"blk.0.{name}", dims=shape[::-1], data=floats(shape))
-    refused(tmp_path, mixed, rf"{IN} has rows that do not divide into groups as other tensors' do")
+    refused(tmp_path, mixed, rf"{OUT} has rows that do not divide into groups as other tensors' do")
 
 
 def test_damaged_data_is_refused_by_the_runtime_exactly_when_the_reader_refuses_it(tmp_path):

@@ -10,12 +10,10 @@ import torch
 import transformers
 
 from qat.model import load_model
-from runtime_ref.memory import check_memory
-from runtime_ref.model import Model
 from tests.llama import Llama
 from tests.models import coded_tensors, random_tensors, train_tokenizer
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.errors import ConfigError, GGUFError
+from tmexport.errors import ConfigError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.names import config_from_metadata
 from tmexport.gguf.reader import open_gguf
@@ -142,14 +140,3 @@ def test_greedy_tokens_of_llamacpp_are_transformers(small, tmp_path):
         assert abs(float(logits[token]) - log_probability) < 0.01  # llama.cpp's activations are fp16
         assert float(logits.max() - logits[token]) < 0.02
         tokens = [*tokens, token]
-
-
-def test_the_runtime_says_that_it_does_not_compute_it(small, tmp_path):
-    path = tmp_path / "m.gguf"
-    plan_export(open_checkpoint(small / "ckpt")).write(path, lambda tensor: None)
-    with pytest.raises(
-        GGUFError, match="has mamba1 layers, which this runtime does not compute; run it with llama.cpp"
-    ):
-        Model.load(path)
-    with pytest.raises(GGUFError, match="has mamba1 layers"):
-        check_memory(path, 10**9, "exact")
