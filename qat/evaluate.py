@@ -13,7 +13,7 @@ if __name__ == "__main__":
     run_verb("evaluate", "python -m qat.evaluate")
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -27,7 +27,7 @@ from qat.model import LanguageModel, load_model
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.options import threads_option
 from tmexport.cli.progress import progress_bar
-from tmexport.documents import Score, encode_documents, score_documents, start_token
+from tmexport.documents import Document, Score, encode_documents, score_documents, start_token
 from tmexport.errors import UsageError
 from tmexport.model import Model
 from tmexport.threads import default_threads
@@ -35,12 +35,19 @@ from tmexport.threads import default_threads
 _SEGMENT = 2048  # tokens a forward pass; the state goes from one to the next
 
 
-def documents_of(tokens: np.ndarray, eos: int) -> Iterator[np.ndarray]:
-    """The documents of a stream, each with the end-of-text token that precedes it."""
-    starts = np.flatnonzero(tokens == eos)
-    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-        if end - start > 1:
-            yield np.asarray(tokens[start:end])
+def documents_in(data: Sequence[Path], tokenizer: Path, config: Model) -> list[Document]:
+    """The documents of text files and data sets, tokenised for a model."""
+    known = load_tokenizer(tokenizer, config.vocab_size)
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in known.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    start = start_token(config.eos_token_id, known.token_to_id)
+    files = find_files(data)
+    texts = (text for path in files for text in read_documents(path))
+    total = sum(path.stat().st_size for path in files) if not any(map(is_dataset, files)) else None
+    with progress_bar("tokenising", total, unit="bytes") as bar:
+        return list(encode_documents(texts, encode, start, bar.advance))
 
 
 @torch.no_grad()
@@ -76,18 +83,7 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
 
 def evaluate(folder: Path, data: list[Path], tokenizer: Path | None = None) -> Score:
     """Score all documents of `data` with the checkpoint in `folder`, as `tmexport.documents` says."""
-    config = open_checkpoint(folder).config
-    known = load_tokenizer(find_tokenizer(folder, tokenizer), config.vocab_size)
-
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in known.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    start = start_token(config.eos_token_id, known.token_to_id)
-    files = find_files(data)
-    texts = (text for path in files for text in read_documents(path))
-    total = sum(path.stat().st_size for path in files) if not any(map(is_dataset, files)) else None
-    with progress_bar("tokenising", total, unit="bytes") as bar:
-        documents = list(encode_documents(texts, encode, start, bar.advance))
+    documents = documents_in(data, find_tokenizer(folder, tokenizer), open_checkpoint(folder).config)
     model = load_model(folder)
     with progress_bar("evaluating", sum(d.scored for d in documents), unit="tokens") as bar:
 

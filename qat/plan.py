@@ -86,7 +86,7 @@ def make_plan(recipe: Recipe, config: Model, accelerator: str, with_teacher: boo
     with torch.device("meta"):
         model = LanguageModel(config)
     if with_teacher:
-        make_low_bit(model, recipe.weights, recipe.group_size, ternary_embedding=recipe.ternary_embedding)
+        make_low_bit(model, recipe.weights, recipe.group_size, False, recipe.ternary_embedding, recipe.projections)
     parameters = sum(p.numel() for p in model.parameters())
     ternary = sum(m.in_features * m.out_features for m in model.projections().values())
     head = config.vocab_size * config.d_model

@@ -19,8 +19,9 @@ from torch.nn.utils import parametrize
 
 from qat.model import LanguageModel
 from tmexport.errors import UsageError
+from tmexport.quantization import group_for, projections_of
 from tmexport.types import KINDS, Coded
-from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE, in_words
+from tmexport.types.base import LARGEST_SCALE, SMALLEST_SCALE
 
 
 def group_scales(weight: Tensor, group_size: int, kind: str) -> Tensor:
@@ -196,15 +197,17 @@ def make_low_bit(
     group_size: int,
     learned_scale: bool = False,
     ternary_embedding: bool = False,
+    projections: str = "all",
 ) -> LanguageModel:
-    """Put a fake-quantiser of a kind on every projection of `model`, in place.
+    """Put a fake-quantiser of a kind on projections of `model`, in place.
 
     Args:
         model: changed and returned.
         kind: a key of QUANTIZERS, or dense: the projections stay as they are.
-        group_size: weights that share a scale.
+        group_size: weights that share a scale; 0: the widest that fits the rows of each.
         learned_scale: ternary only: the scales are parameters.
         ternary_embedding: the embedding and the head become ternary too (Slender-Mamba), in groups of the same size.
+        projections: which (`tmexport.quantization.projections_of`).
 
     Raises:
         UsageError: the group size is none of the kind's, or does not divide the rows; or the scale of a binary weight is learned.
@@ -213,8 +216,10 @@ def make_low_bit(
         raise UsageError(f"--learned-scale studies ternary weights, not {kind} ones; leave it out")
     if kind == "dense" and ternary_embedding:
         raise UsageError("--ternary-embedding goes with --weights ternary or binary; dense weights are the control")
+    chosen = projections_of(model.config, projections)
     for name, module in model.projections().items() if kind != "dense" else ():
-        _attach(module, name, kind, group_size, learned_scale)
+        if f"{name}.weight" in chosen:
+            _attach(module, name, kind, group_size, learned_scale)
     if ternary_embedding:
         _attach(model.backbone.embeddings, "the embedding", "ternary", group_size)
         if not model.config.tie_embeddings:
@@ -225,14 +230,7 @@ def make_low_bit(
 def _attach(
     module: nn.Linear | nn.Embedding, name: str, kind: str, group_size: int, learned_scale: bool = False
 ) -> None:
-    sizes, length = KINDS[kind].group_sizes, module.weight.shape[1]
-    if group_size not in sizes:
-        raise UsageError(f"{kind} weights in groups of {group_size} are not supported; expected {in_words(sizes)}")
-    if length % group_size:
-        raise UsageError(
-            f"{name} has rows of {length} weights, not a multiple of the group size {group_size}; "
-            "choose a smaller --group-size"
-        )
+    group_size = group_for(kind, group_size or None, name, module.weight.shape[1])
     quantiser = LearnedTernaryWeight(group_size, module.weight) if learned_scale else QUANTIZERS[kind](group_size)
     parametrize.register_parametrization(module, "weight", quantiser)
 

@@ -51,7 +51,10 @@ class Recipe:
     weights: str = _setting(
         "ternary", f"kind of the student's weights: {', '.join(KINDS)}, or dense, to train the teacher on as a control"
     )
-    group_size: int = _setting(0, "weights that share a scale; 0 = the widest group of their kind", 0, 256)
+    group_size: int = _setting(
+        0, "weights that share a scale; 0 = the widest group of their kind that fits their rows", 0, 256
+    )
+    projections: str = _setting("all", "which become low-bit: all, mixers (not the MLPs'), or roles: in_proj,down_proj")
     ternary_embedding: bool = _setting(False, "train the embedding and the head ternary too")
     learned_scale: bool = _setting(
         False, "train the scales instead of recomputing them; to study the collapse it causes"
@@ -107,8 +110,6 @@ class Recipe:
             raise UsageError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
         if self.weights not in (*KINDS, "dense"):
             raise UsageError(f"weights is {self.weights!r}; expected {', '.join(map(repr, KINDS))} or 'dense'")
-        if not self.group_size and self.weights in KINDS:
-            object.__setattr__(self, "group_size", KINDS[self.weights].group_sizes[0])
         if self.tokens:
             object.__setattr__(self, "steps", max(1, self.tokens // self.tokens_per_step))
             object.__setattr__(self, "tokens", 0)

@@ -18,11 +18,12 @@ Arrays = Sequence[np.ndarray]
 
 
 class StateArray(NamedTuple):
-    """One array of a state: its name, shape and dtype."""
+    """One array of a state: its name, shape and dtype; grows: the shape is that of one position."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    grows: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.model import Model
 
 DEMO_MODEL = (
@@ -20,15 +21,15 @@ def for_terminal(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def compile_kernels(model: Model) -> float:
-    """Make the kernels ready, with a line on stderr if that takes longer than a second; returns the seconds."""
+def compile_kernels(model: Model, tokens: int = CHUNK) -> float:
+    """Make the kernels for prompts of so many tokens ready, with a line on stderr if that takes longer than a second; returns the seconds."""
     start = time.perf_counter()
     notice = "compiling the kernels for this CPU (first run only, up to a minute) ..."
     timer = threading.Timer(1.0, lambda: click.echo(notice, err=True))
     timer.daemon = True
     timer.start()
     try:
-        model.compile()
+        model.compile(tokens)
     finally:
         timer.cancel()
     seconds = time.perf_counter() - start

@@ -121,7 +121,7 @@ def generate(
     model: Any = loaded.model
     state = model.load_state(load_state) if load_state else model.new_state()
     if not is_onnx:
-        compile_kernels(model)
+        compile_kernels(model, len(ids))
     run = _Run(len(ids))
     if as_json:
         run.tokens += model.generate(ids, count, sampling, state, loaded.stop, run.seen)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime_ref.arithmetic import Preset
+from runtime_ref.reference.model import BRANCHES
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix
 from tmexport.errors import GGUFError
-from tmexport.gguf.names import config_from_metadata, group_sizes_of
+from tmexport.gguf.names import config_from_metadata, group_sizes_of, in_halves
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.model import Model
 from tmexport.types import GGMLType, decode_codes, decode_values, joined_scales
@@ -21,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def gguf_source(path: Path | str) -> Source:
-    """Open a Mamba-2 GGUF.
+    """Open a GGUF.
 
     Raises:
-        GGUFError: the file is damaged, or not a Mamba-2 of a type this runtime computes.
+        GGUFError: the file is damaged, or has layers or types that this runtime does not compute.
     """
     gguf = open_gguf(path)
     return source_of(gguf)
@@ -35,6 +38,9 @@ def source_of(gguf: GGUFFile) -> Source:
     config = config_from_metadata(gguf)
     check_branches(config, gguf.path)
     groups = group_sizes_of(gguf)
+    rotated = {tensor.gguf: tensor.rotated for tensor in config.tensors.values() if tensor.rotated is not None}
+    if rotated:
+        gguf = _InHalves(gguf.path, gguf.metadata, gguf.tensors, gguf.data, rotated)
 
     def matrix(name: str) -> Matrix:
         return read_matrix(gguf, name, groups.get(name))
@@ -58,17 +64,30 @@ def source_of(gguf: GGUFFile) -> Source:
     return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
 
 
+@dataclass(frozen=True)
+class _InHalves(GGUFFile):
+    """A file whose rows that RoPE turns are given as this program and transformers have them: half after half of each head."""
+
+    rotated: Mapping[str, int] = field(default_factory=dict)
+
+    def blocks(self, name: str) -> np.ndarray:
+        found = super().blocks(name)
+        if name not in self.rotated:
+            return found
+        rows = self.tensors[name].shape[0]
+        return in_halves(found.reshape(rows, -1), self.rotated[name]).reshape(found.shape)
+
+
 def check_branches(model: Model, where: object) -> None:
     """Raises GGUFError if a block has a branch that this runtime has no specification and no kernels for."""
     for block in model.blocks:
         for branch in block.branches:
-            if branch.kind not in _BRANCHES:
+            if branch.kind not in BRANCHES:
                 raise GGUFError(
                     f"{where}: has {branch.kind} layers, which this runtime does not compute; run it with llama.cpp"
                 )
 
 
-_BRANCHES = ("mamba2",)
 _BLOCK_BITS = {GGMLType.Q8_0: 8, GGMLType.Q4_0: 4}  # of values rounded in blocks of 32
 _FAST_BLOCKS = {GGMLType.TQ1_0: 256, GGMLType.TQ2_0: 256, GGMLType.Q2_0: 32, GGMLType.Q1_0: 32, GGMLType.Q4_0: 32}
 

@@ -21,17 +21,18 @@ import numpy as np
 from runtime_ref.arithmetic import preset_of
 from runtime_ref.gguf_source import check_branches
 from runtime_ref.kernels.scratch import CHUNK
-from runtime_ref.state import state_arrays
-from tmexport.config import Mamba2Config
-from tmexport.errors import TmexportError
+from runtime_ref.state import state_arrays, with_positions
+from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.export import EMBEDDING_TYPES, low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile, open_gguf
+from tmexport.model import Model
 from tmexport.types import KINDS, GGMLType, container, holds
 
 FIXED = 165_000_000
 COMPILER = 75_000_000
 TOKENIZER = 16  # bytes for each byte of a tokenizer.json, once it is parsed
+POSITIONS = 8192  # counted of a model with attention that states no context length; others count to theirs
 PACKERS = 4  # layers that are read at a time while loading (kernels.build)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -83,7 +84,7 @@ def need(gguf: GGUFFile, profile: str, states: int = 1, compiles: int = 1) -> Ne
     """What the model in a file needs; `states` held at a time, kernels compiled for `compiles` profiles by then.
 
     Raises:
-        GGUFError: it is not a Mamba-2.
+        GGUFError: it is damaged, or has layers that this runtime does not compute.
     """
     layout = {name: (info.shape, info.type) for name, info in gguf.tensors.items()}
     model = config_from_metadata(gguf)
@@ -96,7 +97,7 @@ def check_memory(path: Path | str, limit: int, profile: str, states: int = 1, co
 
     Raises:
         TmexportError: it needs more.
-        GGUFError: the file is damaged, or not a Mamba-2.
+        GGUFError: as `need`.
     """
     gguf = open_gguf(path)
     own = need(gguf, profile, states, compiles)
@@ -115,14 +116,17 @@ def check_memory(path: Path | str, limit: int, profile: str, states: int = 1, co
 def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int, own: Need) -> str:
     """The smallest change that fits: a profile with a smaller state, else a smaller type."""
     config = config_from_metadata(gguf)
-    body, embedding = (gguf.tensors[name].type for name in ("blk.0.ssm_in.weight", "token_embd.weight"))
+    body, embedding = (gguf.tensors[name].type for name in (_first_projection(config), "token_embd.weight"))
     smaller = body if holds(body, "ternary") or holds(body, "binary") else _ternary_type(config)
     kinds = [(body, embedding)] + [(smaller, EMBEDDING_TYPES[name]) for name in ("f16", "q8_0", "q4_0")]
     options = []
     for kind, of_embedding in kinds:
         if config.d_model % of_embedding.block_size:
             continue
-        layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
+        try:
+            layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
+        except UsageError:  # rows of some projections do not divide into its blocks
+            continue
         for how in (profile, *(preset.name for preset in preset_of(profile).smaller())):
             option = _need(gguf, config, layout, how, states, compiles)
             name = (
@@ -140,25 +144,44 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int
     return f"the least, {words}, needs {_mb(total)} MB"
 
 
-def _ternary_type(config: Mamba2Config) -> GGMLType:
-    wide = config.d_model % 256 == 0 and config.d_inner % 256 == 0
+def _first_projection(config: Model) -> str:
+    return config.tensors[config.projections[0]].gguf
+
+
+def _ternary_type(config: Model) -> GGMLType:
+    wide = all(config.tensors[name].shape[-1] % 256 == 0 for name in config.projections)
     return GGMLType.TQ2_0 if wide else GGMLType.Q2_0
 
 
-def _need(gguf: GGUFFile, config: Mamba2Config, layout: Layout, profile: str, states: int, compiles: int) -> Need:
-    c = config
-    recorded, block = gguf.metadata.get(GROUP_SIZE_KEY), layout["blk.0.ssm_in.weight"][1].block_size
+def _scratch(config: Model) -> int:
+    """Bytes of the working arrays: what a block's products read and write, what its convolution writes, and logits."""
+    most = 0
+    for branch in {branch for block in config.blocks for branch in block.branches}:
+        matrices = [spec.shape for spec in branch.tensors() if spec.low_bit or spec.matrix]
+        convolved = sum(spec.shape[-1] for spec in branch.states() if not spec.recurrent)
+        values = 9 * max(k for _, k in matrices) + 4 * sum(n for n, _ in matrices) + 4 * convolved
+        most = max(most, values)
+    return CHUNK * most + 8 * config.vocab_size
+
+
+def _need(gguf: GGUFFile, config: Model, layout: Layout, profile: str, states: int, compiles: int) -> Need:
+    recorded, block = gguf.metadata.get(GROUP_SIZE_KEY), layout[_first_projection(config)][1].block_size
     group = recorded if recorded in KINDS["ternary"].group_sizes else max(64, block)
     packed = {name: resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
     stored = {name: _stored_bytes(shape, kind) for name, (shape, kind) in layout.items()}
     weights = sum(packed.values())
     ends = [packed[name] + stored[name] for name in ("token_embd.weight", "output.weight") if name in packed]
     layers = max(packed[name] + stored[name] for name in packed if name.startswith("blk."))
-    state = sum(array.nbytes for array in state_arrays(c, preset_of(profile)))
+    positions = config.context_length or POSITIONS
+    arrays = state_arrays(config, preset_of(profile))
+    state = sum(array._replace(shape=with_positions(array, positions)).nbytes for array in arrays)
     tokenizer = gguf.metadata.get(TOKENIZER_JSON_KEY)
-    scratch = CHUNK * (4 * c.d_model + 9 * max(c.d_model, c.d_inner) + 4 * c.d_in_proj + 4 * c.conv_dim)
-    scratch += 8 * c.vocab_size  # two vectors of logits
-    other = FIXED + compiles * COMPILER + scratch + TOKENIZER * (len(tokenizer) if isinstance(tokenizer, str) else 0)
+    other = (
+        FIXED
+        + compiles * COMPILER
+        + _scratch(config)
+        + TOKENIZER * (len(tokenizer) if isinstance(tokenizer, str) else 0)
+    )
     return Need(weights, states * state, other, max(sum(ends), weights + PACKERS * layers))
 
 

@@ -8,7 +8,6 @@ logits = model.decode(state, token)        # the same bits as if `token` had bee
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,14 +18,16 @@ from runtime_ref.arithmetic import DEFAULT, preset_of
 from runtime_ref.errors import NumericsError, StateError
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.build import Built, build
-from runtime_ref.kernels.engine import run
+from runtime_ref.kernels.phases import FEWEST_ROWS
+from runtime_ref.kernels.program import Job, run
+from runtime_ref.kernels.records import words
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
 from runtime_ref.sampling import Sampling, continue_tokens
-from runtime_ref.state import State, state_arrays
+from runtime_ref.state import State, state_arrays, with_positions
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
-from tmexport.config import Mamba2Config
 from tmexport.errors import UsageError
+from tmexport.model import Model as Config
 from tmexport.threads import default_threads
 
 
@@ -37,14 +38,14 @@ class Model:
         self.preset = preset_of(profile)
         if threads is not None and not 1 <= threads <= 1024:
             raise UsageError(f"{threads} threads; expected 1 to 1024")
-        self.config: Mamba2Config = source.config
+        self.config: Config = source.config
         self.profile = profile
-        self._state_arrays = state_arrays(source.config, self.preset)
         self._built: Built = build(source, self.preset)
-        self.fingerprint = _fingerprint(self._built)
+        self._state_arrays = state_arrays(source.config, self.preset)
         self._team = Team(threads or default_threads())
         self._lock = threading.Lock()
-        self._scratch: Scratch = allocate(1, self.config)
+        self._scratch: Scratch = allocate(1, self._built.room)
+        self._scores = np.zeros((0, 0), np.float32)
 
     @classmethod
     def load(cls, path: Path | str, profile: str = DEFAULT, threads: int | None = None) -> Model:
@@ -71,22 +72,26 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that decoding one token reads (of an untied embedding, one row)."""
-        b = self._built
-        arrays = [*b.small, *b.in_proj, *b.out_proj, *b.head]
-        return sum(a.nbytes for a in arrays)
+        return self._built.weight_bytes
 
-    def compiled(self) -> bool:
-        """Whether the kernels for this model are compiled in this process."""
-        return bool(run.signatures) and self._signature() in run.signatures
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the weights, whatever container they came from."""
+        return self._built.fingerprint
 
-    def compile(self) -> None:
-        """Compile the kernels for this model, or load them from the cache; otherwise the first call does it."""
-        run.compile(self._signature())
+    def compile(self, tokens: int = CHUNK) -> None:
+        """Compile the kernels for prompts of so many tokens, or load them from the cache; otherwise the first call does it."""
+        one, rows = np.zeros(1, np.int64), min(tokens, CHUNK)
+        with self._lock:
+            job = self._job(one, np.zeros((1, 1), np.uint64), 1, np.zeros((1, 1), np.float32), [self.new_state()])
+            for number in {1, rows}:
+                self._program(job._replace(rows=number))
 
     def new_state(self) -> State:
         """The state before the first token."""
-        arrays = {name: np.zeros(shape, dtype) for name, shape, dtype in self._state_arrays}
-        return State(arrays, 0, self.fingerprint, self.profile)
+        arrays = {array.name: np.zeros(with_positions(array, 0), array.dtype) for array in self._state_arrays}
+        growing = frozenset(array.name for array in self._state_arrays if array.grows)
+        return State(arrays, 0, self.fingerprint, self.profile, growing)
 
     def load_state(self, path: Path | str) -> State:
         """A state saved by `State.save`.
@@ -100,7 +105,7 @@ class Model:
         """Logits fp32 [vocab] after one more token; the state is updated.
 
         Raises:
-            UsageError: the token is outside the vocabulary.
+            UsageError: the token is outside the vocabulary, or the text longer than the context of a model with attention.
             NumericsError: an Inf or a NaN appeared; the layer is named, and the state is no longer meaningful.
         """
         return self._forward([state], _ids([token]).reshape(1, 1), all_logits=False)[0]
@@ -124,6 +129,7 @@ class Model:
         ids = _ids(tokens)
         if not len(ids):
             raise UsageError("the prompt has no tokens; expected at least one")
+        self._check_context(state, len(ids))
         logits = np.zeros(0, np.float32)
         for start in range(0, len(ids), CHUNK):
             part = ids[start : start + CHUNK]
@@ -138,6 +144,7 @@ class Model:
         Raises: as `decode`.
         """
         ids = _ids(tokens)
+        self._check_context(state, len(ids))
         for start in range(0, len(ids), CHUNK):
             yield self._forward([state], ids[None, start : start + CHUNK], all_logits=True)
 
@@ -168,15 +175,17 @@ class Model:
                 raise StateError("the state belongs to another model or profile")
             state.check(self._state_arrays)
         sequences, length = tokens.shape
+        for state in states:
+            self._check_context(state, length)
+            state.make_room(state.tokens + length)
         with self._lock:
             if len(self._scratch.x) < tokens.size:
-                self._scratch = allocate(tokens.size, self.config)
-            rows = tokens.size if all_logits else sequences
-            logits = np.empty((rows, vocab), np.float32)
-            addresses = [np.array([s.arrays[part].ctypes.data for s in states], np.uint64) for part in ("conv", "ssm")]
-            self._team.run(
-                run, *self._built, self._scratch, tokens.reshape(-1), *addresses, sequences, length, all_logits, logits
-            )
+                self._scratch = allocate(tokens.size, self._built.room)
+            logits = np.empty((tokens.size if all_logits else sequences, vocab), np.float32)
+            addresses = [[s.arrays[array.name].ctypes.data for s in states] for array in self._state_arrays]
+            job = self._job(tokens.reshape(-1), np.array(addresses, np.uint64), length, logits, states)
+            table, record = self._program(job), np.array(list(words(job)), np.uint64)
+            self._team.run(run, table, record.ctypes.data)
             self._check(logits, tokens.size)
         for state in states:
             state.tokens += length
@@ -193,15 +202,29 @@ class Model:
         if not np.isfinite(logits).all():
             raise NumericsError("an Inf or a NaN appears in the output of the head; the weights are damaged")
 
-    def _signature(self) -> tuple[object, ...]:
-        from numba import typeof
+    def _check_context(self, state: State, length: int) -> None:
+        limit = self.config.context_length
+        if state.growing and limit is not None and state.tokens + length > limit:
+            raise UsageError(
+                f"the text has {state.tokens + length} tokens, but the model was made for {limit} (its context length)"
+            )
 
-        one = np.zeros(1, np.uint64)
-        args = (
-            0, 1, self._team.sync, *self._built, self._scratch, np.zeros(1, np.int64), one, one, 1, 1, False,
-            np.zeros((1, 1), np.float32),
-        )  # fmt: skip
-        return tuple(typeof(a) for a in args)
+    def _job(
+        self, tokens: np.ndarray, addresses: np.ndarray, length: int, logits: np.ndarray, states: Sequence[State]
+    ) -> Job:
+        """tokens int64 [sequences * length], addresses uint64 [arrays, sequences], logits [sequences or all tokens, vocab]."""
+        past, room = (np.array(values, np.int64) for values in ([s.tokens for s in states], [s.room for s in states]))
+        width = -(-int(room.max()) // 16) * 16 + 16
+        if self._scores.shape[0] != self.threads or self._scores.shape[1] < width:
+            self._scores = np.zeros((self.threads, width), np.float32)
+        shape = (len(tokens), len(tokens) // length, length, len(logits))
+        return Job(*shape, tokens, addresses, logits, past, room, self._scores, self._scratch)
+
+    def _program(self, job: Job) -> np.ndarray:
+        """The code for many rows has to be compiled only for prompts that are longer than that takes."""
+        program = self._built.program
+        many = job.rows >= FEWEST_ROWS and (job.rows >= CHUNK or program.at_hand(True, job))
+        return program.table(many, job)
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:
@@ -212,11 +235,3 @@ def _ids(tokens: Sequence[int]) -> np.ndarray:
     if ids.dtype == np.uint64 and ids.size and ids.max() >= 2**63:
         raise UsageError(f"token {ids.max()} is outside the vocabulary")
     return ids.astype(np.int64).reshape(-1)
-
-
-def _fingerprint(built: Built) -> str:
-    """Identifies the weights by their small tensors: enough to tell models apart, and the same in every container."""
-    digest = hashlib.sha256()
-    for array in built.small:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""State: everything a model remembers of a text. Constant in size, so it is a prompt cache that fits in a file."""
+"""State: everything a model remembers of a text, which is a prompt cache that fits in a file.
+
+A recurrent branch remembers a constant amount; attention the keys and values of every position, in arrays that grow in steps.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,39 @@ from runtime_ref.arithmetic import Preset, StateArray
 from runtime_ref.errors import StateError
 from tmexport.files import atomic_write
 from tmexport.model import Model as Config
+from tmexport.model.spec import Branch
 
 FORMAT = "runtime_ref-state-1"
+STEP = 256  # positions by which the arrays that grow do
+
+
+def branch_state_arrays(branch: Branch, preset: Preset) -> list[StateArray]:
+    """The arrays of one branch's state, under the names of its table."""
+    result: list[StateArray] = []
+    for spec in branch.states():
+        fp32 = (StateArray(spec.name, spec.shape, np.dtype(np.float32)),)
+        kept = preset.state.arrays(spec.name, spec.shape) if spec.recurrent or spec.grows else fp32
+        result += [array._replace(grows=spec.grows) for array in kept]
+    return result
 
 
 def state_arrays(config: Config, preset: Preset) -> tuple[StateArray, ...]:
     """The arrays of one sequence's state, from the branches' tables.
 
     Branches of equal dimensions lie side by side in one array, in the order of the model, under the name of their table;
-    further ones have their number behind it: conv, ssm, conv.1, ssm.1.
+    further ones have their number behind it: conv, ssm, conv.1, ssm.1. Of those that grow, shape leaves the positions out.
     """
     result: list[StateArray] = []
     for number, (branch, count) in enumerate(Counter(b for block in config.blocks for b in block.branches).items()):
-        for spec in branch.states():
-            name, shape = f"{spec.name}.{number}" if number else spec.name, (count, *spec.shape)
-            fp32 = (StateArray(name, shape, np.dtype(np.float32)),)
-            result += preset.state.arrays(name, shape) if spec.recurrent else fp32
+        for array in branch_state_arrays(branch, preset):
+            name = f"{array.name}.{number}" if number else array.name
+            result.append(array._replace(name=name, shape=(count, *array.shape)))
     return tuple(result)
+
+
+def with_positions(array: StateArray, positions: int) -> tuple[int, ...]:
+    """The shape of an array of `state_arrays`: of one that grows [branches, positions, ...]."""
+    return (array.shape[0], positions, *array.shape[1:]) if array.grows else array.shape
 
 
 @dataclass
@@ -47,14 +66,43 @@ class State:
     tokens: int
     model: str
     profile: str
+    growing: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
     def copy(self) -> State:
-        """An independent copy: continue one prompt in several ways."""
-        return replace(self, arrays={name: array.copy() for name, array in self.arrays.items()})
+        """An independent copy: continue one prompt in several ways. It has room for the tokens that were read."""
+        return self.resized(self.tokens)
+
+    def resized(self, positions: int) -> State:
+        """A copy in which the arrays that grow have room for so many positions; what is beyond is left out, or 0."""
+        arrays = {}
+        for name, array in self.arrays.items():
+            if name in self.growing:
+                room = np.zeros((array.shape[0], positions, *array.shape[2:]), array.dtype)
+                used = min(positions, array.shape[1])
+                room[:, :used] = array[:, :used]
+                arrays[name] = room
+            else:
+                arrays[name] = array.copy()
+        return replace(self, arrays=arrays)
+
+    def make_room(self, positions: int) -> None:
+        """Let the arrays that grow hold at least so many positions: in steps, so that few tokens pay for a copy."""
+        for name in self.growing:
+            array = self.arrays[name]
+            if array.shape[1] < positions:
+                size = -(-max(positions, array.shape[1] * 3 // 2) // STEP) * STEP
+                room = np.zeros((array.shape[0], size, *array.shape[2:]), array.dtype)
+                room[:, : array.shape[1]] = array
+                self.arrays[name] = room
+
+    @property
+    def room(self) -> int:
+        """Positions that fit."""
+        return min((self.arrays[name].shape[1] for name in self.growing), default=0)
 
     def check(self, wanted: tuple[StateArray, ...]) -> None:
         """Native code gets the addresses of these arrays, and believes them.
@@ -62,8 +110,10 @@ class State:
         Raises:
             StateError: one is not a writeable, contiguous array of its shape and dtype.
         """
-        for name, shape, dtype in wanted:
-            array = self.arrays.get(name)
+        for one in wanted:
+            name, dtype, array = one.name, one.dtype, self.arrays.get(one.name)
+            positions = array.shape[1] if one.grows and isinstance(array, np.ndarray) and array.ndim > 1 else 0
+            shape = with_positions(one, max(positions, self.tokens))
             if (
                 not isinstance(array, np.ndarray)
                 or array.shape != shape
@@ -82,7 +132,7 @@ class State:
         """
         about = {"format": FORMAT, "model": self.model, "profile": self.profile, "tokens": self.tokens}
         with atomic_write(path) as file:
-            file.write(save(self.arrays, {"runtime_ref": json.dumps(about)}))
+            file.write(save(self.copy().arrays, {"runtime_ref": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path | str, like: State) -> State:
@@ -102,16 +152,19 @@ class State:
             raise
         except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
             raise StateError(f"{path}: cannot be read as a saved state: {error}") from None
-        for name, want in like.arrays.items():
-            array = arrays[name]
-            if array.shape != want.shape or array.dtype != want.dtype:
-                raise StateError(
-                    f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {want.dtype} {list(want.shape)}"
-                )
         tokens = about.get("tokens")
-        if type(tokens) is not int or tokens < 0:
+        if type(tokens) is not int or not 0 <= tokens < 2**40:
             raise StateError(f"{path}: the token count is {tokens!r}; expected a whole number")
-        return cls({name: np.array(array) for name, array in arrays.items()}, tokens, like.model, like.profile)
+        for name, want in like.arrays.items():
+            array, shape = arrays[name], want.shape
+            if name in like.growing:
+                shape = (shape[0], tokens, *shape[2:])
+            if array.shape != shape or array.dtype != want.dtype:
+                raise StateError(
+                    f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {want.dtype} {list(shape)}"
+                )
+        own = {name: np.array(array) for name, array in arrays.items()}
+        return cls(own, tokens, like.model, like.profile, like.growing)
 
 
 def _check_about(path: Path | str, about: Any, like: State) -> None:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime_ref.arithmetic import Preset
-from tmexport.config import Mamba2Config
+from tmexport.model import Model
+from tmexport.model.spec import Branch, TensorSpec
 
 if TYPE_CHECKING:
     from runtime_ref.kernels.pack import Packed
@@ -54,27 +55,31 @@ Matrix = TernaryMatrix | BlockMatrix | DenseMatrix
 
 
 @dataclass(frozen=True)
+class BranchWeights:
+    """One branch of one block: its matrices and its vectors by role; a convolution's taps come first: [K, C]."""
+
+    branch: Branch
+    matrices: Mapping[str, Matrix]
+    vectors: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """norm fp32 [d], and the branches that read it."""
+
+    norm: np.ndarray
+    branches: tuple[BranchWeights, ...]
+
+
+@dataclass(frozen=True)
 class Weights:
-    """A whole model; L layers, shapes as in `runtime_ref.reference`.
+    """A whole model: embedding [V, d] and head [V, d] (the same object when tied), norm_f fp32 [d]."""
 
-    embedding [V, d] and head [V, d] (the same object when tied); in_proj, out_proj: one matrix a layer;
-    norm [L, d], norm_f [d], gate_norm [L, d_inner], conv_weight [L, K, C] (tap-major), conv_bias [L, C],
-    dt_bias, a (= -exp(A_log)), d [L, H]: fp32.
-    """
-
-    config: Mamba2Config
+    config: Model
     embedding: Matrix
     head: Matrix
-    in_proj: tuple[Matrix, ...]
-    out_proj: tuple[Matrix, ...]
-    norm: np.ndarray
+    blocks: tuple[BlockWeights, ...]
     norm_f: np.ndarray
-    gate_norm: np.ndarray
-    conv_weight: np.ndarray
-    conv_bias: np.ndarray
-    dt_bias: np.ndarray
-    a: np.ndarray
-    d: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Source:
         tied: there is no separate head.
     """
 
-    config: Mamba2Config
+    config: Model
     matrix: Callable[[str], Matrix]
     packed: Callable[[str], Packed]
     activation_block: Callable[[str, Preset], int]
@@ -98,42 +103,56 @@ class Source:
     tied: bool
 
 
-def small_tensors(source: Source) -> dict[str, np.ndarray]:
-    """Every fp32 vector of the model, stacked over the layers, with the field names and shapes of `Weights`."""
-    c = source.config
+def block_norm(source: Source, number: int) -> np.ndarray:
+    """The weight of a block's norm, fp32 [d]."""
+    names = source.config.names
+    name = names.block[1].format(number // len(names.norms)) + names.norms[number % len(names.norms)]
+    return np.array(source.vector(name).reshape(source.config.d_model), np.float32)
 
-    def stack(suffix: str, shape: tuple[int, ...]) -> np.ndarray:
-        parts = [source.vector(f"blk.{i}.{suffix}").reshape(shape) for i in range(c.n_layer)]
-        return np.ascontiguousarray(np.stack(parts), np.float32)
 
-    conv = stack("ssm_conv1d.weight", (c.conv_dim, c.d_conv))
-    return {
-        "norm": stack("attn_norm.weight", (c.d_model,)),
-        "norm_f": np.array(source.vector("output_norm.weight").reshape(c.d_model), np.float32),
-        "gate_norm": stack("ssm_norm.weight", (c.d_inner,)),
-        "conv_weight": np.ascontiguousarray(conv.transpose(0, 2, 1)),
-        "conv_bias": stack("ssm_conv1d.bias", (c.conv_dim,)),
-        "dt_bias": stack("ssm_dt.bias", (c.n_heads,)),
-        "a": stack("ssm_a", (c.n_heads,)),
-        "d": stack("ssm_d", (c.n_heads,)),
-    }
+def tensor_name(config: Model, number: int, spec: TensorSpec) -> str:
+    """What a GGUF calls a tensor of a branch of this block."""
+    return config.names.block[1].format(number // len(config.names.norms)) + spec.gguf
+
+
+def final_norm(source: Source) -> np.ndarray:
+    """The weight of the norm before the head, fp32 [d]."""
+    return np.array(source.vector("output_norm.weight").reshape(source.config.d_model), np.float32)
+
+
+def vectors(source: Source, number: int, branch: Branch) -> dict[str, np.ndarray]:
+    """The small tensors of a branch by role, fp32, in the shape of a checkpoint; a convolution's weight is [K, C]."""
+    found = {}
+    for spec in branch.tensors():
+        if not spec.low_bit and not spec.matrix:
+            values = source.vector(tensor_name(source.config, number, spec)).reshape(spec.shape)
+            values = values[:, 0].T if spec.role == "conv_weight" else values
+            found[spec.role] = np.array(values, np.float32, order="C")
+    return found
 
 
 def load_weights(source: Source) -> Weights:
     """The whole model in plain form (int8 codes: four times the packed size; for the specification and for tests)."""
-    layers = range(source.config.n_layer)
     embedding = source.matrix("token_embd.weight")
     return Weights(
         config=source.config,
         embedding=embedding,
         head=embedding if source.tied else source.matrix("output.weight"),
-        in_proj=tuple(source.matrix(f"blk.{i}.ssm_in.weight") for i in layers),
-        out_proj=tuple(source.matrix(f"blk.{i}.ssm_out.weight") for i in layers),
-        **small_tensors(source),
+        blocks=tuple(
+            BlockWeights(block_norm(source, number), tuple(_branch(source, number, b) for b in block.branches))
+            for number, block in enumerate(source.config.blocks)
+        ),
+        norm_f=final_norm(source),
     )
 
 
-def memory_source(config: Mamba2Config, tensors: dict[str, np.ndarray | Matrix]) -> Source:
+def _branch(source: Source, number: int, branch: Branch) -> BranchWeights:
+    names = {s.role: tensor_name(source.config, number, s) for s in branch.tensors() if s.low_bit or s.matrix}
+    matrices = {role: source.matrix(name) for role, name in names.items()}
+    return BranchWeights(branch, matrices, vectors(source, number, branch))
+
+
+def memory_source(config: Model, tensors: dict[str, np.ndarray | Matrix]) -> Source:
     """A model held in memory, tensors under their GGUF names (for tests and experiments)."""
     from runtime_ref.kernels.pack import pack
 

@@ -24,6 +24,8 @@ class Llama:
         params.cpuparams.n_threads = 2
         params.cpuparams_batch.n_threads = 2
         self._server = xllamacpp.Server(params)
+        with urllib.request.urlopen(self._server.listening_address + "/slots", timeout=120) as answer:
+            answer.read()  # from its queue: a server that ends before its queue runs waits for it for ever
         self._letter = self.tokenize("a")[0]
 
     def _post(self, path: str, body: dict) -> dict:

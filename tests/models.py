@@ -6,6 +6,7 @@ import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,12 @@ from tmexport.types.blocks import Int4Tensor, Int8Tensor
 from tmexport.types.ternary import TernaryTensor
 
 SMALL = mamba2_model(d_model=256, n_layer=2, vocab_size=512, d_state=64, tie_embeddings=False)
+
+
+def mixer(config: Model) -> Any:
+    """The one branch that all blocks of a model have."""
+    (branch,) = {branch for block in config.blocks for branch in block.branches}
+    return branch
 
 
 def random_tensors(config: Model, seed: int = 0) -> dict[str, np.ndarray]:
@@ -114,7 +121,7 @@ def write_state_spaces(folder: Path, config: Model, tensors: dict[str, np.ndarra
         "d_intermediate": 0,
         "n_layer": config.n_layer,
         "vocab_size": vocab_size,
-        "ssm_cfg": {"layer": "Mamba2", "d_state": config.d_state, "ngroups": config.n_groups},
+        "ssm_cfg": {"layer": "Mamba2", "d_state": mixer(config).d_state, "ngroups": mixer(config).n_groups},
         "attn_layer_idx": [],
         "attn_cfg": {},
         "rms_norm": True,

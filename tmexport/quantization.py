@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tmexport.errors import CheckpointError
-from tmexport.model import Model
+from tmexport.errors import CheckpointError, UsageError
+from tmexport.model import Model, SwiGLU
 from tmexport.types import KINDS
 from tmexport.types.base import in_words
 
@@ -29,6 +29,48 @@ class Stored:
 def low_bit_roles(model: Model) -> dict[str, bool]:
     """The roles that may be low-bit, and whether they are inside the blocks."""
     return {tensor.role: tensor.block is not None for tensor in model.tensors.values() if tensor.low_bit}
+
+
+def projections_of(model: Model, choice: str) -> dict[str, str]:
+    """The role of each projection that a choice names, by its Hugging Face name, in the order of the file.
+
+    Args:
+        model: whose projections.
+        choice: all; mixers, which are all but those of the MLPs; or roles, with commas between them.
+
+    Raises:
+        UsageError: a role that the model does not have.
+    """
+    roles = {name: model.tensors[name].role for name in model.projections}
+    known = set(roles.values())
+    mlps = {
+        spec.role for block in model.blocks for b in block.branches if b.kind == SwiGLU.kind for spec in b.tensors()
+    }
+    wanted = {"all": known, "mixers": known - mlps}.get(choice) or set(choice.split(","))
+    unknown = sorted(wanted - known)
+    if unknown:
+        raise UsageError(
+            f"the model has no projections {unknown[0]!r}; expected all, mixers or some of {', '.join(dict.fromkeys(roles.values()))}"
+        )
+    return {name: role for name, role in roles.items() if role in wanted}
+
+
+def group_for(kind: str, group_size: int | None, name: str, length: int) -> int:
+    """The group size for a matrix with rows of this length; None: the kind's widest that divides them.
+
+    Raises:
+        UsageError: the group size is none of the kind's, or does not divide the rows.
+    """
+    sizes = KINDS[kind].group_sizes
+    if group_size is not None and group_size not in sizes:
+        raise UsageError(f"{kind} weights in groups of {group_size} are not supported; expected {in_words(sizes)}")
+    tried = sizes if group_size is None else (group_size,)
+    for size in tried:
+        if length % size == 0:
+            return size
+    raise UsageError(
+        f"group size {in_words(tried)} does not fit rows of {length} ({name}); expected {in_words(sizes)}, and a divisor"
+    )
 
 
 def read_quantization(raw: Mapping[str, Any], model: Model, where: object) -> dict[str, Stored]:
@@ -89,13 +131,18 @@ def _checked(kind: Any, group_size: Any, where: object) -> Stored:
     return Stored(kind, group_size)
 
 
-def write_quantization(stored: Mapping[str, Stored], model: Model) -> dict[str, Any] | None:
-    """The quantization_config of these roles: None without any, version 1 where that can say it."""
+def write_quantization(
+    stored: Mapping[str, Stored], model: Model, provenance: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The quantization_config of these roles: None without any, version 1 where that can say it. provenance: how the weights
+    were made, for people and scripts; nothing here reads it.
+    """
     if not stored:
         return None
     inside = {role for role, in_block in low_bit_roles(model).items() if in_block}
     forms = set(stored.values())
-    if set(stored) == inside and len(forms) == 1 and next(iter(forms)).kind == "ternary":
+    if not provenance and set(stored) == inside and len(forms) == 1 and next(iter(forms)).kind == "ternary":
         return {"quant_method": "ternary", "group_size": forms.pop().group_size, "version": VERSION_1}
     weights = {role: {"kind": form.kind, "group_size": form.group_size} for role, form in stored.items()}
-    return {"quant_method": "tmexport", "version": VERSION_2, "weights": weights}
+    told = {"provenance": dict(provenance)} if provenance else {}
+    return {"quant_method": "tmexport", "version": VERSION_2, "weights": weights, **told}

@@ -6,6 +6,8 @@ output is searched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,14 +20,15 @@ from tmexport.types import KINDS, Coded
 _POWERS = [tenth / 10 for tenth in range(11)]
 
 
-def awq(teacher: Checkpoint, ids: Tensor, kind: str, group_size: int) -> dict[str, np.ndarray | Coded]:
-    """Every projection scaled and rounded, the norms before them scaled back."""
+def awq(teacher: Checkpoint, ids: Tensor, kind: str, groups: Mapping[str, int]) -> dict[str, np.ndarray | Coded]:
+    """The projections in `groups` scaled and rounded, the norms before them scaled back."""
 
     def method(projection: Projection) -> Coded:
+        group_size = groups[projection.name]
         fold(projection, best_factor(projection, kind, group_size))
         return KINDS[kind].quantize(projection.module.weight.numpy(), group_size)
 
-    return round_each(teacher, ids, kind, group_size, method)
+    return round_each(teacher, ids, kind, groups, method)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,13 +44,14 @@ class Projection:
 
 
 @torch.no_grad()
-def walk(model: LanguageModel, ids: Tensor) -> Iterator[Projection]:
-    """Every projection in the order of the model. What enters it is what those before it, as they are by then, produce.
+def walk(model: LanguageModel, ids: Tensor, chosen: Iterable[str] | None = None) -> Iterator[Projection]:
+    """The chosen projections (Hugging Face names; None: all) in the order of the model. What enters it is what those before it, as they are by then, produce.
 
     ids: int64 [n, seq_len]. Each block runs once for each of its projections and once for the next block.
     """
     hidden = torch.cat([model.backbone.embed(part) for part in ids.split(_AT_ONCE)])
-    modules = model.projections()
+    wanted = set(model.config.projections if chosen is None else chosen)
+    modules = {name: module for name, module in model.projections().items() if f"{name}.weight" in wanted}
     with progress_bar("calibrating", len(modules), unit="matrices") as bar:
         for number, block in enumerate(model.backbone.blocks):
             inside = [name for name in modules if name.startswith(f"backbone.layers.{number}.")]
@@ -73,26 +74,27 @@ def _inputs(block: nn.Module, module: nn.Linear, hidden: Tensor) -> Inputs:
 
 
 def round_weights(
-    teacher: Checkpoint, kind: str, group_size: int, method: Callable[[np.ndarray], Coded]
+    teacher: Checkpoint, kind: str, groups: Mapping[str, int], method: Callable[[np.ndarray, int], Coded]
 ) -> dict[str, np.ndarray | Coded]:
-    """Every projection by a method that sees its weight alone, or as it is if it is of the kind already; all other tensors."""
-    projections = set(teacher.config.projections)
+    """The projections in `groups`, which has their group sizes, by a method that sees a weight alone, or as they are if they are
+    of the kind already; all other tensors as they are.
+    """
     return {
-        name: (kept(teacher, name, kind, group_size) or method(teacher.dense(name)))
-        if name in projections
+        name: (kept(teacher, name, kind, groups[name]) or method(teacher.dense(name), groups[name]))
+        if name in groups
         else teacher.dense(name)
         for name in teacher.names
     }
 
 
 def round_each(
-    teacher: Checkpoint, ids: Tensor, kind: str, group_size: int, method: Callable[[Projection], Coded]
+    teacher: Checkpoint, ids: Tensor, kind: str, groups: Mapping[str, int], method: Callable[[Projection], Coded]
 ) -> dict[str, np.ndarray | Coded]:
     """The same with a method that sees what enters, too: layers in order, each on what the rounded layers before it produce."""
     model = load_model(teacher.path).requires_grad_(False)
     codes: dict[str, np.ndarray | Coded] = {}
-    for projection in walk(model, ids):
-        coded = kept(teacher, projection.name, kind, group_size) or method(projection)
+    for projection in walk(model, ids, groups):
+        coded = kept(teacher, projection.name, kind, groups[projection.name]) or method(projection)
         codes[projection.name] = coded
         projection.module.weight.data.copy_(torch.from_numpy(coded.dense()))
     state = model.state_dict()

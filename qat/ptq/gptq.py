@@ -6,6 +6,8 @@ that the checkpoint stores: by the rule of the kind from the group as corrected 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ from tmexport.types import KINDS, Coded
 _DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ's code
 
 
-def gptq(teacher: Checkpoint, ids: Tensor, kind: str, group_size: int) -> dict[str, np.ndarray | Coded]:
-    """Every projection rounded with error feedback; all other tensors as they are."""
+def gptq(teacher: Checkpoint, ids: Tensor, kind: str, groups: Mapping[str, int]) -> dict[str, np.ndarray | Coded]:
+    """The projections in `groups` rounded with error feedback; all other tensors as they are."""
     return round_each(
-        teacher, ids, kind, group_size, lambda p: gptq_weight(p.module.weight, p.inputs.moments, kind, group_size)
+        teacher, ids, kind, groups, lambda p: gptq_weight(p.module.weight, p.inputs.moments, kind, groups[p.name])
     )
 
 

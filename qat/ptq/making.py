@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +18,17 @@ from qat.ptq.awq import awq
 from qat.ptq.gptq import gptq
 from qat.ptq.rtn import round_to_nearest
 from qat.ptq.sigma_delta import sigma_delta
+from qat.ptq.statistics import text_digest
+from qat.ptq.transforms import TRANSFORMS, Work, apply
 from tmexport.checkpoint import Checkpoint, group_that_keeps, open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
+from tmexport.quantization import group_for, projections_of
 from tmexport.types import KINDS, Coded
-from tmexport.types.base import in_words
 
 
 @dataclass(frozen=True)
 class Method:
-    """tensors: (teacher, ids int64 [n, seq_len], a key of KINDS, group size) -> the tensors of the checkpoint."""
+    """tensors: (teacher, ids int64 [n, seq_len], a key of KINDS, group size by projection) -> the tensors of the checkpoint."""
 
     help: str
     tensors: Callable[..., dict[str, np.ndarray | Coded]]
@@ -39,6 +43,14 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True)
+class Made:
+    """What `make` wrote: the zero ratio of the projections of its kind, and the record of the transformations."""
+
+    zero_ratio: float
+    transforms: tuple[dict[str, Any], ...] = ()
+
+
 def make(
     method: str,
     teacher: Path,
@@ -47,58 +59,89 @@ def make(
     group_size: int | None = None,
     ids: Tensor | None = None,
     embedding: str = "dense",
-) -> float:
-    """Write the checkpoint `teacher` to `out` with every projection rounded; returns the zero ratio of the projections.
+    projections: str = "all",
+    rest: str = "dense",
+    transforms: Sequence[str] = (),
+    seed: int = 0,
+) -> Made:
+    """Write the checkpoint `teacher` to `out` with its projections rounded.
 
     Args:
         method: a key of METHODS.
         teacher: a full-precision checkpoint folder.
         out: folder to write, another.
         kind: a key of KINDS.
-        group_size: weights that share a scale; the kind's widest if None.
-        ids: calibration tokens int64 [n, seq_len], for a method that reads text.
+        group_size: weights that share a scale; the kind's widest that fits if None.
+        ids: calibration tokens int64 [n, seq_len], for a method or a transformation that reads text.
         embedding: a key of KINDS to which the embedding and an untied head are rounded, in its widest groups; or dense.
+        projections: which become `kind` (`tmexport.quantization.projections_of`).
+        rest: a key of KINDS to which the other projections are rounded to nearest; or dense.
+        transforms: keys of TRANSFORMS, applied to the teacher in this order before it is rounded.
+        seed: of what a transformation draws.
 
     Raises:
-        TmexportError: the teacher cannot be read, is low-bit already, or has rows that the group size does not divide.
+        TmexportError: the teacher cannot be read, is low-bit already, or has rows that the group size does not divide; or a
+            transformation does not know the model.
     """
     if out.resolve() == teacher.resolve():
         raise UsageError(f"{out}: is the teacher's folder, which would be overwritten; choose another --out")
     checkpoint = open_checkpoint(teacher)
     if checkpoint.coded:
         raise CheckpointError(f"{teacher}: holds low-bit weights already; expected a full-precision teacher")
-    size = _fitting(checkpoint, kind, group_size)
-    tensors = METHODS[method].tensors(checkpoint, ids, kind, size)
+    chosen = projections_of(checkpoint.config, projections)
+    source: Checkpoint = checkpoint
+    done: list[dict[str, Any]] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".transformed-") as folder:
+        if transforms:
+            source, done = _transformed(checkpoint, transforms, ids, seed, Path(folder))
+        groups = _groups(source, kind, group_size, chosen)
+        tensors = METHODS[method].tensors(source, ids, kind, groups)
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
-    for name, tensor in checkpoint.config.tensors.items() if embedding != "dense" else ():
-        if tensor.low_bit and tensor.block is None:
-            widest = KINDS[embedding].group_sizes[0]
-            _check_rows(widest, [tensor.shape[1]], KINDS[embedding].group_sizes)
-            tensors[name] = KINDS[embedding].quantize(_fp32(tensors[name]), widest)
-    write_checkpoint(out, checkpoint.config, tensors, checkpoint.tokenizer)
-    return sum(int((tensor.codes == 0).sum()) for tensor in coded) / sum(tensor.codes.size for tensor in coded)
+    for name, tensor in source.config.tensors.items():
+        other = "dense" if name in chosen or not tensor.low_bit else embedding if tensor.block is None else rest
+        if other != "dense":
+            tensors[name] = KINDS[other].quantize(_fp32(tensors[name]), group_for(other, None, name, tensor.shape[1]))
+    provenance: dict[str, Any] | None = None
+    if done:
+        provenance = {"method": method, "transforms": done}
+        if ids is not None:
+            provenance["calibration"] = {"digest": text_digest(ids), "sequences": len(ids), "tokens": ids.numel()}
+    write_checkpoint(out, source.config, tensors, checkpoint.tokenizer, provenance)
+    zeros = sum(int((tensor.codes == 0).sum()) for tensor in coded)
+    return Made(zeros / sum(tensor.codes.size for tensor in coded), tuple(done))
 
 
-def _fitting(checkpoint: Checkpoint, kind: str, group_size: int | None) -> int:
-    """The group size asked for, or the widest that keeps what is of the kind already."""
-    keeps = group_that_keeps(checkpoint, checkpoint.config.projections, kind)
-    size = keeps if group_size is None else group_size
-    rows = sorted({checkpoint.config.tensors[name].shape[1] for name in checkpoint.config.projections})
-    _check_rows(size, rows, KINDS[kind].group_sizes)
-    if size > keeps:
-        raise UsageError(
-            f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
-            f"use --group-size {keeps}"
-        )
-    return size
+def _transformed(
+    teacher: Checkpoint, names: Sequence[str], ids: Tensor | None, seed: int, folder: Path
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """The teacher after the transformations, as an fp32 checkpoint in `folder`, and their record."""
+    unread = [name for name in names if TRANSFORMS[name].reads_text]
+    if unread and ids is None:
+        raise UsageError(f"--transform {unread[0]} reads calibration text; add --data")
+    work = Work.of(teacher)
+    apply(work, names, ids, seed)
+    write_checkpoint(folder, work.config, work.rounded())
+    return open_checkpoint(folder), work.done
 
 
-def _check_rows(size: int, rows: list[int], sizes: tuple[int, ...]) -> None:
-    if size not in sizes or any(length % size for length in rows):
-        raise UsageError(
-            f"group size {size} does not fit rows of {' and '.join(map(str, rows))}; "
-            f"expected {in_words(sizes)}, and a divisor of each"
-        )
+def _groups(checkpoint: Checkpoint, kind: str, group_size: int | None, chosen: Mapping[str, str]) -> dict[str, int]:
+    """The group size of each chosen projection: the one asked for, or the widest that fits and keeps what is of the kind already."""
+    roles: dict[str, list[str]] = {}
+    for name, role in chosen.items():
+        roles.setdefault(role, []).append(name)
+    groups = {}
+    for names in roles.values():
+        keeps = group_that_keeps(checkpoint, names, kind)
+        for name in names:
+            size = group_for(kind, group_size, name, checkpoint.config.tensors[name].shape[1])
+            if group_size is not None and size > keeps:
+                raise UsageError(
+                    f"{checkpoint.path}: is {kind} already, in groups of {keeps}, which groups of {size} would change; "
+                    f"use --group-size {keeps}"
+                )
+            groups[name] = min(size, keeps)
+    return groups
 
 
 def _fp32(tensor: np.ndarray | Coded) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from tmexport.types import KINDS, Coded
 
 
 def round_to_nearest(
-    teacher: Checkpoint, ids: Tensor | None, kind: str, group_size: int
+    teacher: Checkpoint, ids: Tensor | None, kind: str, groups: Mapping[str, int]
 ) -> dict[str, np.ndarray | Coded]:
-    """Every projection rounded, all other tensors as they are."""
-    return round_weights(teacher, kind, group_size, lambda weight: KINDS[kind].quantize(weight, group_size))
+    """The projections in `groups` rounded, all other tensors as they are."""
+    return round_weights(teacher, kind, groups, KINDS[kind].quantize)

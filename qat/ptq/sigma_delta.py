@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,10 +14,12 @@ from tmexport.checkpoint import Checkpoint
 from tmexport.types import KINDS, Coded
 
 
-def sigma_delta(teacher: Checkpoint, ids: Tensor | None, kind: str, group_size: int) -> dict[str, np.ndarray | Coded]:
-    """First-order noise shaping along the inputs of every row; no data."""
+def sigma_delta(
+    teacher: Checkpoint, ids: Tensor | None, kind: str, groups: Mapping[str, int]
+) -> dict[str, np.ndarray | Coded]:
+    """First-order noise shaping along the inputs of every row of the projections in `groups`; no data."""
     return round_weights(
-        teacher, kind, group_size, lambda weight: shaped(torch.from_numpy(np.array(weight)), kind, group_size)
+        teacher, kind, groups, lambda weight, size: shaped(torch.from_numpy(np.array(weight)), kind, size)
     )
 
 

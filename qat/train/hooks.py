@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean
 from types import FrameType
 from typing import Any
 
 from qat.errors import TrainingError
-from qat.evaluate import documents_of, score_document
+from qat.evaluate import score_document
 from qat.quantizer import zero_ratios
 from qat.train.run import Run
 from qat.train.saving import save_state
 from qat.train.scalars import tensorboard
 from tmexport.cli.progress import progress_bar
+from tmexport.documents import score_documents
 
 
 @dataclass
@@ -160,17 +161,17 @@ def find_collapse(before: Mapping[str, float], now: Mapping[str, float], limit: 
 
 
 class Evaluation(Hook):
-    """Bits per byte of the student on the held-out stream; the best weights are kept."""
+    """Bits per byte of the student on the held-out documents; the best weights are kept."""
 
     def reads_weights(self, training: Training) -> bool:
         return training.is_due(training.run.recipe.eval_every)
 
     def after_step(self, training: Training) -> None:
         run = training.run
-        if run.held_out is None or not training.is_main or not self.reads_weights(training):
+        if not run.held_out or not training.is_main or not self.reads_weights(training):
             return
-        nats = sum(score_document(run.student, ids) for ids in documents_of(run.held_out, run.eos))
-        training.entry["held_out_bits_per_byte"] = score = nats / math.log(2) / run.held_out_bytes
+        score = score_documents(run.held_out, partial(score_document, run.student)).bits_per_byte
+        training.entry["held_out_bits_per_byte"] = score
         if score < training.best:
             training.best = score
             save_state(run.best, run.student, None, training.step, score, run.recipe, run.inputs)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 
 from qat.data import Batches
@@ -14,11 +13,12 @@ from qat.model import LanguageModel
 from qat.recipe import Recipe
 from qat.train.teacher import Teacher
 from qat.train.teacher_cache import TeacherCache
+from tmexport.documents import Document
 
 
 @dataclass
 class Run:
-    """Everything a training run needs. `held_out` is a stream of tokens, `held_out_bytes` the UTF-8 bytes of its text."""
+    """Everything a training run needs. `held_out`: the documents that are scored while it trains."""
 
     recipe: Recipe
     student: LanguageModel
@@ -29,8 +29,7 @@ class Run:
     eos: int
     tokenizer: Path
     teacher_cache: TeacherCache | None = None
-    held_out: np.ndarray | None = None
-    held_out_bytes: int = 0
+    held_out: Sequence[Document] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)  # digests of what is read, by flag; see load_state
     accelerator: Accelerator = field(default_factory=Accelerator)
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from qat.data import Batches, TokenStream, tokenize_files
-from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
+from qat.data import Batches, tokenize_files
+from qat.evaluate import documents_in, end_of_text_id, find_tokenizer
 from qat.memory import keep_freed_memory
 from qat.model import LanguageModel, load_model
 from qat.plan import config_of
@@ -30,6 +30,7 @@ from qat.train.run import Run
 from qat.train.teacher import Teacher
 from qat.train.teacher_cache import open_teacher_cache
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
+from tmexport.documents import Document
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.model import Model
 from tmexport.threads import default_threads
@@ -114,7 +115,8 @@ def _prepare(
     student = LanguageModel(config)
     if teacher is not None:
         student.load_state_dict(load_model(teacher).state_dict())
-        make_low_bit(student, recipe.weights, recipe.group_size, recipe.learned_scale, recipe.ternary_embedding)
+        learned, embedding = recipe.learned_scale, recipe.ternary_embedding
+        make_low_bit(student, recipe.weights, recipe.group_size, learned, embedding, recipe.projections)
     run = Run(
         recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
     )
@@ -125,8 +127,7 @@ def _prepare(
         teacher_model.to(accelerator.device)
         run.teacher_cache = open_teacher_cache(recipe, teacher_model, batches, stream.key, cache)
     if held_out:
-        scored = tokenize_files(held_out, tokenizer, config.vocab_size, eos, cache)
-        run.held_out, run.held_out_bytes = _first_tokens(scored, recipe.eval_tokens, eos, tokenizer)
+        run.held_out = _first_tokens(documents_in(held_out, tokenizer, config), recipe.eval_tokens, tokenizer)
     return run
 
 
@@ -170,15 +171,17 @@ def _config_of(recipe: Recipe, tokenizer: Path) -> Model:
     return replace(config_of(recipe), vocab_size=known.get_vocab_size(), bos_token_id=eos, eos_token_id=eos)
 
 
-def _first_tokens(stream: TokenStream, count: int, eos: int, tokenizer: Path) -> tuple[np.ndarray, int]:
+def _first_tokens(documents: Sequence[Document], count: int, tokenizer: Path) -> list[Document]:
     """About `count` tokens, an equal share from the beginning of every document, and the bytes of their text."""
     from tokenizers import Tokenizer
 
-    documents = list(documents_of(stream.tokens, eos))
-    if len(stream.tokens) <= count:
-        return np.concatenate(documents), stream.text_bytes
-    share = max(2, count // len(documents))
-    known = Tokenizer.from_file(str(tokenizer))
-    parts = [ids[:share] for ids in documents]
-    # A cut may fall inside a UTF-8 character, which decodes as U+FFFD (3 bytes for 1 to 3): a few bytes of many thousands.
-    return np.concatenate(parts), sum(len(known.decode(ids[1:].tolist()).encode()) for ids in parts)
+    if sum(document.scored for document in documents) <= count:
+        return list(documents)
+    share, known = max(2, count // len(documents)), Tokenizer.from_file(str(tokenizer))
+
+    def cut(ids: np.ndarray) -> Document:
+        # A cut may fall inside a UTF-8 character, which decodes as U+FFFD (3 bytes for 1 to 3): a few bytes of many thousands.
+        text = known.decode(ids[1:].tolist(), skip_special_tokens=False)  # a marker inside the text is text
+        return Document(ids, len(text.encode()))
+
+    return [cut(document.ids[:share]) for document in documents]

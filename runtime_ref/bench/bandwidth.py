@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
+from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached
-from runtime_ref.kernels.engine import barrier
 from runtime_ref.kernels.vector import load, splat, tree_sum
 from runtime_ref.team import Team
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from runtime_ref.arithmetic import Fp16, Fp32, Int8, Int16, preset_of
 from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.memory import resident_bytes
-from tmexport.config import Mamba2Config
 from tmexport.gguf.export import low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile
+from tmexport.model import Model
+from tmexport.model.spec import StateSpec
 from tmexport.types import GGMLType
 
 # Ratios of the kernels' rates in cache, measured one by one on an AMD Zen 3 (AVX2). Relative to `macs`:
@@ -57,32 +58,35 @@ class Speeds:
 class Work:
     """What a model costs a token: bytes and products of its projections and head, elements of its state."""
 
-    config: Mamba2Config
+    config: Model
     body_bytes: int
     head_bytes: int
     head_type: GGMLType
 
     @property
     def body_macs(self) -> int:
-        c = self.config
-        return c.n_layer * (c.d_in_proj * c.d_model + c.d_model * c.d_inner)
+        shapes = [self.config.tensors[name].shape for name in self.config.projections]
+        return sum(n * k for n, k in shapes)
 
     @property
     def state_elements(self) -> int:
-        return self.config.n_layer * self.config.d_inner * self.config.d_state
+        return sum(spec.size for spec in self._states() if spec.recurrent)
 
     def small_elements(self) -> float:
         """Convolution, norms and quantisation of a token, as state elements that take the same time."""
-        c = self.config
-        values = c.d_model + c.d_inner
-        return c.n_layer * (CONVOLUTION * c.conv_dim + (NORM + QUANTIZE) * values)
+        convolved = sum(spec.shape[-1] for spec in self._states() if not spec.recurrent)
+        values = sum(self.config.tensors[name].shape[-1] for name in self.config.projections)
+        return CONVOLUTION * convolved + (NORM + QUANTIZE) * values
+
+    def _states(self) -> list[StateSpec]:
+        return [spec for block in self.config.blocks for branch in block.branches for spec in branch.states()]
 
 
-def work_of(config: Mamba2Config, body: GGMLType, head: GGMLType, group: int = 256) -> Work:
+def work_of(config: Model, body: GGMLType, head: GGMLType, group: int = 256) -> Work:
     """The work of a model of these dimensions and types."""
     layout = tensor_layout(config, low_bit_types(config, body, head))
     packed = {name: resident_bytes(shape, kind, group) for name, (shape, kind) in layout.items()}
-    projections = sum(size for name, size in packed.items() if name.endswith(("ssm_in.weight", "ssm_out.weight")))
+    projections = sum(packed[config.tensors[name].gguf] for name in config.projections)
     return Work(config, projections, packed.get("output.weight", packed["token_embd.weight"]), head)
 
 
@@ -90,10 +94,10 @@ def work_of_file(gguf: GGUFFile) -> Work:
     """The work of a model in a file, from its header.
 
     Raises:
-        GGUFError: it is not a Mamba-2.
+        GGUFError: it is damaged, or of another architecture.
     """
     config = config_from_metadata(gguf)
-    body = gguf.tensors["blk.0.ssm_in.weight"].type
+    body = gguf.tensors[config.tensors[config.projections[0]].gguf].type
     head = gguf.tensors["token_embd.weight" if config.tie_embeddings else "output.weight"].type
     return work_of(config, body, head, gguf.metadata.get(GROUP_SIZE_KEY, 64 if body is GGMLType.Q2_0 else 256))
 

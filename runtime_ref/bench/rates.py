@@ -7,14 +7,13 @@ import time
 import numpy as np
 
 from runtime_ref.arithmetic import preset_of
+from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached
-from runtime_ref.kernels.engine import barrier
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply
 from runtime_ref.kernels.pack import Packed, PackedTernary, aligned
-from runtime_ref.kernels.scratch import Scratch, allocate
+from runtime_ref.kernels.scratch import Room, Scratch, allocate
 from runtime_ref.team import Team
-from tmexport.config import Mamba2Config
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
@@ -25,7 +24,7 @@ MANY_ROWS = 2048  # as in a projection: what is done once for all rows counts li
 @cached(nogil=True)
 def _multiply_often(tid, threads, sync, isa, profile, packed, s, rows, k, block, out, times):
     for _ in range(times):
-        multiply(isa, profile, packed, 0, s, rows, k, block, out, False, tid, threads)
+        multiply(isa, profile, packed, s, rows, k, block, out, False, tid, threads)
     barrier(sync, threads)
 
 
@@ -38,9 +37,9 @@ def ternary_rate(profile: str, threads: int, tokens: int = 1) -> float:
         tokens: multiplied with a weight once it is loaded: 1 as in decoding, CHUNK as in reading a prompt.
     """
     rows = (ROWS if tokens == 1 else MANY_ROWS) * threads
-    codes = aligned((1, rows // 16, K // 16, 16, 4), np.dtype(np.uint8))
+    codes = aligned((rows // 16, K // 16, 16, 4), np.dtype(np.uint8))
     codes[...] = 0x55  # every weight 0; the time does not depend on it
-    scales = np.full((1, rows // 16, K // BLOCK, 16), 0x3C00, np.uint16)
+    scales = np.full((rows // 16, K // BLOCK, 16), 0x3C00, np.uint16)
     return multiply_rate(PackedTernary(codes, scales), profile, rows, BLOCK, threads, tokens)
 
 
@@ -64,4 +63,4 @@ def multiply_rate(packed: Packed, profile: str, rows: int, block: int, threads: 
 
 def product_scratch(rows: int, k: int) -> Scratch:
     """Working arrays for products of `rows` rows of k values."""
-    return allocate(rows, Mamba2Config(d_model=k, n_layer=1, vocab_size=1))
+    return allocate(rows, Room(wide=k))

@@ -33,7 +33,7 @@ def file_sizes(gguf: GGUFFile) -> list[dict[str, Any]]:
 def _size(gguf: GGUFFile, kind: GGMLType, embedding: GGMLType) -> int | None:
     config = config_from_metadata(gguf)
     group = gguf.metadata.get(GROUP_SIZE_KEY, 256)
-    if any(k % kind.block_size for k in (config.d_model, config.d_inner)):
+    if any(config.tensors[name].shape[-1] % kind.block_size for name in config.projections):
         return None
     if kind.block_size == 256 and group != 256:
         return None

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import types
+from numba.extending import intrinsic
 
+from runtime_ref.kernels.compiled import kernel, overload
 from runtime_ref.kernels.isa import PRIMITIVES, constant
 from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, PLANES, ROWS, Code
 from runtime_ref.kernels.vector import address, ask_for_line, peek, poke, splatted
@@ -164,7 +165,7 @@ def _scale(typingctx, profile, sums, scales, q_scale, b_stride, tokens, y):
     return sig, codegen
 
 
-@njit
+@kernel
 def _put(y, tile, rows, out, add):
     """out[token, 16 tile..] (+)= y[token], as far as `out` has columns."""
     first = 16 * tile
@@ -186,7 +187,7 @@ def by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end)
     """
 
 
-@overload(by_amx)
+@overload(by_amx, allocates=True)
 def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end):
     if not PRIMITIVES[isa.instance_class].matrices:
         return lambda isa, profile, codes, scales, s, rows, k, block, out, add, first, end: 0

@@ -30,6 +30,7 @@ import numba
 from numba.core import config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
 _MAGIC = b"runtime_ref kernel 1\n"
@@ -37,12 +38,15 @@ _ROOM = 32 << 20  # bytes that must be free: the kernels of a model are some meg
 _PACKAGE = Path(__file__).parent
 
 
-def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: numba.njit(**options), with its machine code kept as this module says."""
+def cached(about: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: numba.njit(**options), with its machine code kept as this module says.
+
+    about: what tells the function from others of the same code, where it is not what its free variables hold.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(**options)(function)
-        dispatcher._cache = KernelCache(function)
+        dispatcher._cache = KernelCache(function, about)
         return dispatcher
 
     return decorate
@@ -60,8 +64,8 @@ def source_digest() -> int:
 class KernelCache(_Cache):
     """Numba asks `load_overload` before it compiles a signature, and gives `save_overload` the result."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], about: tuple[str, ...]) -> None:
+        self._function, self._about = function, about
         self._name = re.sub(r"\W+", "_", f"{function.__module__}.{function.__qualname__}")
         self._enabled = True
 
@@ -94,6 +98,11 @@ class KernelCache(_Cache):
         place()  # before the compilation: what it has to say is not a surprise after the wait
         return None
 
+    def holds(self, sig: Any) -> bool:
+        """Whether a file has this signature's code, whole or damaged."""
+        name = self._file_name(sig, cpu_target.target_context.codegen())
+        return any((folder / name).is_file() for folder in readable())
+
     def save_overload(self, sig: Any, data: CompileResult) -> None:
         if not self._enabled or data.library.has_dynamic_globals or any(not x.can_cache for x in data.lifted):
             return
@@ -121,9 +130,10 @@ class KernelCache(_Cache):
         return path.read_bytes() if path.is_file() else b""
 
     def _file_name(self, sig: Any, codegen: Any) -> str:
-        cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
+        cells = () if self._about else tuple(cell.cell_contents for cell in self._function.__closure__ or ())
         about = (
-            repr(sig), codegen.magic_tuple(), self._source(), self._function.__code__.co_code, dumps(cells) if cells else b"",
+            repr(sig), codegen.magic_tuple(), self._source(), self._function.__code__.co_code,
+            dumps(cells) if cells else self._about,
             numba.__version__, llvmlite.__version__, sys.implementation.cache_tag,
         )  # fmt: skip
         key = hashlib.sha256(repr(about).encode()).hexdigest()[:20]

@@ -2,83 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import types
+from numba.extending import intrinsic
 
-from runtime_ref.arithmetic import Fp16, Fp32
-from runtime_ref.kernels.intrinsics import pointer_f32, pointer_u16
-from runtime_ref.kernels.isa import PRIMITIVES
+from runtime_ref.arithmetic import Activations, RecurrentState
+from runtime_ref.kernels.barrier import share
+from runtime_ref.kernels.compiled import inlined, made_for, stack
+from runtime_ref.kernels.convolution import Convolution, convolve_rows
+from runtime_ref.kernels.isa import PRIMITIVES, Isa
+from runtime_ref.kernels.layers import Layer, sixteens
 from runtime_ref.kernels.math import exp, softplus, vector_silu
-from runtime_ref.kernels.tiles import F32, HALF, Code
+from runtime_ref.kernels.matmul import quantize_row
+from runtime_ref.kernels.norm import rms_norm
+from runtime_ref.kernels.phases import PROJ, Rows, quantize_rows
+from runtime_ref.kernels.program import Step
+from runtime_ref.kernels.records import floats_at
+from runtime_ref.kernels.scratch import Room
+from runtime_ref.kernels.states import STORED
+from runtime_ref.kernels.tiles import F32, Code
 from runtime_ref.kernels.vector import (
     LANES,
     address,
     ask_for_line,
     load,
-    peek,
-    poke,
     splat,
     splatted,
     store,
     tree_sums,
 )
+from tmexport.model.branches.mamba2 import Mamba2
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 TOKENS = 8  # whose channels' state stays in registers
 AHEAD = 8192  # bytes of state to ask for in advance, when every byte is read for one token
 _VECTOR = 4 * LANES
-
-
-@njit
-def convolve(dims, small, layer, s, conv, first, rows, low, high):
-    """Channels low..high of the causal convolution over `rows` consecutive tokens; `conv` [K-1, C] is updated."""
-    keep = dims.d_conv - 1
-    bias, weight = address(small.conv_bias[layer]), address(small.conv_weight[layer])
-    before, row = conv.strides[0], s.proj.strides[0]
-    # of the channel 0, one row before the first token's at a time
-    past, now = address(conv), address(s.proj[first]) + 4 * dims.d_inner
-    for t in range(rows):
-        target = address(s.xbc[first + t])
-        if keep == 3:
-            x0 = now + (t - 3) * row if t >= 3 else past + t * before
-            x1 = now + (t - 2) * row if t >= 2 else past + (t + 1) * before
-            x2 = now + (t - 1) * row if t >= 1 else past + (t + 2) * before
-            x3 = now + t * row
-            w0, w1, w2, w3 = weight, weight + before, weight + 2 * before, weight + 3 * before
-            for at in range(4 * low, 4 * high, _VECTOR):
-                total = peek(bias + at) + peek(w0 + at) * peek(x0 + at)
-                total = total + peek(w1 + at) * peek(x1 + at)
-                total = total + peek(w2 + at) * peek(x2 + at)
-                total = total + peek(w3 + at) * peek(x3 + at)
-                poke(target + at, vector_silu(total))
-        else:
-            for at in range(4 * low, 4 * high, _VECTOR):
-                total = peek(bias + at)
-                for tap in range(keep + 1):
-                    age = t + tap - keep
-                    x = now + age * row if age >= 0 else past + (t + tap) * before
-                    total = total + peek(weight + tap * before + at) * peek(x + at)
-                poke(target + at, vector_silu(total))
-    for tap in range(keep):
-        age = rows + tap - keep
-        x = now + age * row if age >= 0 else past + (rows + tap) * before
-        for at in range(4 * low, 4 * high, _VECTOR):
-            poke(past + tap * before + at, peek(x + at))
-
-
-def state_pointer(kept_as, address):
-    """The SSM state at an address: fp32, or the bits of fp16."""
-
-
-@overload(state_pointer)
-def _state_pointer(kept_as, address):
-    return {
-        Fp32: lambda kept_as, address: pointer_f32(address),
-        Fp16: lambda kept_as, address: pointer_u16(address),
-    }[kept_as.instance_class]
+SUMS = TOKENS * 16 * _VECTOR  # bytes: the sums of 16 channels for that many tokens
+STEPS = 4 * TOKENS  # bytes: a number for each of them
 
 
 @intrinsic
@@ -90,7 +54,7 @@ def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, dec
     before B and C. decay, dt: fp32 [tokens]. sums: fp32 [tokens][16 channels][16 lanes], of which the two channels' are set.
     The state is rounded to its format after every token; the sums read it before.
     """
-    stored = {Fp32: F32, Fp16: HALF}[kept_as.instance_class]
+    stored = STORED[kept_as.instance_class]
     widths = PRIMITIVES[isa.instance_class].scan
     sig = types.void(isa, kept_as, *[types.int64] * 11)
 
@@ -163,29 +127,140 @@ def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, dec
     return sig, codegen
 
 
-@njit
-def scan_head(isa, kept_as, dims, small, layer, s, ssm, first, rows, head):
-    """The recurrence of one head over `rows` consecutive tokens, and the gate; ssm [H, P, N] is updated."""
-    n, width, base = dims.d_state, dims.headdim, head * dims.headdim
-    group = head // (dims.n_heads // dims.n_groups)
-    b_at = 4 * (dims.d_inner + group * n)
-    c_at = b_at + 4 * dims.n_groups * n
-    dt_at, bias, a = dims.d_inner + dims.conv_dim + head, small.dt_bias[layer, head], small.a[layer, head]
-    skip, states, stride = splat(small.d[layer, head]), ssm[head], s.xbc.strides[0]
-    sums, dt, decay = np.empty(TOKENS * 256, np.float32), np.empty(TOKENS, np.float32), np.empty(TOKENS, np.float32)
+@inlined
+def scan_head(isa, kept_as, a, s, states, first, rows, head):
+    """The recurrence of one head over `rows` consecutive tokens, and the gate.
+
+    a: a Scan; states: the address of the head's state [P, N], which is updated.
+    """
+    n, width, base = a.d_state, a.headdim, head * a.headdim
+    group = head // (a.n_heads // a.n_groups)
+    d_inner = a.n_heads * a.headdim
+    b_at = 4 * (d_inner + group * n)
+    c_at = b_at + 4 * a.n_groups * n
+    dt_at, bias, rate = 2 * d_inner + 2 * a.n_groups * n + head, a.dt_bias[head], a.a[head]
+    skip, stride, channel_bytes = splat(a.d[head]), s.xbc.strides[0], n * kept_as.width
+    sums_at, dt_row, decay_row = stack(SUMS), stack(STEPS), stack(STEPS)
+    dt, decay = floats_at(dt_row, TOKENS), floats_at(decay_row, TOKENS)
     for start in range(0, rows, TOKENS):
         r, count = first + start, min(TOKENS, rows - start)
         for t in range(count):
             dt[t] = softplus(s.proj[r + t, dt_at] + bias)
-            decay[t] = exp(dt[t] * a)
+            decay[t] = exp(dt[t] * rate)
         xbc = address(s.xbc[r])
         for p in range(0, width, 16):
             for channel in range(p, p + 16, 2):
                 _scan_pair(
-                    isa, kept_as, address(states[channel]), n, xbc, stride, 4 * (base + channel), b_at, c_at,
-                    address(decay), address(dt), count, address(sums) + (channel - p) * _VECTOR,
+                    isa, kept_as, states + channel * channel_bytes, n, xbc, stride, 4 * (base + channel), b_at, c_at,
+                    decay_row, dt_row, count, sums_at + (channel - p) * _VECTOR,
                 )  # fmt: skip
             for t in range(count):
                 at = base + p
-                y = tree_sums(sums[t * 256 : (t + 1) * 256]) + skip * load(s.xbc[r + t], at)
+                y = tree_sums(floats_at(sums_at + 16 * _VECTOR * t, 256)) + skip * load(s.xbc[r + t], at)
                 store(s.wide[r + t], at, y * vector_silu(load(s.proj[r + t], at)))
+
+
+class Scan(NamedTuple):
+    """Dimensions (tmexport.model.branches.mamba2); dt_bias, a (= -exp(A_log)), d: fp32 [H]; slot, index: of the state."""
+
+    n_heads: int
+    headdim: int
+    d_state: int
+    n_groups: int
+    dt_bias: np.ndarray
+    a: np.ndarray
+    d: np.ndarray
+    slot: int
+    index: int
+
+
+class GateNorm(NamedTuple):
+    """weight fp32 [d_inner], normed in `groups` parts; eps; block: as in `phases.Norm`."""
+
+    weight: np.ndarray
+    groups: int
+    eps: float
+    block: int
+
+
+@made_for
+def scan_rows(isa: Isa, kept_as: RecurrentState) -> Any:
+    """Every head of every text."""
+
+    @inlined
+    def body(tid, threads, job, a):
+        low, high = share(a.n_heads, tid, threads)
+        head_bytes = a.headdim * a.d_state * kept_as.width
+        for q in range(job.sequences):
+            states = np.int64(job.states[a.slot, q]) + a.index * a.n_heads * head_bytes
+            for head in range(low, high):
+                scan_head(isa, kept_as, a, job.s, states + head * head_bytes, q * job.length, job.length, head)
+
+    return body
+
+
+@made_for
+def gate_norm_rows(activations: Activations) -> Any:
+    """The norm of what the scan left in s.wide, part by part."""
+    levels = activations.levels
+
+    @inlined
+    def body(tid, threads, job, a):
+        s, d_inner = job.s, a.weight.shape[0]
+        part = d_inner // a.groups
+        for r in range(tid, job.rows, threads):
+            for g in range(a.groups):
+                span = s.wide[r, g * part : (g + 1) * part]
+                rms_norm(span, a.weight[g * part : (g + 1) * part], span, a.eps)
+            if a.block:
+                quantize_row(levels, s, r, d_inner, a.block)
+
+    return body
+
+
+def check(branch: Mamba2) -> None:
+    """Raises GGUFError for dimensions that the kernels do not compute."""
+    sixteens("headdim", branch.headdim)
+    sixteens("d_state", branch.d_state)
+
+
+def room(branch: Mamba2) -> Room:
+    """What its phases need of a Scratch."""
+    return Room(wide=branch.d_inner, proj=branch.d_in_proj, xbc=branch.conv_dim)
+
+
+# in the order that identifies a model's weights in saved states
+SMALL = ("gate_norm", "conv_weight", "conv_bias", "dt_bias", "a", "d")
+
+
+def steps(layer: Layer) -> list[Step]:
+    """The mixer of one layer, from its norm to its sum.
+
+    Raises:
+        GGUFError: damaged tensors, or types that the kernels do not compute.
+    """
+    c, small = layer.branch, layer.small
+    out = layer.matrix("out_proj")
+    scan = Scan(
+        c.n_heads,
+        c.headdim,
+        c.d_state,
+        c.n_groups,
+        small["dt_bias"],
+        small["a"],
+        small["d"],
+        layer.slot + 1,
+        layer.index,
+    )
+    activations = layer.preset.activations
+    if c.gate_norm:
+        gated = Step(gate_norm_rows(activations), GateNorm(small["gate_norm"], c.n_groups, layer.eps, out.block))
+    else:
+        gated = Step(quantize_rows(activations), Rows(c.d_inner, out.block))
+    return [
+        *layer.normed_product("in_proj", PROJ),
+        Step(convolve_rows, Convolution(small["conv_weight"], small["conv_bias"], c.d_inner, layer.slot, layer.index)),
+        Step(scan_rows(layer.isa, layer.preset.state), scan),
+        gated,
+        *layer.output(out),
+    ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from runtime_ref.kernels.compiled import kernel
 from runtime_ref.kernels.intrinsics import bits_float, float_bits
 from runtime_ref.kernels.vector import bits, clamp_above, clamp_below, floats, shift_left, splat
 
@@ -37,7 +37,7 @@ L0, L1, L2, L3, L4, L5, L6, L7, L8 = (
 BIAS, MANTISSA = np.int32(127), np.int32(23)
 
 
-@njit
+@kernel
 def exp(x):
     x = EXP_LO if x < EXP_LO else x
     x = EXP_HI if x > EXP_HI else x
@@ -56,7 +56,7 @@ def exp(x):
     return p * bits_float(np.int32((exponent + BIAS) << MANTISSA))
 
 
-@njit
+@kernel
 def log1p(y):
     u = ONE + y
     correction = (y - (u - ONE)) / u
@@ -83,12 +83,12 @@ def log1p(y):
     return ((r + p) + e * LN2_HI) + correction
 
 
-@njit
+@kernel
 def softplus(x):
     return x if x > SOFTPLUS_LINEAR else log1p(exp(x))
 
 
-@njit
+@kernel
 def vector_exp(x):
     """`exp` of 16 lanes."""
     x = clamp_above(clamp_below(x, splat(EXP_LO)), splat(EXP_HI))
@@ -107,13 +107,13 @@ def vector_exp(x):
     return p * floats(shift_left(exponent + splat(BIAS), splat(MANTISSA)))
 
 
-@njit
+@kernel
 def vector_silu(x):
     """silu of 16 lanes: x / (1 + exp(-x))."""
     return x / (splat(ONE) + vector_exp(negated(x)))
 
 
-@njit
+@kernel
 def negated(x):
     """-x by its sign bit, as numpy negates: -(+0) is -0."""
     return floats(bits(x) + splat(SIGN))  # adding the sign bit flips it

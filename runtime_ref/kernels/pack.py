@@ -109,23 +109,6 @@ def expect(packed: Packed, n: int, k: int, block: int, where: str) -> None:
             )
 
 
-def empty_stack(count: int, like: Packed) -> Packed:
-    """Room for `count` matrices like this one, with a leading layer axis; every array starts on a cache line."""
-    return type(like)(*(aligned((count, *a.shape), a.dtype) for a in like))
-
-
-def put(into: Packed, layer: int, packed: Packed, where: str) -> None:
-    """Copy a matrix into its layer of a stack.
-
-    Raises:
-        ValueError: it is not of the stack's type and shape.
-    """
-    if type(packed) is not type(into) or any(a.shape != b.shape[1:] for a, b in zip(packed, into, strict=True)):
-        raise ValueError(f"{where}: its type or shape differs from layer 0's; expected one type for all layers")
-    for a, b in zip(packed, into, strict=True):
-        b[layer] = a
-
-
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array that starts on a cache line, its contents undefined."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

@@ -21,7 +21,7 @@ _compiled = cached(nogil=True)
 
 
 def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:
-    """One weight matrix of a file in the kernels' layout (arrays without a layer axis).
+    """One weight matrix of a file in the kernels' layout.
 
     Raises:
         GGUFError: damaged blocks, or scales that differ inside a group; row and block are named.
@@ -47,7 +47,7 @@ def _pack_codes(blocks: np.ndarray, kind: GGMLType, k: int, group: int, name: st
     if kind not in _CODES:
         raise GGUFError(f"{name}: is {kind.name}, which this runtime cannot multiply as codes")
     tiles = -(-len(blocks) // ROWS)
-    codes = np.zeros((tiles, k // 16, ROWS), np.uint32)
+    codes = _blank((tiles, k // 16, ROWS), np.uint32)
     codes[-1] = 0x55555555  # rows beyond the last: code 0
     scales = np.zeros((tiles, k // group, ROWS), np.uint16)
     if not _CODES[kind](blocks, codes, scales):
@@ -306,4 +306,5 @@ _VALUES = {
     GGMLType.F16: _pack_half,
     GGMLType.F32: _pack_float,
     GGMLType.BF16: _pack_float,
+    GGMLType.Q4_1: _pack_float,  # read, not made to be run: export it as int4 or int8
 }

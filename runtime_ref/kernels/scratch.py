@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
-from tmexport.config import Mamba2Config
-
 CHUNK = 64  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
-
-
-class Dims(NamedTuple):
-    """The dimensions the kernels need; see Mamba2Config."""
-
-    d_model: int
-    d_inner: int
-    conv_dim: int
-    d_in_proj: int
-    n_heads: int
-    headdim: int
-    d_state: int
-    n_groups: int
-    d_conv: int
-    n_layer: int
-    vocab: int
-    eps: float
-    in_block: int
-    out_block: int
-    head_block: int
 
 
 class Scratch(NamedTuple):
     """x: residual stream; wide: what a projection reads, before quantisation; q*: the quantised activations (int16, and
     its int8 planes q = 256 * high + low; `low` alone in profile fast), their scales and sums a block; proj: in_proj's
-    output; xbc: the convolution's; bad: first layer of a row that gave an Inf or a NaN, or -1.
+    output; xbc: the convolution's; mid, dt: x_proj's and dt_proj's (Mamba-1), keys and values, up_proj's; sum: of a block's branches; bad: first layer of a row that gave an Inf
+    or a NaN, or -1.
     """
 
     x: np.ndarray
@@ -46,14 +26,31 @@ class Scratch(NamedTuple):
     q_sum: np.ndarray
     proj: np.ndarray
     xbc: np.ndarray
+    mid: np.ndarray
+    dt: np.ndarray
+    sum: np.ndarray
     bad: np.ndarray
 
 
-def dims_of(c: Mamba2Config, in_block: int, out_block: int, head_block: int) -> Dims:
-    return Dims(
-        c.d_model, c.d_inner, c.conv_dim, c.d_in_proj, c.n_heads, c.headdim, c.d_state, c.n_groups, c.d_conv, c.n_layer,
-        c.vocab_size, float(np.float32(c.rms_eps)), in_block, out_block, head_block,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Room:
+    """How many values of a row the arrays hold; `wide` those of the longest row that a product reads."""
+
+    x: int = 1
+    wide: int = 1
+    proj: int = 1
+    xbc: int = 1
+    mid: int = 1
+    dt: int = 1
+    sum: int = 1
+
+    def __or__(self, other: Room) -> Room:
+        """Enough for both."""
+        return Room(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def nbytes(self, rows: int) -> int:
+        """Of all arrays."""
+        return rows * (9 * self.wide + 4 * (self.x + self.proj + self.xbc + self.mid + self.dt + self.sum))
 
 
 def activations(rows: int, k: int) -> dict[str, np.ndarray]:
@@ -71,11 +68,15 @@ def activations(rows: int, k: int) -> dict[str, np.ndarray]:
     }
 
 
-def allocate(rows: int, c: Mamba2Config) -> Scratch:
+def allocate(rows: int, room: Room) -> Scratch:
+    """Arrays for that many rows."""
     return Scratch(
-        x=np.zeros((rows, c.d_model), np.float32),
-        **activations(rows, max(c.d_model, c.d_inner)),
-        proj=np.zeros((rows, -(-c.d_in_proj // 16) * 16), np.float32),
-        xbc=np.zeros((rows, c.conv_dim), np.float32),
+        x=np.zeros((rows, room.x), np.float32),
+        **activations(rows, room.wide),
+        proj=np.zeros((rows, -(-room.proj // 16) * 16), np.float32),
+        xbc=np.zeros((rows, room.xbc), np.float32),
+        mid=np.zeros((rows, -(-room.mid // 16) * 16), np.float32),
+        dt=np.zeros((rows, room.dt), np.float32),
+        sum=np.zeros((rows, -(-room.sum // 16) * 16), np.float32),
         bad=np.full(rows, -1, np.int64),
     )

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import types
+from numba.extending import intrinsic
 
 from runtime_ref.arithmetic import Int8, Int16
+from runtime_ref.kernels.compiled import kernel, overload
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, Code
 from runtime_ref.kernels.vector import address, splatted
@@ -210,13 +211,13 @@ def _turn(typingctx, y, y_stride, out, out_stride, add):
     return sig, codegen
 
 
-@njit
+@kernel
 def _line(array):
     """The address of an array's first cache line."""
     return (address(array) + 63) // 64 * 64
 
 
-@njit
+@kernel
 def _gather(s, x, q_scale):
     """The rows' activations as x [batch][column][token] and their scales as q_scale [batch][block][token]."""
     batches, k, tokens = x.shape
@@ -232,7 +233,7 @@ def _gather(s, x, q_scale):
                     x[batch, i, t] = s.q[r, i]
 
 
-@njit
+@kernel
 def _put(y, n, out, first, add):
     """out[token, first + row] (+)= y[row, token] for n rows, as far as `out` has columns."""
     tokens = y.shape[1]
@@ -256,7 +257,7 @@ def by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, e
     """
 
 
-@overload(by_tables)
+@overload(by_tables, allocates=True)
 def _by_tables(isa, profile, codes, scales, s, rows, k, block, out, add, first, end):
     if not PRIMITIVES[isa.instance_class].tables:
         return lambda isa, profile, codes, scales, s, rows, k, block, out, add, first, end: 0

@@ -167,14 +167,12 @@ def selective_scan(
     profile: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A mixer between its projections; shapes as in `tmexport.onnx.functions`."""
-    from runtime_ref.kernels.build import Small
     from runtime_ref.ort import operators
 
     _check_profile(profile)
     taps_first = np.ascontiguousarray(conv_weight[:, 0].T)
-    layer = {"gate_norm": norm_weight, "conv_weight": taps_first, "conv_bias": conv_bias, "dt_bias": dt_bias, "a": a, "d": d}  # fmt: skip
-    small = Small(norm=norm_weight[None], norm_f=norm_weight, **{name: array[None] for name, array in layer.items()})
-    return operators.selective_scan(projected, past_conv, past_ssm, small, float(epsilon))
+    mixer = operators.Mixer(taps_first, conv_bias, dt_bias, a, d, norm_weight)
+    return operators.selective_scan(projected, past_conv, past_ssm, mixer, float(epsilon))
 
 
 def _by_rows(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:

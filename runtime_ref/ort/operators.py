@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtime_ref.arithmetic import PRESETS
-from runtime_ref.kernels.build import Small
 from runtime_ref.kernels.cache import cached, source_digest
-from runtime_ref.kernels.engine import rms_norm as norm_row
+from runtime_ref.kernels.convolution import Convolution, convolve
 from runtime_ref.kernels.isa import Isa, select
-from runtime_ref.kernels.mamba2 import convolve, scan_head
+from runtime_ref.kernels.mamba2 import GateNorm, Scan, scan_head
 from runtime_ref.kernels.matmul import multiply, prepare
+from runtime_ref.kernels.norm import rms_norm as norm_row
 from runtime_ref.kernels.pack import Packed, PackedFloat
 from runtime_ref.kernels.repack import pack_blocks
-from runtime_ref.kernels.scratch import CHUNK, Dims, Scratch, activations
+from runtime_ref.kernels.scratch import CHUNK, Scratch, activations
+from runtime_ref.kernels.vector import address
 from tmexport.errors import UsageError
 from tmexport.types import GGMLType
 
@@ -46,7 +47,7 @@ def pack_ternary(codes: np.ndarray, scales: np.ndarray) -> Packed:
     blocks = np.empty((n, k // 64, 18), np.uint8)
     blocks[..., :2] = np.repeat(_half(scales), k // 64 // groups, axis=1)[..., None].view(np.uint8)
     blocks[..., 2:] = codes.reshape(n, k // 64, 16)
-    return _layer(pack_blocks(blocks.reshape(n, -1), GGMLType.Q2_0, k, k // groups, "a ternary weight"))
+    return pack_blocks(blocks.reshape(n, -1), GGMLType.Q2_0, k, k // groups, "a ternary weight")
 
 
 def pack_q8(codes: np.ndarray, scales: np.ndarray) -> Packed:
@@ -57,13 +58,13 @@ def pack_q8(codes: np.ndarray, scales: np.ndarray) -> Packed:
     blocks = np.empty((n, k // 32, 34), np.uint8)
     blocks[..., :2] = _half(scales)[..., None].view(np.uint8)
     blocks[..., 2:] = codes.view(np.uint8).reshape(n, k // 32, 32)
-    return _layer(pack_blocks(blocks.reshape(n, -1), GGMLType.Q8_0, k, None, "an 8-bit weight"))
+    return pack_blocks(blocks.reshape(n, -1), GGMLType.Q8_0, k, None, "an 8-bit weight")
 
 
 def pack_dense(values: np.ndarray) -> Packed:
     """values fp32 [n, k] as they lie. Raises UsageError if k is no multiple of 16."""
     _sixteens("rows of a weight", values.shape[1])
-    return PackedFloat(values[None])
+    return PackedFloat(values)
 
 
 def _half(scales: np.ndarray) -> np.ndarray:
@@ -72,10 +73,6 @@ def _half(scales: np.ndarray) -> np.ndarray:
     if not np.array_equal(half.astype(np.float32), scales):
         raise UsageError("a weight has a scale that fp16 does not hold; expected those of a file by `tmexport onnx`")
     return half
-
-
-def _layer(packed: Packed) -> Packed:
-    return type(packed)(*(array[None] for array in packed))
 
 
 def _sixteens(what: str, size: int) -> None:
@@ -108,30 +105,44 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return out
 
 
+class Mixer(NamedTuple):
+    """The small tensors of a Mamba-2 mixer, fp32: conv_weight [K, C], the oldest input's first, conv_bias [C]; dt_bias, a
+    (= -exp(A_log)) and d [H]; gate_norm [d_inner].
+    """
+
+    conv_weight: np.ndarray
+    conv_bias: np.ndarray
+    dt_bias: np.ndarray
+    a: np.ndarray
+    d: np.ndarray
+    gate_norm: np.ndarray
+
+
 def selective_scan(
-    projected: np.ndarray, past_conv: np.ndarray, past_ssm: np.ndarray, small: Small, eps: float
+    projected: np.ndarray, past_conv: np.ndarray, past_ssm: np.ndarray, mixer: Mixer, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A mixer between its projections: projected fp32 [B, T, d_in_proj], past_conv [B, C, K-1], past_ssm [B, H, N, P].
 
-    `small` holds one layer's vectors (with a layer axis of 1; the fields for norm and norm_f are not read). Returns the
-    gated, normalised y [B, T, d_inner], and the new past_conv and past_ssm.
+    Returns the gated, normalised y [B, T, d_inner], and the new past_conv and past_ssm.
 
     Raises:
         UsageError: headdim or d_state is no multiple of 16.
     """
-    batch, time, d_in_proj = projected.shape
+    batch, time = projected.shape[:2]
     heads, n, width = past_ssm.shape[1:]
-    taps, channels = small.conv_weight.shape[1:]
+    channels = mixer.conv_weight.shape[1]
     d_inner = heads * width
     for what, size in (("the channels of a head", width), ("a channel's states", n)):
         _sixteens(what, size)
     groups = (channels - d_inner) // (2 * n)
-    dims = Dims(0, d_inner, channels, d_in_proj, heads, width, n, groups, taps, 1, 0, float(np.float32(eps)), 0, 0, 0)
+    convolution = Convolution(mixer.conv_weight, mixer.conv_bias, d_inner, 0, 0)
+    scan = Scan(heads, width, n, groups, mixer.dt_bias, mixer.a, mixer.d, 0, 0)
+    gate = GateNorm(mixer.gate_norm, groups, float(np.float32(eps)), 0)
     y = np.empty((batch, time, d_inner), np.float32)
     conv, ssm = np.empty_like(past_conv), np.empty_like(past_ssm)
     for b in range(batch):
         s = _scratch(wide=y[b], proj=projected[b], xbc=np.empty((time, channels), np.float32))
-        _scan(_isa(), _EXACT.state, dims, small, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
+        _scan(_isa(), _EXACT.state, convolution, scan, gate, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
     return y, conv, ssm
 
 
@@ -144,7 +155,9 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 _UNUSED = {
     name: np.empty((1, 1), dtype)
-    for name, dtype in zip(Scratch._fields, ("f4", "f4", "i2", "i1", "i1", "f4", "i4", "f4", "f4"), strict=False)
+    for name, dtype in zip(
+        Scratch._fields, ("f4", "f4", "i2", "i1", "i1", "f4", "i4", "f4", "f4", "f4", "f4"), strict=False
+    )
 }
 
 
@@ -160,7 +173,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
         _ = digest
         for r in range(rows):
             prepare(activations, packed, s, r, k, block)
-        multiply(isa, activations, packed, 0, s, rows, k, block, out, False, 0, 1)
+        multiply(isa, activations, packed, s, rows, k, block, out, False, 0, 1)
 
     @cached()
     def rms_norm(x, weight, out, eps):
@@ -169,31 +182,31 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
             norm_row(x[r], weight, out[r], eps)
 
     @cached()
-    def scan(isa, state, dims, small, s, past_conv, past_ssm, present_conv, present_ssm):
+    def scan(isa, state, convolution, scan, gate, s, past_conv, past_ssm, present_conv, present_ssm):
         _ = digest
-        rows, keep = s.wide.shape[0], dims.d_conv - 1
-        conv = np.empty((keep, dims.conv_dim), np.float32)
-        for c in range(dims.conv_dim):
-            for tap in range(keep):
+        rows, (taps, channels) = s.wide.shape[0], convolution.weight.shape
+        conv = np.empty((taps - 1, channels), np.float32)
+        for c in range(channels):
+            for tap in range(taps - 1):
                 conv[tap, c] = past_conv[c, tap]
-        convolve(dims, small, 0, s, conv, 0, rows, 0, dims.conv_dim)
-        for c in range(dims.conv_dim):
-            for tap in range(keep):
+        convolve(convolution, s, address(conv), 0, rows, 0, channels)
+        for c in range(channels):
+            for tap in range(taps - 1):
                 present_conv[c, tap] = conv[tap, c]
-        ssm = np.empty((dims.n_heads, dims.headdim, dims.d_state), np.float32)
-        for h in range(dims.n_heads):
-            for p in range(dims.headdim):
-                for n in range(dims.d_state):
+        ssm = np.empty((scan.n_heads, scan.headdim, scan.d_state), np.float32)
+        for h in range(scan.n_heads):
+            for p in range(scan.headdim):
+                for n in range(scan.d_state):
                     ssm[h, p, n] = past_ssm[h, n, p]
-            scan_head(isa, state, dims, small, 0, s, ssm, 0, rows, h)
-            for n in range(dims.d_state):
-                for p in range(dims.headdim):
+            scan_head(isa, state, scan, s, address(ssm[h]), 0, rows, h)
+            for n in range(scan.d_state):
+                for p in range(scan.headdim):
                     present_ssm[h, n, p] = ssm[h, p, n]
-        part = dims.d_inner // dims.n_groups
+        part = gate.weight.shape[0] // gate.groups
         for r in range(rows):
-            for g in range(dims.n_groups):
+            for g in range(gate.groups):
                 span = s.wide[r, g * part : (g + 1) * part]
-                norm_row(span, small.gate_norm[0, g * part : (g + 1) * part], span, dims.eps)
+                norm_row(span, gate.weight[g * part : (g + 1) * part], span, gate.eps)
 
     @cached()
     def same(a, b):

@@ -51,9 +51,18 @@ def score(logits: np.ndarray, targets: Sequence[int], top: int) -> list[Scored]:
     wide -= (largest + np.log(np.exp(wide - largest[:, None]).sum(axis=1)))[:, None]
     found = []
     for row, target in zip(wide, targets, strict=True):
-        likeliest = np.argsort(-row, kind="stable")[:top] if top else ()
+        likeliest = _largest(row, top)
         found.append(Scored(int(target), float(row[target]), tuple((int(i), float(row[i])) for i in likeliest)))
     return found
+
+
+def _largest(row: np.ndarray, count: int) -> np.ndarray:
+    """The places of the `count` largest of fp64 [vocab], the largest first, the lowest first of equals."""
+    if not count:
+        return np.zeros(0, np.int64)
+    least = np.partition(row, -count)[-count] if count < len(row) else -np.inf
+    places = np.flatnonzero(row >= least)
+    return places[np.argsort(-row[places], kind="stable")][:count]
 
 
 class StopTexts:

@@ -239,7 +239,7 @@ def read_snapshot(path: Path, key: str, length: int, blank: _Entry) -> _Entry:
         OSError: it cannot be read.
         ValueError: it is damaged, or another snapshot's.
     """
-    state = replace(blank.state.copy(), tokens=length)
+    state = replace(blank.state.resized(length), tokens=length)
     entry = _Entry(length, state, np.empty_like(blank.logits))
     header, digest = _header(key, entry), hashlib.sha256()
     with open(path, "rb") as file:

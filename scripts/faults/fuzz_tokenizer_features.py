@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS_A_CHILD = 50
+LONGEST = 300  # seconds of a child
 
 
 def main() -> int:
@@ -33,12 +34,12 @@ def main() -> int:
     began, counts, findings = time.monotonic(), Counter[str](), []
     while time.monotonic() < until:
         command = [sys.executable, __file__, "--child", "--seed", str(seed)]
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        lines = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("CASE ")]
+        output, ended = run_child(command)
+        lines = [json.loads(line[5:]) for line in output.splitlines() if line.startswith("CASE ")]
         counts.update(verdict for _, verdict, _ in lines)
         findings += [line for line in lines if line[1] == "DIFFERENT"]
         if len(lines) < SEEDS_A_CHILD:
-            findings.append([seed + len(lines), "CRASH", f"exit {result.returncode}: {result.stderr[-300:]}"])
+            findings.append([seed + len(lines), "CRASH", ended])
         for finding in findings[-3:]:
             print(finding, file=sys.stderr)
         seed += max(1, len(lines) + (len(lines) < SEEDS_A_CHILD))
@@ -51,6 +52,15 @@ def main() -> int:
     }
     print(json.dumps(report))
     return 1 if findings else 0
+
+
+def run_child(command: list[str]) -> tuple[str, str]:
+    """What the child printed, and how it ended; one that hangs is ended."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LONGEST, check=False)
+    except subprocess.TimeoutExpired as error:
+        return (error.stdout or b"").decode("utf-8", "replace"), f"no end after {LONGEST} s"
+    return result.stdout, f"exit {result.returncode}: {result.stderr[-300:]}"
 
 
 def child(first: int) -> int:

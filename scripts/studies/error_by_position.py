@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from itertools import chain
 from pathlib import Path
 
@@ -19,8 +18,7 @@ import click
 import numpy as np
 import torch
 
-from qat.data import tokenize_files
-from qat.evaluate import documents_of, end_of_text_id, find_tokenizer
+from qat.evaluate import documents_in, find_tokenizer
 from qat.losses import distillation_loss
 from qat.model import LanguageModel, load_model
 from tmexport.cli.app import run_command
@@ -43,11 +41,8 @@ def main(
     """Measure and plot."""
     torch.set_num_threads(threads)
     reference = load_model(teacher)
-    tokenizer = find_tokenizer(teacher, None)
-    eos = end_of_text_id(reference.config, tokenizer)
-    with tempfile.TemporaryDirectory() as cache:
-        stream = tokenize_files(data, tokenizer, reference.config.vocab_size, eos, Path(cache))
-        documents = [ids[: length + 1] for ids in documents_of(stream.tokens, eos) if len(ids) > length]
+    found = documents_in(data, find_tokenizer(teacher, None), reference.config)
+    documents = [document.ids[: length + 1] for document in found if len(document.ids) > length]
     if not documents:
         raise click.ClickException(f"no document has {length} tokens; use a smaller --length")
     ids = torch.from_numpy(np.stack(documents).astype(np.int64))

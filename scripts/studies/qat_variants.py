@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
-from qat.data import Batches, TokenStream, find_files, tokenize_files
-from qat.evaluate import documents_of, end_of_text_id, find_tokenizer, score_document
+from qat.data import find_files
+from qat.evaluate import documents_in, find_tokenizer, score_document
 from qat.model import LanguageModel, load_model
-from qat.ptq.making import make
+from qat.ptq.making import calibration_ids, make
 from qat.recipe import load_recipe
 from qat.train.training import train
 from scripts.studies.untrained import CORRECTIONS
 from tmexport.cli.app import run_command
+from tmexport.documents import score_documents
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
 
@@ -69,19 +68,13 @@ class Study:
     def model(self) -> LanguageModel:
         return load_model(self.teacher).requires_grad_(False)
 
-    def tokens(self, text: list[Path]) -> tuple[TokenStream, int]:
-        """The stream of a text and the end-of-text token."""
-        tokenizer = find_tokenizer(self.teacher, None)
-        eos = end_of_text_id(self.model.config, tokenizer)
-        return tokenize_files(text, tokenizer, self.model.config.vocab_size, eos, self.out / "cache"), eos
-
     def score(self, model: LanguageModel) -> dict[str, float]:
         """Bits per byte of all documents of the held-out text, and the share of zeros in the projections."""
-        stream, eos = self.tokens(self.held_out)
+        documents = documents_in(self.held_out, find_tokenizer(self.teacher, None), model.config)
+        score = score_documents(documents, partial(score_document, model))
         with torch.no_grad():
-            nats = sum(score_document(model, ids) for ids in documents_of(stream.tokens, eos))
             zeros = [1 - m.weight.count_nonzero().item() / m.weight.numel() for m in model.projections().values()]
-        return {"bits_per_byte": nats / math.log(2) / stream.text_bytes, "zero_ratio": mean(zeros)}
+        return {"bits_per_byte": score.bits_per_byte, "zero_ratio": mean(zeros)}
 
     def folder(self, name: str, seed: int) -> Path:
         return self.out / f"{_slug(name)}-{seed}"
@@ -96,8 +89,7 @@ class Study:
         torch.set_num_threads(self.threads)
         if name == "teacher":
             return self.score(self.model)
-        text, _ = self.tokens(self.data)
-        ids = torch.from_numpy(Batches(np.array(text.tokens), 256, self.sequences, seed)(0)[:, :-1])
+        ids = calibration_ids(self.teacher, self.data, None, self.sequences, 256, seed, self.out / "cache")
         if name in CORRECTIONS:
             return self.score(CORRECTIONS[name](self.model, ids, 256))
         make(ROUNDED.get(name, "rtn"), self.teacher, self.folder(name, seed), "ternary", ROUNDING.get(name, 256), ids)

@@ -9,7 +9,7 @@ import numpy as np
 from click.testing import Result
 
 from tests.commands import invoke
-from tests.models import ternary_tensors, train_tokenizer
+from tests.models import mixer, ternary_tensors, train_tokenizer
 from tmexport.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint, write_checkpoint
 from tmexport.cli import cli
 from tmexport.model import Model, mamba2_model
@@ -49,8 +49,10 @@ def zero_state(config: Model, batch: int) -> dict[str, np.ndarray]:
     """The inputs past_* before the first token, written out from docs/onnx.md."""
     state = {}
     for i in range(config.n_layer):
-        state[f"past_conv.{i}"] = np.zeros((batch, config.conv_dim, config.d_conv - 1), np.float32)
-        state[f"past_ssm.{i}"] = np.zeros((batch, config.n_heads, config.d_state, config.headdim), np.float32)
+        state[f"past_conv.{i}"] = np.zeros((batch, mixer(config).conv_dim, mixer(config).d_conv - 1), np.float32)
+        state[f"past_ssm.{i}"] = np.zeros(
+            (batch, mixer(config).n_heads, mixer(config).d_state, mixer(config).headdim), np.float32
+        )
     return state
 
 

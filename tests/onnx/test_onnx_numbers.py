@@ -131,13 +131,13 @@ def test_last_logits_are_the_last_of_all(files, tied, tmp_path, form):
 
 def test_strong_decay_and_long_prompts_stay_finite(tied, tmp_path):
     """A of -16 over 2000 steps with a large dt: exponentials far below the smallest fp32, and no NaN."""
-    from tests.models import ternary_tensors
+    from tests.models import mixer, ternary_tensors
     from tmexport.checkpoint import open_checkpoint, write_checkpoint
 
     tensors = ternary_tensors(TIED, 64)
     for i in range(TIED.n_layer):
-        tensors[f"backbone.layers.{i}.mixer.A_log"] = np.full(TIED.n_heads, np.log(16.0), np.float32)
-        tensors[f"backbone.layers.{i}.mixer.dt_bias"] = np.full(TIED.n_heads, 30.0, np.float32)
+        tensors[f"backbone.layers.{i}.mixer.A_log"] = np.full(mixer(TIED).n_heads, np.log(16.0), np.float32)
+        tensors[f"backbone.layers.{i}.mixer.dt_bias"] = np.full(mixer(TIED).n_heads, 30.0, np.float32)
     write_checkpoint(tmp_path / "ckpt", TIED, tensors)
     checkpoint = open_checkpoint(tmp_path / "ckpt")
     ids = token_ids(TIED, 1, 2000)

@@ -72,5 +72,5 @@ def test_recomputing_saves_memory_and_unknown_accelerators_are_refused():
     assert saving.flops > plain.flops
     with pytest.raises(UsageError, match="accelerator 'tpu' is not known; expected one of h100"):
         make_plan(Recipe(), config, "tpu", True)
-    with pytest.raises(UsageError, match="not a multiple of the group size"):
-        make_plan(Recipe(d_model=320), config_of(Recipe(d_model=320)), "h100", True)
+    with pytest.raises(UsageError, match="group size 256 does not fit rows of 320"):
+        make_plan(Recipe(d_model=320, group_size=256), config_of(Recipe(d_model=320)), "h100", True)

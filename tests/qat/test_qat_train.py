@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import qat.evaluate
 import qat.ptq.cli
@@ -63,8 +64,6 @@ def test_evaluate_by_hand(teacher, corpus, tmp_path):
     path = tmp_path / "one.txt"
     path.write_text(text, encoding="utf-8")
     score = evaluate(teacher, [path])
-    from tokenizers import Tokenizer
-
     ids = [0, *Tokenizer.from_file(str(teacher / "tokenizer.json")).encode(text).ids]
     with torch.no_grad():
         log_p = load_model(teacher)(torch.tensor([ids[:-1]])).double().log_softmax(-1)[0]
@@ -73,6 +72,27 @@ def test_evaluate_by_hand(teacher, corpus, tmp_path):
     assert score.nats == pytest.approx(nats, rel=1e-5)
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(nats / score.tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [10**6, 40], ids=["whole", "first tokens"])
+def test_a_marker_inside_a_text_is_scored_in_training_as_in_evaluation(teacher, corpus, tmp_path, tokens):
+    text = corpus.read_text(encoding="utf-8")[:600]
+    known = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    texts = [f"{text[:12]}<|endoftext|>{text[12:400]}", text[400:]]
+    held_out, scored = tmp_path / "held.jsonl", tmp_path / "scored.jsonl"
+    held_out.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    share = [known.encode(t, add_special_tokens=False).ids[: max(1, tokens // 2 - 1)] for t in texts]
+    cut = [known.decode(ids, skip_special_tokens=False) for ids in share]
+    scored.write_text("".join(json.dumps({"text": t}) + "\n" for t in cut))
+    assert "<|endoftext|>" in cut[0]
+    assert [
+        known.encode(t, add_special_tokens=False).ids for t in cut
+    ] == share  # so that the texts stand for these tokens
+    recipe = Recipe(**{**TINY, "steps": 2, "eval_every": 2, "group_size": 64, "eval_tokens": tokens})
+    summary = train(recipe, [corpus], tmp_path / "out", teacher, held_out=[held_out])
+    assert summary["held_out_bits_per_byte"] == pytest.approx(
+        evaluate(tmp_path / "out", [scored]).bits_per_byte, rel=1e-6
+    )
 
 
 def test_qat_beats_rounding(teacher, corpus, tmp_path):
@@ -405,7 +425,6 @@ def test_low_bit_of_other_kinds_trains_and_resumes(corpus, tmp_path, changes):
     """Binary weights, and a ternary embedding: better than rounding, the same bits after a stop, codes in the checkpoint."""
     train(Recipe(**{**TINY, "d_model": 128}), [corpus], tmp_path / "teacher")
     settings = {**TINY, "lr": 3e-3, "weight_decay": 0.0, "group_size": 0, **changes}
-    assert Recipe(**settings).group_size == 128
     for name, minutes in (("whole", 0.0), ("parts", 1e-6)):
         train(Recipe(**settings, minutes=minutes), [corpus], tmp_path / name, tmp_path / "teacher")
     assert len(curve(tmp_path / "parts")) == 1

@@ -11,7 +11,16 @@ from runtime_ref.reference import ReferenceModel
 from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix, load_weights, memory_source
 from tmexport.model import Model as ModelSpec
 from tmexport.model import mamba2_model
+from tmexport.model.spec import Branch
 
+RANGES = {  # of the small tensors, by role
+    "conv_weight": (-0.5, 0.5),
+    "conv_bias": (-0.1, 0.1),
+    "dt_bias": (-5.0, 0.0),
+    "a": (-16.0, -1.0),
+    "d": (0.5, 1.5),
+    "gate_norm": (0.5, 1.5),
+}
 CONFIG = mamba2_model(d_model=256, n_layer=2, vocab_size=300, d_state=64, n_groups=2)
 TOKENS = [5, 299, 0, 17, 17, 255, 63, 128, 4, 5]
 
@@ -44,18 +53,23 @@ def tensors(
     }
     if head:
         named["output.weight"] = matrix(rng, c.vocab_size, c.d_model, head)
-    for i in range(c.n_layer):
-        named |= {
-            f"blk.{i}.attn_norm.weight": rng.uniform(0.5, 1.5, c.d_model).astype(np.float32),
-            f"blk.{i}.ssm_in.weight": matrix(rng, c.d_in_proj, c.d_model, body),
-            f"blk.{i}.ssm_conv1d.weight": rng.uniform(-0.5, 0.5, (c.conv_dim, c.d_conv)).astype(np.float32),
-            f"blk.{i}.ssm_conv1d.bias": rng.uniform(-0.1, 0.1, c.conv_dim).astype(np.float32),
-            f"blk.{i}.ssm_dt.bias": rng.uniform(-5.0, 0.0, c.n_heads).astype(np.float32),
-            f"blk.{i}.ssm_a": -rng.uniform(1.0, 16.0, (c.n_heads, 1)).astype(np.float32),
-            f"blk.{i}.ssm_d": rng.uniform(0.5, 1.5, (c.n_heads, 1)).astype(np.float32),
-            f"blk.{i}.ssm_norm.weight": rng.uniform(0.5, 1.5, c.d_inner).astype(np.float32),
-            f"blk.{i}.ssm_out.weight": matrix(rng, c.d_model, c.d_inner, body),
-        }
+    for i, block in enumerate(c.blocks):
+        named[f"blk.{i}.attn_norm.weight"] = rng.uniform(0.5, 1.5, c.d_model).astype(np.float32)
+        for branch in block.branches:
+            named |= {f"blk.{i}.{name}": tensor for name, tensor in _branch(rng, branch, body).items()}
+    return named
+
+
+def _branch(rng: np.random.Generator, branch: Branch, body: str) -> dict[str, np.ndarray | Matrix]:
+    """A branch's tensors; `body` is the type of what may be low-bit."""
+    named: dict[str, np.ndarray | Matrix] = {}
+    for spec in branch.tensors():
+        shape = spec.gguf_shape or spec.shape
+        if spec.low_bit or spec.matrix:
+            named[spec.gguf] = matrix(rng, *shape, body if spec.low_bit else "f16")
+        else:
+            low, high = RANGES[spec.role]
+            named[spec.gguf] = rng.uniform(low, high, shape).astype(np.float32)
     return named
 
 

@@ -17,7 +17,7 @@ from runtime_ref.bench.cli import bench
 from runtime_ref.bench.report import page
 from runtime_ref.bench.workloads import deadlines
 from runtime_ref.model import Model
-from tests.models import SMALL, write_small
+from tests.models import SMALL, mixer, write_small
 from tests.runtime_ref.boards import raspberry_pi_5
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import TmexportError, UsageError
@@ -66,14 +66,14 @@ def test_rows_agree_with_the_latencies_they_come_from(ran):
 
 def test_bytes_per_token_by_hand(ran):
     result, _ = ran
-    c = SMALL
-    projections = c.n_layer * (-(-c.d_in_proj // 16) * 16 * c.d_model + c.d_model * c.d_inner) * (1 / 4 + 2 / 256)
+    c, m = SMALL, mixer(SMALL)
+    projections = c.n_layer * (-(-m.d_in_proj // 16) * 16 * c.d_model + c.d_model * m.d_inner) * (1 / 4 + 2 / 256)
     head = c.vocab_size * c.d_model * 34 / 32
-    small = 4 * (c.n_layer * (c.d_model + 5 * c.conv_dim + 3 * c.n_heads + c.d_inner) + c.d_model)
+    small = 4 * (c.n_layer * (c.d_model + 5 * m.conv_dim + 3 * m.n_heads + m.d_inner) + c.d_model)
     for row in result["rows"]:
         if row["test"] == "tg5":
             width = 4 if row["profile"] == "exact" else 2
-            state = c.n_layer * (3 * c.conv_dim * 4 + c.d_inner * c.d_state * width)
+            state = c.n_layer * (3 * m.conv_dim * 4 + m.d_inner * m.d_state * width)
             assert row["bytes_per_token"] == projections + head + small + 2 * state
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from runtime_ref.bench.cli import bench
 from runtime_ref.bench.peers.llama import library_of
 from runtime_ref.bench.peers.products import by_ggml, by_kernels, by_onnxruntime, problem_of
-from tests.models import SMALL, write_small
+from tests.models import SMALL, mixer, write_small
 from tmexport.checkpoint import open_checkpoint
 from tmexport.gguf.export import plan_export
 
@@ -52,7 +52,8 @@ def test_who_takes_part(ran):
 def test_rows_follow_from_the_log(ran):
     result, measured = ran
     c = SMALL
-    macs = c.n_layer * (c.d_in_proj * c.d_model + c.d_model * c.d_inner) + c.vocab_size * c.d_model
+    inner = mixer(c)
+    macs = c.n_layer * (inner.d_in_proj * c.d_model + c.d_model * inner.d_inner) + c.vocab_size * c.d_model
     assert result["multiply_adds_per_token"] == macs
     rows = {(row["test"], row["who"]): row for row in result["rows"]}
     for (test, who), row in rows.items():
@@ -61,7 +62,7 @@ def test_rows_follow_from_the_log(ran):
         assert [m["round"] for m in own] == [0, 1]
         assert row["median"] == pytest.approx(np.median(rates))
         assert (row["lowest"], row["highest"]) == pytest.approx((min(rates), max(rates)))
-        work = c.d_in_proj * c.d_model if test.startswith("product") else macs
+        work = inner.d_in_proj * c.d_model if test.startswith("product") else macs
         assert row["gmacs_per_thread"] == pytest.approx(work * row["median"] / 1e9)
         for ours, ratio in (row["ratio"] or {}).items():
             assert ratio == pytest.approx(rows[test, ours]["median"] / row["median"])

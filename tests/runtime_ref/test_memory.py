@@ -60,7 +60,7 @@ def test_weights_are_those_of_a_loaded_model(tmp_path, kind, embedding, group):
     gguf = open_gguf(tmp_path / "m.gguf")
     for profile in ("exact", "fast"):
         model = Model.load(tmp_path / "m.gguf", profile, 1)
-        untied = sum(array.nbytes for array in model._built.embedding)  # decoding reads one row of it
+        untied = sum(array.nbytes for array in model._built.embedding.packed)  # decoding reads one row of it
         own = need(gguf, profile, states=3)
         assert own.weights == model.weight_bytes + untied
         assert own.states == 3 * model.new_state().nbytes

@@ -196,14 +196,3 @@ def test_sampling_follows_the_probabilities_and_top_p():
 def test_sampling_refuses_nonsense(bad):
     with pytest.raises(UsageError):
         Sampling(**bad)
-
-
-def test_branches_without_kernels_are_refused():
-    from dataclasses import replace
-
-    from tmexport.model import Block
-
-    other = replace(CONFIG.blocks[0].branches[0], chunk_size=128)
-    mixed = replace(CONFIG, blocks=(CONFIG.blocks[0], Block((other,))))
-    with pytest.raises(GGUFError, match="this runtime computes equal blocks of mamba2"):
-        Model(memory_source(mixed, tensors(CONFIG)), "exact", 1)

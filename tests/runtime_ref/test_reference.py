@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from runtime_ref import reference
 from runtime_ref.arithmetic import Int8, Int16
+from tests.models import mixer
 from tests.runtime_ref.small import CONFIG, TOKENS, reference_logits, source, tensors
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -96,30 +97,30 @@ def test_the_product_equals_exact_rational_arithmetic():
 
 def test_exact_is_close_to_a_plain_fp64_forward_pass():
     """The recurrence written independently, in fp64, one sequence and plain loops over heads."""
-    src, c = source(), CONFIG
+    src, c, m = source(), CONFIG, mixer(CONFIG)
     t = tensors(CONFIG)
     dense = {n: _dense(m) for n, m in t.items()}
-    conv = np.zeros((c.n_layer, c.conv_dim, c.d_conv))
-    h = np.zeros((c.n_layer, c.n_heads, c.headdim, c.d_state))
+    conv = np.zeros((c.n_layer, m.conv_dim, m.d_conv))
+    h = np.zeros((c.n_layer, m.n_heads, m.headdim, m.d_state))
     logits = []
     for token in TOKENS:
         x = dense["token_embd.weight"][token]
         for i in range(c.n_layer):
             p = {n.split(".", 2)[2]: v for n, v in dense.items() if n.startswith(f"blk.{i}.")}
             z, xbc, dt = np.split(
-                p["ssm_in.weight"] @ _norm(x, p["attn_norm.weight"]), [c.d_inner, c.d_inner + c.conv_dim]
+                p["ssm_in.weight"] @ _norm(x, p["attn_norm.weight"]), [m.d_inner, m.d_inner + m.conv_dim]
             )
             conv[i] = np.concatenate([conv[i][:, 1:], xbc[:, None]], axis=1)
             xbc = _silu((conv[i] * p["ssm_conv1d.weight"]).sum(axis=1) + p["ssm_conv1d.bias"])
-            b, cc = xbc[c.d_inner :].reshape(2, c.n_groups, c.d_state)
+            b, cc = xbc[m.d_inner :].reshape(2, m.n_groups, m.d_state)
             dt = np.logaddexp(0, dt + p["ssm_dt.bias"])
-            y = np.empty((c.n_heads, c.headdim))
-            for head in range(c.n_heads):
-                group, xh = head * c.n_groups // c.n_heads, xbc[head * c.headdim : (head + 1) * c.headdim]
+            y = np.empty((m.n_heads, m.headdim))
+            for head in range(m.n_heads):
+                group, xh = head * m.n_groups // m.n_heads, xbc[head * m.headdim : (head + 1) * m.headdim]
                 h[i, head] = h[i, head] * np.exp(dt[head] * p["ssm_a"][head, 0]) + np.outer(dt[head] * xh, b[group])
                 y[head] = h[i, head] @ cc[group] + p["ssm_d"][head, 0] * xh
-            gated = (y.reshape(-1) * _silu(z)).reshape(c.n_groups, -1)
-            normed = _norm(gated, p["ssm_norm.weight"].reshape(c.n_groups, -1)).reshape(-1)
+            gated = (y.reshape(-1) * _silu(z)).reshape(m.n_groups, -1)
+            normed = _norm(gated, p["ssm_norm.weight"].reshape(m.n_groups, -1)).reshape(-1)
             x = x + p["ssm_out.weight"] @ normed
         logits.append(dense["token_embd.weight"] @ _norm(x, dense["output_norm.weight"]))
     want = np.array(logits)

@@ -33,7 +33,8 @@ def test_fast_agrees_with_llamacpp(tmp_path, kind, group_size):
 
     model = ReferenceModel(load_weights(gguf_source(path)), "fast")
     state = model.new_state()
-    state.ssm = state.ssm.astype(np.float32)
+    for arrays in state:
+        arrays["ssm"] = arrays["ssm"].astype(np.float32)
     for token in prompt:
         logits = model.step(state, token)
     for token, log_probability in found[:16]:

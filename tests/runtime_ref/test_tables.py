@@ -7,34 +7,33 @@ from numba import njit
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels import isa, tables
 from runtime_ref.kernels.matmul import multiply
-from runtime_ref.kernels.pack import PackedTernary, pack
-from runtime_ref.kernels.scratch import allocate
+from runtime_ref.kernels.pack import pack
+from runtime_ref.kernels.scratch import Room, allocate
 from runtime_ref.weights import TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
-from tmexport.model import mamba2_model
 
 LARGEST = {"exact": 32512, "fast": 127}  # activations as the quantiser makes them
 
 
 @njit
 def product(kind, profile, packed, s, rows, k, block, out, add, tid, threads):
-    multiply(kind, profile, packed, 0, s, rows, k, block, out, add, tid, threads)
+    multiply(kind, profile, packed, s, rows, k, block, out, add, tid, threads)
 
 
 @njit
 def done_by_tables(kind, profile, packed, s, rows, k, block, out, first, end):
-    return tables.by_tables(kind, profile, packed.codes[0], packed.scales[0], s, rows, k, block, out, False, first, end)
+    return tables.by_tables(kind, profile, packed.codes, packed.scales, s, rows, k, block, out, False, first, end)
 
 
-def stack(codes, scales):
-    """A packed matrix as the only layer of a model."""
-    return PackedTernary(*(array[None] for array in pack(TernaryMatrix(codes, scales))))
+def packed_of(codes, scales):
+    """A packed matrix."""
+    return pack(TernaryMatrix(codes, scales))
 
 
 def quantised(q, q_scale, block):
     """A Scratch's rows that hold these activations."""
     tokens, k = q.shape
-    s = allocate(tokens, mamba2_model(d_model=k, n_layer=1, vocab_size=1))
+    s = allocate(tokens, Room(wide=k))
     upper = (q + 128) >> 8
     s.q[:, :k], s.high[:tokens, :k], s.low[:tokens, :k] = q, upper, q - 256 * upper
     s.q_scale[:, : k // block] = q_scale
@@ -63,7 +62,7 @@ def test_products_of_many_tokens(name, profile, n, k, group, block):
     codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
     codes[1], codes[2] = 1, -1
     scales = rng.uniform(0.01, 0.1, (n, k // group)).astype(np.float16)
-    packed = stack(codes, scales)
+    packed = packed_of(codes, scales)
     for tokens in (8, 16, 23, 41, 64, 70):
         q = rng.integers(-top, top + 1, (tokens, k)).astype(np.int32)
         q[0], q[3], q[5] = top, -top, 0
@@ -81,7 +80,7 @@ def test_products_of_many_tokens(name, profile, n, k, group, block):
 @pytest.mark.parametrize(("profile", "size"), [("exact", 4), ("fast", 2)])
 def test_whole_vectors_of_tokens_only_and_never_too_few(name, profile, size):
     lanes = isa.PRIMITIVES[isa.SETS[name][0]].tables // size
-    packed = stack(np.ones((512, 64), np.int8), np.ones((512, 1), np.float16))
+    packed = packed_of(np.ones((512, 64), np.int8), np.ones((512, 1), np.float16))
 
     def done(tokens, end=32, block=64):
         q = np.ones((tokens, 64), np.int32)

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import openai
@@ -169,3 +172,52 @@ def test_a_grammar_is_kept_to(client, grammar):
         text = got.choices[0].text
         assert got.choices[0].finish_reason == "stop"
         assert text == "yes" or (text.startswith("no, ") and len(text) == 6 and text[4:].isdigit())
+
+
+QUESTION = "How is the Union?"
+
+
+@pytest.fixture(scope="module")
+def answer(model, tokenizer):
+    return text_of(model, tokenizer, tokenizer.encode(f"User: {QUESTION}\n\nAssistant:"), 20)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydantic's, about litellm's own types
+@pytest.mark.parametrize("stream", [False, True])
+def test_litellm(server, answer, stream):
+    import litellm  # takes seconds
+
+    messages = [{"role": "user", "content": QUESTION}]
+    got = litellm.completion("openai/sotu", messages, api_base=f"{server.url}/v1", api_key="none", temperature=0,
+                             max_tokens=20, stream=stream)  # fmt: skip
+    if stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in got) == answer
+    else:
+        assert got.choices[0].message.content == answer
+        assert got.usage.completion_tokens == 20
+
+
+@pytest.mark.parametrize("stream", [[], ["--no-stream"]])
+def test_llm(server, answer, tmp_path, stream):
+    """The command `llm`, told of the server as its documentation says."""
+    about = f"- model_id: sotu\n  model_name: sotu\n  api_base: {server.url}/v1\n"
+    (tmp_path / "extra-openai-models.yaml").write_text(about)
+    command = [
+        sys.executable,
+        "-m",
+        "llm",
+        "-m",
+        "sotu",
+        QUESTION,
+        "-o",
+        "temperature",
+        "0",
+        "-o",
+        "max_tokens",
+        "20",
+        *stream,
+    ]
+    environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == answer.strip()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from runtime_ref.command import DEMO_MODEL
-from runtime_ref.sampling import Sampling
-from runtime_ref.serve.choice import Choice, StopTexts
+from runtime_ref.sampling import Sampling, descending
+from runtime_ref.serve.choice import Choice, StopTexts, score
 from runtime_ref.serve.vocabulary import Vocabulary
 from runtime_ref.template import ChatTemplate
 from runtime_ref.tokenizer import Tokenizer
@@ -97,6 +97,21 @@ def test_stop_texts_equal_a_search_of_the_whole(text, stops):
             assert shown == text[: min(at for end, at in ends if end == min(ends)[0])]
         else:
             assert shown in [text[:at] for _, at in ends]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_orders_equal_a_stable_sort(seed):
+    """Rounded, so that many are equal; zeros of both signs, infinities, the smallest and largest numbers."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.standard_normal(3001).astype(np.float32) * 3, seed)
+    logits[rng.integers(0, 3001, 40)] = np.tile(
+        np.float32([0.0, -0.0, -np.inf, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0]), 5
+    )
+    wanted = np.argsort(-logits, kind="stable")
+    assert (descending(logits) == wanted).all()
+    plain = np.clip(logits, -20, 20)
+    (scored,) = score(plain[None], [7], 20)
+    assert [token for token, _ in scored.top] == list(np.argsort(-plain, kind="stable")[:20])
 
 
 def test_a_choice_shows_whole_characters_and_ends_at_its_limit():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from tests.models import mixer
 from tmexport.errors import ConfigError
 from tmexport.model import load_config, mamba2_model, parse_config
 from tmexport.model.dialects.mamba2 import HF_INERT, HF_RULES, SSM_CFG_RULES, STATE_SPACES_RULES
@@ -19,7 +20,11 @@ PUBLISHED_130M = {
 def test_the_published_130m_config():
     config = parse_config(PUBLISHED_130M)
     assert config == mamba2_model(d_model=768, n_layer=24, vocab_size=50288)
-    assert (config.d_inner, config.n_heads, config.d_in_proj) == (1536, 24, 3352)  # shapes of the published weights
+    assert (mixer(config).d_inner, mixer(config).n_heads, mixer(config).d_in_proj) == (
+        1536,
+        24,
+        3352,
+    )  # shapes of the published weights
 
 
 def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
@@ -28,7 +33,7 @@ def test_hugging_face_reads_the_config_we_write_the_same_way(tmp_path):
     theirs.save_pretrained(tmp_path)
     assert load_config(tmp_path)[0] == config
     model = transformers.Mamba2Model(theirs)
-    assert model.layers[0].mixer.in_proj.weight.shape == (config.d_in_proj, config.d_model)
+    assert model.layers[0].mixer.in_proj.weight.shape == (mixer(config).d_in_proj, config.d_model)
 
 
 @pytest.mark.parametrize(

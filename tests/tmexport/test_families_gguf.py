@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from qat.model import load_model
+from qat.ptq.making import make
 from tests.llama import Llama
 from tests.models import train_tokenizer
 from tests.tmexport.families import FAMILIES, save
 from tmexport.checkpoint import open_checkpoint
+from tmexport.errors import UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.names import config_from_metadata
 from tmexport.gguf.reader import open_gguf
+from tmexport.onnx.graph import build_graph
 from tmexport.verify import verify_gguf
 
 PROMPTS = ("Fellow citizens of the Senate", "The war", "Our commerce with", "In the year 1861 the", "peace and")
@@ -126,6 +130,50 @@ def test_greedy_tokens_of_llamacpp_are_transformers(saved, name):
         for row, (token, log_probability) in zip(logits, found, strict=True):
             assert abs(float(row[token]) - log_probability) < 0.02  # llama.cpp's activations and cache are fp16
             assert float(row.max() - row[token]) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("name", ["llama", "granite", "falcon"])
+def test_a_ternary_file_computes_in_llamacpp_what_torch_computes(saved, name, tmp_path):
+    """Rows of 320 in groups of 64 in Q2_0, the others in TQ1_0; llama.cpp rounds what enters a product to int8."""
+    make("rtn", saved[name][0], tmp_path / "ternary")
+    checkpoint = open_checkpoint(tmp_path / "ternary")
+    plan = plan_export(checkpoint)
+    plan.write(tmp_path / "m.gguf", lambda tensor: None)
+    assert verify_gguf(checkpoint, open_gguf(tmp_path / "m.gguf")).difference is None
+    llama, ours = Llama(tmp_path / "m.gguf"), load_model(tmp_path / "ternary")
+    tokens = llama.tokenize(PROMPTS[0])
+    for token, log_probability in llama.greedy(tokens, 8):
+        with torch.no_grad():
+            logits = torch.log_softmax(ours(torch.tensor([tokens]))[0, -1], -1)
+        assert abs(float(logits[token]) - log_probability) < 0.15
+        assert float(logits.max() - logits[token]) < 0.3
+        tokens = [*tokens, token]
+
+
+def test_auto_chooses_tensor_by_tensor_and_says_why(saved, tmp_path):
+    make("rtn", saved["falcon"][0], tmp_path)
+    plan = plan_export(open_checkpoint(tmp_path))
+    types = {tensor.name: tensor.kind.name for tensor in plan.tensors}
+    # rows of d_model 256, d_inner 384, d_ff 320 and 4 heads of 32
+    assert [types[f"blk.0.{name}.weight"] for name in ("attn_q", "ssm_out", "ffn_down", "attn_output")] == [
+        "TQ1_0",
+        "Q2_0",
+        "Q2_0",
+        "Q2_0",
+    ]
+    assert "down_proj is Q2_0: rows of 320 in groups of 64 have no smaller type" in plan.reasons
+    assert plan.metadata["tmexport.group_size"] == 64
+    assert plan.metadata["tmexport.group_size.ssm_out.weight"] == 128
+    assert "tmexport.group_size.ffn_down.weight" not in plan.metadata
+
+
+def test_onnx_says_what_it_has_not(saved, tmp_path):
+    for name in ("llama", "granite", "falcon"):
+        make("rtn", saved[name][0], tmp_path / name)
+        with pytest.raises(UsageError, match="the model has (attention|swiglu) layers, which ONNX has not yet"):
+            build_graph(open_checkpoint(tmp_path / name))
 
 
 def test_the_config_that_a_file_says_makes_the_same_config_json(saved):

@@ -1,6 +1,8 @@
 """llama.cpp's tokens of what was exported: random features, 24 scripts, and files without a tokenizer."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -59,6 +61,18 @@ def test_verify_texts(tmp_path):
     (tmp_path / "nfc.txt").write_text("a cafe\u0301")
     differs = run("verify", tmp_path / "ckpt", tmp_path / "m.gguf", "--texts", tmp_path / "nfc.txt")
     assert (differs.exit_code, "the tokenizer gives [" in str(differs.exception)) == (1, True)
+
+
+def test_a_server_that_ends_at_once_does_not_wait_for_ever(tmp_path):
+    """llama.cpp's queue starts after the server answers; ended between the two, it never stops (2 of 2 tries hung under load)."""
+    tokenizer = train_tokenizer(tmp_path / "tokenizer.json")
+    code = (
+        "import sys; from pathlib import Path; from tmexport.tokenizer.gguf import export_tokenizer\n"
+        "from tmexport.model import mamba2_model; from tmexport.tokenizer.texts import LlamaTokenizer\n"
+        "keys = export_tokenizer(Path(sys.argv[1]), mamba2_model(256, 1, 512, d_state=64)).metadata\n"
+        "for _ in range(20):\n    with LlamaTokenizer(keys): pass"
+    )
+    subprocess.run([sys.executable, "-c", code, tokenizer], check=True, timeout=100)
 
 
 def test_without_xllamacpp_it_says_so(monkeypatch):

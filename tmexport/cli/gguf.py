@@ -80,6 +80,8 @@ def gguf(
         for tensor in plan.tensors:
             shape = "{" + ", ".join(map(str, tensor.shape[::-1])) + "}"
             click.echo(f"{tensor.name + ',':<28} shape = {shape:<16} {tensor.kind.name:<6} {tensor.n_bytes:>12,} bytes")
+        for reason in plan.reasons if dry_run else ():
+            click.echo(reason)
     size = plan.n_bytes
     if not dry_run:
         assert output is not None

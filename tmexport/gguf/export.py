@@ -12,7 +12,7 @@ import numpy as np
 
 from tmexport.checkpoint import Checkpoint, group_that_keeps, kept, shared_group_size
 from tmexport.errors import NotTernaryError, ScaleError, UsageError
-from tmexport.gguf.names import gguf_codes, gguf_values, model_metadata
+from tmexport.gguf.names import GROUP_SIZE_KEY, gguf_codes, gguf_values, model_metadata
 from tmexport.gguf.writer import PlannedTensor, file_bytes, write_gguf
 from tmexport.model import Model, ModelTensor
 from tmexport.tokenizer.gguf import export_tokenizer, without_tokenizer
@@ -35,13 +35,16 @@ EMBEDDING_TYPES = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that will be in the file; `warnings`: what it cannot say of the tokenizer, a sentence each."""
+    """Everything that will be in the file; `warnings`: what it cannot say of the tokenizer, a sentence each; `reasons`: why a
+    role's type is not the smallest that its kind of codes has.
+    """
 
     kind: GGMLType
     group_size: int | None
     metadata: dict[str, Any]
     tensors: list[PlannedTensor]
     warnings: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -82,7 +85,8 @@ def plan_export(
         UsageError: the dimensions do not divide into the type's blocks.
     """
     config = checkpoint.config
-    types, group_size = _projection_types(checkpoint, kind, ptq)
+    types, groups = _projection_types(checkpoint, kind, ptq)
+    group_size = min(groups.values(), default=None)
     by_role = dict(types)
     for tensor in config.tensors.values():
         if tensor.low_bit and tensor.block is None:
@@ -91,8 +95,8 @@ def plan_export(
     tensors = []
     for tensor in config.tensors.values():
         shape, tensor_kind = layout[tensor.gguf]
-        if group_size is not None and tensor.role in types and tensor_kind is not GGMLType.F16:
-            make = partial(_projection, checkpoint, tensor.hf, tensor_kind, group_size, ptq)
+        if tensor.role in groups:
+            make = partial(_projection, checkpoint, tensor.hf, tensor_kind, groups[tensor.role], ptq)
         elif (codes := checkpoint.kind(tensor.hf)) is not None and tells(tensor_kind, codes):
             make = partial(_codes, checkpoint, tensor.hf, tensor_kind)
         else:
@@ -101,14 +105,33 @@ def plan_export(
     name = checkpoint.path.resolve().name.encode("utf-8", "replace").decode()  # a folder's name can be any bytes
     chosen = next(iter(types.values()))
     metadata = model_metadata(config, FILE_TYPES[chosen], harmless_name(name), group_size, _int4(checkpoint, types))
-    source = tokenizer or checkpoint.tokenizer
+    metadata |= {f"{GROUP_SIZE_KEY}.{name}": size for name, size in _wider(config, groups).items()}
+    source, reasons = tokenizer or checkpoint.tokenizer, _reasons(config, types, groups) if kind == "auto" else ()
     if ids_only:
         exported = without_tokenizer(config)
-        return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.warnings)
+        return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.warnings, reasons)
     if source is None:
-        return ExportPlan(chosen, group_size, metadata | {"tokenizer.ggml.model": "none"}, tensors)
+        metadata["tokenizer.ggml.model"] = "none"
+        return ExportPlan(chosen, group_size, metadata, tensors, reasons=reasons)
     exported = export_tokenizer(source, config, checkpoint.path)
-    return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.sentences())
+    return ExportPlan(chosen, group_size, metadata | exported.metadata, tensors, exported.sentences(), reasons)
+
+
+def _reasons(model: Model, types: Mapping[str, GGMLType], groups: Mapping[str, int]) -> tuple[str, ...]:
+    """A sentence for each role whose groups or rows are too short for the widest block."""
+    rows = {tensor.role: tensor.shape[1] for tensor in model.tensors.values() if tensor.role in groups}
+    return tuple(
+        f"{role} is {types[role].name}: rows of {rows[role]} in groups of {group} have no smaller type"
+        for role, group in groups.items()
+        if types[role].block_size < 256
+    )
+
+
+def _wider(model: Model, groups: Mapping[str, int]) -> dict[str, int]:
+    """The group sizes that are not the smallest, by what a tensor is called after blk.N."""
+    smallest = min(groups.values(), default=None)
+    tensors = [tensor for tensor in model.tensors.values() if groups.get(tensor.role, smallest) != smallest]
+    return {tensor.gguf.split(".", 2)[-1]: groups[tensor.role] for tensor in tensors}
 
 
 def _int4(checkpoint: Checkpoint, types: Mapping[str, GGMLType]) -> list[str]:
@@ -147,38 +170,50 @@ def low_bit_types(model: Model, kind: GGMLType, embedding: GGMLType) -> dict[str
     return {t.role: kind if t.block is not None else embedding for t in model.tensors.values() if t.low_bit}
 
 
-def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dict[str, GGMLType], int | None]:
-    """The type of each role's projections, and the group size to record: that of codes in groups, None without any."""
+def _projection_types(checkpoint: Checkpoint, kind: str, ptq: bool) -> tuple[dict[str, GGMLType], dict[str, int]]:
+    """The type of each role's projections, and the group size of each role of codes in groups.
+
+    A role that is dense in a checkpoint where others are codes stays dense: F16.
+    """
     config = checkpoint.config
     names: dict[str, list[str]] = {}
     for name in config.projections:
         names.setdefault(config.tensors[name].role, []).append(name)
     if kind == "f16":
-        return dict.fromkeys(names, GGMLType.F16), None
-    rows = {config.tensors[name].shape[1] for name in config.projections}
-    kinds = {role: checkpoint.kind(of[0]) or "ternary" for role, of in names.items()}
-    groups = {}
-    for codes in dict.fromkeys(kinds.values()):
-        of_kind = [name for role, found in names.items() if kinds[role] == codes for name in found]
-        if ptq and codes == "ternary":
-            groups[codes] = min(_group_for_rounding(rows), _group_to_keep(checkpoint, of_kind, kind))
+        return dict.fromkeys(names, GGMLType.F16), {}
+    has_codes = any(checkpoint.kind(found[0]) is not None for found in names.values())
+    chosen, groups = {}, {}
+    for role, found in names.items():
+        codes = checkpoint.kind(found[0])
+        if codes is None and has_codes and not ptq:
+            chosen[role] = GGMLType.F16
             continue
-        try:
-            groups[codes] = shared_group_size(checkpoint, of_kind, codes)
-        except NotTernaryError as error:
-            raise _refusal(error) from None
-    chosen = {}
-    for role, codes in kinds.items():
-        found = TYPES[kind] if kind != "auto" else smallest_exact(codes, groups[codes], rows)
-        if found is None:
-            raise UsageError(f"{codes} rows of {sorted(rows)} fit no type in groups of {groups[codes]}; use --type f16")
-        if codes not in CONTAINERS[found].kinds:
-            fitting = ", ".join(c.type.name.lower() for c in CONTAINERS.values() if codes in c.kinds)
-            raise UsageError(
-                f"{role} is {codes}, which {found.name} does not hold exactly; use --type auto, {fitting} or f16"
-            )
-        chosen[role] = found
-    return chosen, min((size for codes, size in groups.items() if not KINDS[codes].in_blocks), default=None)
+        codes = codes or "ternary"
+        if ptq and codes == "ternary":
+            ternary = [name for name in config.projections if checkpoint.kind(name) in (None, "ternary")]
+            rows = {config.tensors[name].shape[1] for name in config.projections}
+            group = min(_group_for_rounding(rows), _group_to_keep(checkpoint, ternary, kind))
+        else:
+            try:
+                group = shared_group_size(checkpoint, found, codes)
+            except NotTernaryError as error:
+                raise _refusal(error) from None
+        if not KINDS[codes].in_blocks:
+            groups[role] = group
+        chosen[role] = _type_of_codes(role, codes, group, kind, {config.tensors[name].shape[1] for name in found})
+    return chosen, groups
+
+
+def _type_of_codes(role: str, codes: str, group: int, kind: str, rows: set[int]) -> GGMLType:
+    found = TYPES[kind] if kind != "auto" else smallest_exact(codes, group, rows)
+    if found is None:
+        raise UsageError(f"{codes} rows of {sorted(rows)} fit no type in groups of {group}; use --type f16")
+    if codes not in CONTAINERS[found].kinds:
+        fitting = ", ".join(c.type.name.lower() for c in CONTAINERS.values() if codes in c.kinds)
+        raise UsageError(
+            f"{role} is {codes}, which {found.name} does not hold exactly; use --type auto, {fitting} or f16"
+        )
+    return found
 
 
 def _group_to_keep(checkpoint: Checkpoint, names: list[str], kind: str) -> int:
@@ -221,8 +256,8 @@ def _codes(checkpoint: Checkpoint, name: str, kind: GGMLType) -> np.ndarray:
     return encode_codes(gguf_codes(checkpoint.config.tensors[name], checkpoint.codes(name)), kind, name)
 
 
-def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int | None, ptq: bool) -> np.ndarray:
-    if not ptq or group_size is None or checkpoint.kind(name) not in (None, "ternary"):
+def _projection(checkpoint: Checkpoint, name: str, kind: GGMLType, group_size: int, ptq: bool) -> np.ndarray:
+    if not ptq or checkpoint.kind(name) not in (None, "ternary"):
         try:
             return _codes(checkpoint, name, kind)
         except NotTernaryError as error:

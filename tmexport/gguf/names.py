@@ -16,7 +16,7 @@ from tmexport.model.dialects.reading import Keys
 from tmexport.model.spec import NEG_EXP
 from tmexport.types import KINDS, Coded, GGMLType, container, decode_codes, first_true, joined_scales
 
-GROUP_SIZE_KEY = "tmexport.group_size"
+GROUP_SIZE_KEY = "tmexport.group_size"  # and tmexport.group_size.NAME of tensors, NAME after blk.N., with wider ones
 INT4_KEY = (
     "tmexport.int4"  # beside a group size: the names, after blk.N., of tensors whose Q4_0 is int4 and not ternary
 )
@@ -146,20 +146,20 @@ def coded_tensors(gguf: GGUFFile) -> dict[str, str]:
 def group_sizes_of(gguf: GGUFFile) -> dict[str, int]:
     """The group size of every tensor that holds codes: as recorded, or the widest whose groups have equal scales.
 
-    Tensors of one kind inside the blocks share one.
+    Tensors of one kind inside the blocks share one, but for those whose own is recorded.
 
     Raises:
         GGUFError: the recorded value is not a group size that the file's blocks can hold.
     """
     sizes: dict[str, int] = {}
-    inside: dict[str, list[str]] = {}
+    inside: dict[tuple[str, Any], list[str]] = {}
     for name, kind in coded_tensors(gguf).items():
         if name.startswith("blk."):
-            inside.setdefault(kind, []).append(name)
+            inside.setdefault((kind, _recorded(gguf, name)), []).append(name)
         else:
             sizes[name] = _widest(gguf, [name], kind)
-    for kind, names in inside.items():
-        sizes |= dict.fromkeys(names, _shared_group_size(gguf, names, kind))
+    for (kind, recorded), names in inside.items():
+        sizes |= dict.fromkeys(names, _shared_group_size(gguf, names, kind, recorded))
     return sizes
 
 
@@ -168,8 +168,14 @@ def group_size_of(gguf: GGUFFile) -> int | None:
     return min((size for name, size in group_sizes_of(gguf).items() if name.startswith("blk.")), default=None)
 
 
-def _shared_group_size(gguf: GGUFFile, names: list[str], kind: str) -> int:
-    recorded, sizes = gguf.metadata.get(GROUP_SIZE_KEY), KINDS[kind].group_sizes
+def _recorded(gguf: GGUFFile, name: str) -> Any:
+    """What the file says of a tensor's group size: under its name after blk.N., or for all."""
+    found = gguf.metadata.get(f"{GROUP_SIZE_KEY}.{name.split('.', 2)[-1]}", gguf.metadata.get(GROUP_SIZE_KEY))
+    return found if isinstance(found, int | float | str | None) else repr(found)
+
+
+def _shared_group_size(gguf: GGUFFile, names: list[str], kind: str, recorded: Any) -> int:
+    sizes = KINDS[kind].group_sizes
     if recorded is None or (kind != "ternary" and recorded not in sizes):
         return _widest(gguf, names, kind)
     if isinstance(recorded, bool) or recorded not in sizes or not all(_divides(gguf, name, recorded) for name in names):

@@ -201,24 +201,6 @@ class Model:
     def n_layer(self) -> int:
         return len(self.blocks)
 
-    def __getattr__(self, name: str) -> Any:
-        """Until every reader asks the branch: the dimensions of a model whose blocks are all alike."""
-        if name in (
-            "d_inner",
-            "d_state",
-            "d_conv",
-            "headdim",
-            "n_groups",
-            "chunk_size",
-            "n_heads",
-            "conv_dim",
-            "d_in_proj",
-        ):
-            return getattr(self.blocks[0].branches[0], name)
-        if name == "expand":
-            return self.d_inner // self.d_model
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def to_hf(self) -> dict[str, Any]:
         """The config.json of the Hugging Face class that loads it."""
         from tmexport.model.dialects import family_of

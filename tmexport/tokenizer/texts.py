@@ -101,7 +101,11 @@ class LlamaTokenizer:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         try:
             self._server = xllamacpp.Server(params)
+            self._ask(
+                "/slots"
+            )  # an answer from its queue: a server that ends before its queue runs waits for it for ever
         except Exception as error:
+            self._server = None
             self._folder.cleanup()
             raise TmexportError(f"llama.cpp does not load the tokenizer: {error}") from None
 
@@ -114,14 +118,20 @@ class LlamaTokenizer:
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids; special tokens in the text are parsed, as the tokenizers library does."""
-        body = {"content": text, "add_special": add_special, "parse_special": True}
-        address, kind = self._server.listening_address + "/tokenize", {"Content-Type": "application/json"}
-        request = urllib.request.Request(address, json.dumps(body).encode(), kind)
         try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-                return json.load(answer)["tokens"]
+            return self._ask("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})[
+                "tokens"
+            ]
         except (OSError, ValueError, KeyError) as error:
             raise TmexportError(f"llama.cpp does not tokenise a text of {len(text)} characters: {error}") from None
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self._server.listening_address + path, data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            return json.load(answer)
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ class GGMLType(IntEnum):
     F32 = 0
     F16 = 1
     Q4_0 = 2
+    Q4_1 = 3
     Q8_0 = 8
     BF16 = 30
     TQ1_0 = 34
@@ -50,6 +51,7 @@ _BLOCKS = {
     GGMLType.F32: (1, 4),
     GGMLType.F16: (1, 2),
     GGMLType.Q4_0: (32, 18),
+    GGMLType.Q4_1: (32, 20),
     GGMLType.Q8_0: (32, 34),
     GGMLType.BF16: (1, 2),
     GGMLType.TQ1_0: (256, 54),

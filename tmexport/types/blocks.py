@@ -161,6 +161,14 @@ def _decode_q4_0(grid: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     return codes, _scales(grid, name)
 
 
+def _decode_q4_1(raw: np.ndarray) -> np.ndarray:
+    """Read only: a scale and a minimum, both fp16, then 16 bytes as in Q4_0; value = q * scale + minimum, in fp32."""
+    grid = raw.reshape(len(raw), -1, 20)
+    ends = np.ascontiguousarray(grid[:, :, :4]).view("<f2").astype(np.float32)
+    q = np.concatenate([grid[:, :, 4:] & 15, grid[:, :, 4:] >> 4], axis=2).astype(np.float32)
+    return (q * ends[:, :, :1] + ends[:, :, 1:]).reshape(len(raw), -1)
+
+
 def _error(steps: int, share: float) -> Callable[[np.ndarray], np.ndarray]:
     """`share` of a step of each block of 32, max|w| / steps, and the scale's fp16 rounding."""
 
@@ -173,6 +181,7 @@ def _error(steps: int, share: float) -> Callable[[np.ndarray], np.ndarray]:
 
 CONTAINERS = (
     Container(GGMLType.Q8_0, 7, {"int8": _encode_bytes}, _decode_q8_0, _encode_q8_0, error=_error(127, 0.5)),
+    Container(GGMLType.Q4_1, decode_values=_decode_q4_1),
     # a whole step, because its 16 levels are not symmetric
     Container(
         GGMLType.Q4_0, 2, dict.fromkeys(("ternary", "binary", "int4"), _encode_nibbles), _decode_q4_0, _encode_q4_0,

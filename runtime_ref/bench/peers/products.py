@@ -16,8 +16,8 @@ from runtime_ref.arithmetic import preset_of
 from runtime_ref.bench.peers.llama import REPEATED, GgmlProduct, open_library
 from runtime_ref.bench.rates import product_scratch
 from runtime_ref.gguf_source import source_of
+from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached
-from runtime_ref.kernels.engine import barrier
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.team import Team
@@ -86,15 +86,14 @@ def _product(tid, threads, sync, isa, how, packed, s, x, rows, k, block, out, ti
                 s.wide[r, i] = x[r, i]
             prepare(how, packed, s, r, k, block)
         barrier(sync, threads)
-        multiply(isa, how, packed, 0, s, rows, k, block, out, False, tid, threads)
+        multiply(isa, how, packed, s, rows, k, block, out, False, tid, threads)
         barrier(sync, threads)
 
 
 def by_kernels(problem: Problem, profile: str, x: np.ndarray) -> Product:
     """Ours, with one thread."""
     source, preset = source_of(problem.gguf), preset_of(profile)
-    loaded = source.packed(problem.name)
-    packed = type(loaded)(*(array[None] for array in loaded))
+    packed = source.packed(problem.name)
     block = source.activation_block(problem.name, preset)
     (n, k), m = problem.codes.shape, len(x)
     scratch, team, isa = product_scratch(m, k), Team(1), select()

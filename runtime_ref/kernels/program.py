@@ -1,0 +1,134 @@
+"""A forward pass as a program: phases that all threads run one after the other, each compiled and kept on the disk by itself.
+
+A phase is a compiled function of (thread, threads, job, arguments), the last two given by address (`records`): so the engine
+calls every one alike, whatever it reads, layers may differ in kind and type, and what two models, layers or presets have in
+common is compiled once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from runtime_ref.kernels.barrier import barrier
+from runtime_ref.kernels.cache import cached, source_digest
+from runtime_ref.kernels.compiled import OPTIONS
+from runtime_ref.kernels.records import read, type_of, words
+from runtime_ref.kernels.scratch import Scratch
+
+# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
+
+_ARGUMENTS = (types.int64, types.int64, types.uint64, types.uint64)
+
+
+class Job(NamedTuple):
+    """One call: `sequences` texts of `length` tokens each, a row a token, text by text.
+
+    wanted: rows of logits, which are all, or the last of each text; tokens int64 [rows]; states uint64 [arrays, sequences]:
+    the addresses of each text's arrays; logits fp32 [wanted, vocab]; past, room int64 [sequences]: tokens read before, and
+    positions that the arrays have which grow; scores fp32 [threads, positions and up to 16]: of one head of one token.
+    """
+
+    rows: int
+    sequences: int
+    length: int
+    wanted: int
+    tokens: np.ndarray
+    states: np.ndarray
+    logits: np.ndarray
+    past: np.ndarray
+    room: np.ndarray
+    scores: np.ndarray
+    s: Scratch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One phase: compiled code, `inlined` (tid, threads, job, args), and what it reads; `many`: the code for many rows."""
+
+    body: Any
+    args: NamedTuple
+    many: Any = None
+
+
+@intrinsic
+def _call(typingctx, function, tid, threads, job, args):
+    def codegen(context, builder, sig, arguments):
+        word = ir.IntType(64)
+        pointer = ir.FunctionType(ir.VoidType(), [word] * 4).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], pointer), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, *_ARGUMENTS), codegen
+
+
+def _compiled(digest: int) -> Callable[..., None]:
+    @cached(nogil=True)
+    def run(tid, threads, sync, program, job):
+        """Every thread calls this with its own tid. program: `Program.table`; job: the address of a Job's words."""
+        for step in range(program.shape[0]):
+            _call(program[step, 0], tid, threads, np.uint64(job), program[step, 1])
+            barrier(sync, threads)
+
+    return run
+
+
+run = _compiled(source_digest())
+
+
+@cache
+def _entry(body: Any, job: types.Type, args: types.Type) -> Any:
+    """A phase as the engine calls it."""
+
+    def entry(tid, threads, job_at, args_at):
+        body(tid, threads, read(job_at, job), read(args_at, args))
+
+    code, made_for = body.py_func.__code__, [cell.cell_contents for cell in body.py_func.__closure__ or ()]
+    about = (body.py_func.__module__, str(code.co_firstlineno), repr(made_for), repr(job), repr(args))
+    # Symbols of what is read from the disk meet in one process, and Numba tells them apart by names and types only
+    entry.__qualname__ = f"phase_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+    return cached(about=about, **(OPTIONS | {"no_cfunc_wrapper": False}))(entry)
+
+
+class Program:
+    """Steps, ready for `run`."""
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self._steps = tuple(steps)
+        records = [np.array(list(words(step.args)), np.uint64) for step in self._steps]
+        self._words = np.concatenate(records)
+        starts = np.cumsum([0, *(len(record) for record in records[:-1])])
+        self._arguments = np.uint64(self._words.ctypes.data) + np.uint64(8) * starts.astype(np.uint64)
+        self._tables: dict[bool, np.ndarray] = {}
+
+    def at_hand(self, many: bool, job: Job) -> bool:
+        """Whether `table` finds everything compiled, in this process or on the disk."""
+        return many in self._tables or all(
+            entry.overloads or entry._cache.holds(_ARGUMENTS) for entry in set(self._entries(many, job))
+        )
+
+    def table(self, many: bool, job: Job) -> np.ndarray:
+        """The addresses of each phase's code and arguments, uint64 [steps, 2], for jobs of many rows or of few; compiled if need be."""
+        if many not in self._tables:
+            code = np.array([_address(entry) for entry in self._entries(many, job)], np.uint64)
+            self._tables[many] = np.stack([code, self._arguments], axis=1)
+        return self._tables[many]
+
+    def _entries(self, many: bool, job: Job) -> list[Any]:
+        kind = type_of(job)
+        return [_entry((many and step.many) or step.body, kind, type_of(step.args)) for step in self._steps]
+
+
+def _address(entry: Any) -> int:
+    """Where the machine code of a phase is, compiled or read from the disk first."""
+    entry.compile(_ARGUMENTS)
+    result = entry.overloads[_ARGUMENTS]
+    return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)

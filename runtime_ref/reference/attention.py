@@ -1,0 +1,50 @@
+"""Attention for one token. H heads of queries and G of keys and values, D = head_dim; T positions with this one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime_ref.arithmetic import Preset
+from runtime_ref.reference.functions import exp, sum16
+from runtime_ref.reference.products import matmul
+from runtime_ref.rope import angles
+from runtime_ref.weights import BranchWeights
+from tmexport.model.branches.attention import Attention
+
+
+def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """RoPE of x [heads, D]: element i with i + D / 2."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float) -> np.ndarray:
+    """What attention adds for the normed x [d]; state: k and v [T - 1, G, D] in the preset's format, which grow by one position."""
+    c, m, v = weights.branch, weights.matrices, weights.vectors
+    assert isinstance(c, Attention)
+
+    def projected(name: str) -> np.ndarray:
+        y = matmul(m[f"{name}_proj"], x, preset.activations)
+        return y + v[f"{name}_bias"] if c.bias else y
+
+    q, k, value = (projected(name).reshape(-1, c.head_dim) for name in ("q", "k", "v"))
+    if c.rope_theta is not None:
+        cos, sin = angles(c.rope_theta, c.head_dim, len(state["k"]))
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
+    for name, row in (("k", k), ("v", value)):
+        stored = np.concatenate([state[name], np.zeros((1, *row.shape), state[name].dtype)])
+        preset.state.write((stored[-1],), row)
+        state[name] = stored
+    keys, values = (preset.state.read((state[name],)) for name in ("k", "v"))
+
+    out, shared = np.empty_like(q), c.n_heads // c.n_kv_heads
+    for head in range(c.n_heads):
+        score = sum16(q[head] * keys[:, head // shared]) * np.float32(c.scale)
+        e = exp(score - score.max())
+        p = e / sum16(e)
+        total = np.zeros(c.head_dim, np.float32)
+        for position in range(len(p)):
+            total = total + p[position] * values[position, head // shared]
+        out[head] = total
+    y = matmul(m["o_proj"], out.reshape(-1), preset.activations)
+    return y + v["o_bias"] if c.bias else y
