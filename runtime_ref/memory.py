@@ -138,11 +138,11 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int
                 options.append((option.total, " and ".join(words)))
     if not options:
         return "no smaller type is left"
-    for total, words in options:
+    for total, how in options:
         if total <= limit:
-            return f"{words} needs {_mb(total)} MB"
-    total, words = min(options)
-    return f"the least, {words}, needs {_mb(total)} MB"
+            return f"{how} needs {_mb(total)} MB"
+    total, how = min(options)
+    return f"the least, {how}, needs {_mb(total)} MB"
 
 
 def _first_projection(config: Model) -> str:

@@ -36,7 +36,7 @@ def score_tokens(
     """The sum of the nats of ids[1:], each given everything before it, from an empty state."""
     nats, at = 0.0, 1
     targets = np.asarray(ids, np.int64)
-    for logits in model.score(model.new_state(), ids[:-1]):
+    for logits in model.score(model.new_state(), targets[:-1].tolist()):
         nats -= float(log_probabilities(logits, targets[at : at + len(logits)]).sum())
         at += len(logits)
         on_progress(len(logits))

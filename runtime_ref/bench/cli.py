@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     return list(dict.fromkeys(numbers))
 
 
-def _names(allowed: tuple[str, ...]):  # noqa: ANN202 - a click callback
+def _names(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     def parse(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
         names = list(dict.fromkeys(value.split(","))) if value else []
         if not set(names) <= set(allowed):
@@ -141,8 +142,8 @@ def bench(
         raise UsageError(f"--profile is empty; expected {', '.join(PRESETS)}, or several with commas")
     _check_outputs(report, plot, log_path)
     if peers:
-        settings = PeerSettings(prompt, count, threads, repeats, profiles, llama_python, llama_bench)
-        _compare_peers(model_path, settings, log_path, as_json)
+        asked = PeerSettings(prompt, count, threads, repeats, profiles, llama_python, llama_bench)
+        _compare_peers(model_path, asked, log_path, as_json)
         return
     if llama_python or llama_bench or log_path:
         raise UsageError("--llama-python, --llama-bench and --log belong to --peers")

@@ -9,6 +9,8 @@ The integers are those of `tiles.ternary_tile` and meet the scales in the same o
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -25,7 +27,7 @@ TILE = 1024  # bytes: 16 rows of 64
 TOKENS = 16  # a tile's
 SUMS = 4  # tiles that add up at the same time; 0..3 hold sums, the others what is multiplied
 FEWEST_ROWS = 8  # fewer tokens leave most of a tile idle
-V = ir.Value
+V: TypeAlias = ir.Value
 
 
 def _unit(code: Code, name: str, *args: V | int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from llvmlite import ir
 from numba import njit, types
@@ -28,7 +28,7 @@ inlined = njit(inline="always", **OPTIONS)
 
 def overload(function: Any, allocates: bool = False) -> Any:
     """numba.extending.overload, compiled as a kernel; `allocates`: it makes arrays of its own."""
-    return numba_overload(function, jit_options=OPTIONS | {"_nrt": allocates})
+    return numba_overload(function, jit_options=cast(Any, OPTIONS | {"_nrt": allocates}))
 
 
 @intrinsic(prefer_literal=True)

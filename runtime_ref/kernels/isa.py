@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from llvmlite import ir
 
@@ -18,8 +18,8 @@ from runtime_ref.kernels.vector import splatted
 from tmexport.errors import UsageError
 
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-B = ir.IRBuilder
-V = ir.Value
+B: TypeAlias = ir.IRBuilder
+V: TypeAlias = ir.Value
 
 
 class Amx(NamedTuple):

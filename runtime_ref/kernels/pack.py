@@ -13,7 +13,7 @@ Rows are filled up to a multiple of 16 with zero codes and zero scales.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def expect(packed: Packed, n: int, k: int, block: int, where: str) -> None:
     tiles = -(-n // ROWS)
     if isinstance(packed, PackedHalf | PackedFloat):
         dtype = np.uint16 if isinstance(packed, PackedHalf) else np.float32
-        wanted = [((n, -(-k // 16) * 16), dtype)]
+        wanted: list[tuple[tuple[int, ...], Any]] = [((n, -(-k // 16) * 16), dtype)]
     elif isinstance(packed, PackedTernary):
         groups = packed.scales.shape[1] if packed.scales.ndim == 3 else 0
         if groups < 1 or k % groups or block % 16 or (k // groups) % block:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
@@ -73,11 +73,11 @@ def read(typingctx, address, kind):
             index += 1
             return builder.load(builder.gep(pointer, [ir.Constant(WORD, index - 1)]))
 
-        def value(kind):
+        def value(kind: Any) -> Any:
             if isinstance(kind, types.Array):
                 return _array(context, builder, kind, word(), [word() for _ in range(kind.ndim)])
             if isinstance(kind, types.BaseTuple):
-                return context.make_tuple(builder, kind, [value(field) for field in kind])
+                return context.make_tuple(builder, kind, [value(field) for field in list(cast(Any, kind))])
             found = word()
             return builder.bitcast(found, ir.DoubleType()) if kind == types.float64 else found
 

@@ -6,6 +6,8 @@ one scale a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from runtime_ref.kernels.cache import cached
@@ -300,7 +302,7 @@ _CODES = {
     GGMLType.Q1_0: _q1,
     GGMLType.Q4_0: _q4_ternary,
 }
-_VALUES = {
+_VALUES: dict[GGMLType, Callable[[np.ndarray, GGMLType, int, str], Packed]] = {
     GGMLType.Q8_0: _pack_q8,
     GGMLType.Q4_0: _pack_q4,
     GGMLType.F16: _pack_half,

@@ -7,6 +7,7 @@ that of `reference.integer_matmul` and of a lane-ordered dot product. Layouts: `
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from llvmlite import ir
 from numba import types
@@ -29,7 +30,7 @@ I8, I16, I32, I64, F32, HALF = (
 )
 ROWS = 16
 AHEAD = 6144  # bytes; the processor's own prefetching does not overlap enough of the memory's latency with our work
-V = ir.Value
+V: TypeAlias = ir.Value
 PLANES = {Int16: 2, Int8: 1}  # of bytes in an activation
 
 

@@ -9,6 +9,7 @@ Nothing here checks bounds. Arrays must be contiguous along the axis read.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -19,7 +20,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 # ruff: noqa: ANN001, ANN201, ANN202 - the signature of an intrinsic is Numba's (typing context, types)
 
 LANES = 16
-_ELEMENTS = {"f32": (ir.FloatType(), types.float32), "f64": (ir.DoubleType(), types.float64), "i32": (ir.IntType(32), types.int32)}  # fmt: skip
+_ELEMENTS: dict[str, tuple[ir.Type, types.Type]] = {"f32": (ir.FloatType(), types.float32), "f64": (ir.DoubleType(), types.float64), "i32": (ir.IntType(32), types.int32)}  # fmt: skip
 
 
 class VectorType(types.Type):
@@ -47,7 +48,7 @@ class _VectorModel(models.PrimitiveModel):
 F32, F64, I32 = VectorType("f32"), VectorType("f64"), VectorType("i32")
 
 
-def _operator(function, float_name: str, int_name: str | None) -> None:
+def _operator(function, float_name: str, int_name: Any) -> None:
     class Template(AbstractTemplate):
         def generic(self, args, kws):
             if len(args) == 2 and isinstance(args[0], VectorType) and args[0] == args[1]:

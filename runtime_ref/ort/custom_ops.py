@@ -79,10 +79,10 @@ def _define(extensions: Any) -> None:
 class _Result(np.ndarray):
     """An array that onnxruntime-extensions copies as it is: by itself it would make a Python float of every element."""
 
-    def flatten(self, order: str = "C") -> _Result:  # what the library calls, and on its result
+    def flatten(self, order: Any = "C") -> _Result:  # what the library calls, and on its result
         return self
 
-    def tolist(self) -> np.ndarray:  # this
+    def tolist(self) -> np.ndarray:  # type: ignore[override]  # this
         return self.view(np.ndarray)
 
 

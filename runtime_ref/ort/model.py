@@ -206,7 +206,7 @@ class OrtModel:
 
     def _check_inputs(self) -> None:
         """The graph has the inputs that its metadata promises, so that a run cannot fail on a shape."""
-        wanted = {"input_ids": ["batch", "time"]}
+        wanted: dict[str, list[Any]] = {"input_ids": ["batch", "time"]}
         wanted |= {state.past: ["batch", *state.shape] for state in self._states}
         found = {value.name: value.shape for value in self.session.get_inputs()}
         for name in wanted | found:

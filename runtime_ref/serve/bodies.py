@@ -212,9 +212,10 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     content = value.get("content")
     if isinstance(content, list):
         parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise fields.wrong("content", "has a part that is not a text, which this model cannot read")
-        fields = Fields({**value, "content": "".join(parts)}, where)
+        fields = Fields({**value, "content": "".join(texts)}, where)
     text = fields.text("content", 2**31)
     if text is None:
         raise fields.wrong("content", "is missing; expected a text")

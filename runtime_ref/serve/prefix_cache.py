@@ -217,7 +217,7 @@ class PrefixCache:
 
     def _write(self, key: str, entry: _Entry) -> None:
         assert self._folder is not None
-        parts = [_header(key, entry), *_buffers(entry)]
+        parts: list[bytes | memoryview] = [_header(key, entry), *_buffers(entry)]
         digest, size = hashlib.sha256(), len(_MAGIC) + hashlib.sha256().digest_size
         for part in parts:
             digest.update(part)
@@ -266,7 +266,7 @@ def _header(key: str, entry: _Entry) -> bytes:
 
 
 def _buffers(entry: _Entry) -> list[memoryview]:
-    return [memoryview(a).cast("B") for a in (*entry.state.arrays.values(), entry.logits)]
+    return [a.data.cast("B") for a in (*entry.state.arrays.values(), entry.logits)]
 
 
 def _name(key: str, length: int) -> str:

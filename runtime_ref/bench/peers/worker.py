@@ -29,9 +29,10 @@ from tmexport.errors import TmexportError
 
 SHORTEST = 0.1  # seconds of a measurement of products
 Answer = dict[str, Any]
+Timed = Callable[[str, int, int], Answer]  # test, count, threads
 
 
-def _texts(start: Callable[[int], None], read: Callable[[list[int]], None], step: Callable[[int], None]):  # noqa: ANN202
+def _texts(start: Callable[[int], None], read: Callable[[list[int]], None], step: Callable[[int], None]) -> Timed:
     """pp and tg of a runtime: start(threads) forgets everything and reads a token; read a prompt; step by one token."""
 
     def time_text(test: str, count: int, threads: int) -> Answer:
@@ -47,7 +48,7 @@ def _texts(start: Callable[[int], None], read: Callable[[list[int]], None], step
     return time_text
 
 
-def _products(problem: Problem, make: Callable[[Any], Product]):  # noqa: ANN202
+def _products(problem: Problem, make: Callable[[Any], Product]) -> Timed:
     """Seconds of one product of `count` tokens, from as many as fill SHORTEST."""
     made: dict[int, tuple[Product, float, int]] = {}
 
@@ -71,7 +72,7 @@ def _products(problem: Problem, make: Callable[[Any], Product]):  # noqa: ANN202
     return time_product
 
 
-def _ours(path: Path, profile: str):  # noqa: ANN202
+def _ours(path: Path, profile: str) -> Timed:
     from runtime_ref.model import Model
 
     model = Model.load(path, profile, 1)
@@ -91,7 +92,7 @@ def _ours(path: Path, profile: str):  # noqa: ANN202
     )
 
 
-def _llama(path: Path, library: Path):  # noqa: ANN202
+def _llama(path: Path, library: Path) -> Timed:
     from runtime_ref.bench.peers.llama import Llama, open_library
 
     llama = Llama(open_library(library), path)
