@@ -21,8 +21,9 @@ import numpy as np
 from runtime_ref.arithmetic import preset_of
 from runtime_ref.gguf_source import check_branches
 from runtime_ref.kernels.scratch import CHUNK
+from runtime_ref.rope import context_limit
 from runtime_ref.state import state_arrays, with_positions
-from tmexport.errors import TmexportError
+from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.export import EMBEDDING_TYPES, low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile, open_gguf
@@ -123,7 +124,10 @@ def _advice(gguf: GGUFFile, limit: int, profile: str, states: int, compiles: int
     for kind, of_embedding in kinds:
         if config.d_model % of_embedding.block_size:
             continue
-        layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
+        try:
+            layout = tensor_layout(config, low_bit_types(config, kind, of_embedding))
+        except UsageError:  # rows of some projections do not divide into its blocks
+            continue
         for how in (profile, *(preset.name for preset in preset_of(profile).smaller())):
             option = _need(gguf, config, layout, how, states, compiles)
             name = (
@@ -169,7 +173,7 @@ def _need(gguf: GGUFFile, config: Model, layout: Layout, profile: str, states: i
     weights = sum(packed.values())
     ends = [packed[name] + stored[name] for name in ("token_embd.weight", "output.weight") if name in packed]
     layers = max(packed[name] + stored[name] for name in packed if name.startswith("blk."))
-    positions = config.context_length or POSITIONS
+    positions = context_limit(config.context_length) if config.context_length else POSITIONS
     arrays = state_arrays(config, preset_of(profile))
     state = sum(array._replace(shape=with_positions(array, positions)).nbytes for array in arrays)
     tokenizer = gguf.metadata.get(TOKENIZER_JSON_KEY)

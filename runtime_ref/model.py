@@ -22,6 +22,7 @@ from runtime_ref.kernels.phases import FEWEST_ROWS
 from runtime_ref.kernels.program import Job, run
 from runtime_ref.kernels.records import words
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
+from runtime_ref.rope import context_limit
 from runtime_ref.sampling import Sampling, continue_tokens
 from runtime_ref.state import State, state_arrays, with_positions
 from runtime_ref.team import Team
@@ -203,8 +204,8 @@ class Model:
             raise NumericsError("an Inf or a NaN appears in the output of the head; the weights are damaged")
 
     def _check_context(self, state: State, length: int) -> None:
-        limit = self.config.context_length
-        if state.growing and limit is not None and state.tokens + length > limit:
+        limit = context_limit(self.config.context_length)
+        if state.growing and state.tokens + length > limit:
             raise UsageError(
                 f"the text has {state.tokens + length} tokens, but the model was made for {limit} (its context length)"
             )

@@ -12,7 +12,13 @@ from functools import cache
 import numpy as np
 
 NEAR = 64  # a position is 64 times a row of the far table plus a row of the near one
+MOST_POSITIONS = 2**20  # of any text of a model with attention, whatever its file says: tables are as long
 _DIGITS = 40
+
+
+def context_limit(stated: int | None) -> int:
+    """The positions that a text may have; stated: the model's own context length."""
+    return min(stated or MOST_POSITIONS, MOST_POSITIONS)
 
 
 @cache

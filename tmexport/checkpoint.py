@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -204,6 +205,7 @@ def write_checkpoint(
     config: Model,
     tensors: Mapping[str, np.ndarray | Coded],
     tokenizer: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder in the Hugging Face layout; codes with scales make it a low-bit checkpoint.
 
@@ -214,6 +216,7 @@ def write_checkpoint(
         config: the dimensions.
         tensors: by Hugging Face name, exactly those of `expected_shapes(config)`; fp16 or fp32 arrays.
         tokenizer: a tokenizer.json to copy, with the files of BESIDE_TOKENIZER that lie beside it.
+        provenance: how low-bit weights were made, for quantization_config.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen, or those of one role differ in kind or group size.
@@ -237,7 +240,7 @@ def write_checkpoint(
             flat[name] = np.ascontiguousarray(tensor)
     flat = _by_file_names(folder, config, flat)
     raw = config.to_hf()
-    quantization = write_quantization(_stored_forms(folder, config, tensors), config)
+    quantization = write_quantization(_stored_forms(folder, config, tensors), config, provenance)
     if quantization is not None:
         raw["quantization_config"] = quantization
     try:

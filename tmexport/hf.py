@@ -32,7 +32,8 @@ class Config(QuantizationConfigMixin):
     """Our quantization_config as transformers keeps it. dequantize: the model is a dense one after loading."""
 
     def __init__(self, quant_method: str, **fields: Any) -> None:
-        self.quant_method, self.dequantize, self.fields = quant_method, True, fields
+        self.quant_method = quant_method  # type: ignore[assignment] # a member of an enum there, which ours is not in
+        self.dequantize, self.fields = True, fields
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -71,7 +72,14 @@ class Multiply(ConversionOps):
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str | None = None, **_: Any) -> dict[str, Any]:
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
         name = full_layer_name or ""
         form = self.hf_quantizer.forms.get(name)
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}

@@ -131,13 +131,18 @@ def _checked(kind: Any, group_size: Any, where: object) -> Stored:
     return Stored(kind, group_size)
 
 
-def write_quantization(stored: Mapping[str, Stored], model: Model) -> dict[str, Any] | None:
-    """The quantization_config of these roles: None without any, version 1 where that can say it."""
+def write_quantization(
+    stored: Mapping[str, Stored], model: Model, provenance: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The quantization_config of these roles: None without any, version 1 where that can say it. provenance: how the weights
+    were made, for people and scripts; nothing here reads it.
+    """
     if not stored:
         return None
     inside = {role for role, in_block in low_bit_roles(model).items() if in_block}
     forms = set(stored.values())
-    if set(stored) == inside and len(forms) == 1 and next(iter(forms)).kind == "ternary":
+    if not provenance and set(stored) == inside and len(forms) == 1 and next(iter(forms)).kind == "ternary":
         return {"quant_method": "ternary", "group_size": forms.pop().group_size, "version": VERSION_1}
     weights = {role: {"kind": form.kind, "group_size": form.group_size} for role, form in stored.items()}
-    return {"quant_method": "tmexport", "version": VERSION_2, "weights": weights}
+    told = {"provenance": dict(provenance)} if provenance else {}
+    return {"quant_method": "tmexport", "version": VERSION_2, "weights": weights, **told}

@@ -6,7 +6,6 @@ python -m qat.ptq gptq --teacher out/teacher --data text.jsonl --out out/gptq
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,11 @@ from typing import Any
 import click
 import torch
 
-from qat.ptq.making import METHODS, Method, calibration_ids, make
-from tmexport.cli.options import HELP, PATH, json_option, threads_option, tokenizer_option
+from qat.ptq.making import METHODS, Method, make
+from qat.ptq.recipes import recipe
+from qat.ptq.text import TEXT_OPTIONS, read_ids
+from qat.ptq.transforms import TRANSFORMS
+from tmexport.cli.options import HELP, PATH, json_option
 from tmexport.threads import default_threads
 from tmexport.types import KINDS
 
@@ -28,8 +30,11 @@ def main() -> None:
 _WHICH = "Which become that kind: all, mixers (not the MLPs'), or roles: in_proj,down_proj."
 
 
-def _options(name: str, method: Method) -> list[Callable[..., Any]]:
-    options = [
+_STEPS = "; ".join(f"{name}: {transform.help}" for name, transform in TRANSFORMS.items())
+
+
+def _options() -> list[Callable[..., Any]]:
+    return [
         click.option("--teacher", required=True, type=PATH, help="Checkpoint folder of the full-precision model."),
         click.option("--out", required=True, type=PATH, help="Folder to write."),
         click.option(
@@ -51,35 +56,35 @@ def _options(name: str, method: Method) -> list[Callable[..., Any]]:
             show_default=True,
             help="Kind of the other projections, rounded to nearest.",
         ),
+        click.option(
+            "--transform",
+            "transforms",
+            multiple=True,
+            type=click.Choice(list(TRANSFORMS)),
+            help=f"Before rounding, in the order given; repeatable. {_STEPS}.",
+        ),
         json_option,
+        *TEXT_OPTIONS,
     ]
-    if method.reads_text:
-        options += [
-            click.option("--data", multiple=True, required=True, type=PATH, help="Calibration text; repeatable."),
-            click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Sequences of it."),
-            click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens of each."),
-            click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Picks the sequences."),
-            tokenizer_option,
-            threads_option,
-        ]
-    return options
 
 
 def _command(name: str, method: Method) -> click.Command:
     def run(
         teacher: Path, out: Path, weights: str, embedding: str, group_size: int | None, projections: str, rest: str,
-        as_json: bool, data: tuple[Path, ...] = (), samples: int = 0, seq_len: int = 0, seed: int = 0, tokenizer: Path | None = None, threads: int | None = None,
+        transforms: tuple[str, ...], as_json: bool, data: tuple[Path, ...], samples: int, seq_len: int, seed: int,
+        tokenizer: Path | None, threads: int | None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads or default_threads())
-        ids = None
-        if method.reads_text:
-            with tempfile.TemporaryDirectory() as cache:
-                ids = calibration_ids(teacher, list(data), tokenizer, samples, seq_len, seed, Path(cache))
-        zero_ratio = make(name, teacher, out, weights, group_size, ids, embedding, projections, rest)
+        if method.reads_text and not data:
+            raise click.UsageError(f"{name} reads calibration text; add --data")
+        ids = read_ids(teacher, data, tokenizer, samples, seq_len, seed) if data else None
+        made = make(name, teacher, out, weights, group_size, ids, embedding, projections, rest, transforms, seed)
         if as_json:
-            click.echo(json.dumps({"out": str(out), "method": name, "weights": weights, "zero_ratio": zero_ratio}))
+            said = {"out": str(out), "method": name, "weights": weights, "zero_ratio": made.zero_ratio}
+            click.echo(json.dumps(said | {"transforms": made.transforms}))
         else:
-            click.echo(f"{out}: {weights} by {name}, {zero_ratio:.1%} zeros")
+            steps = "".join(f"{transform}, " for transform in transforms)
+            click.echo(f"{out}: {steps}{weights} by {name}, {made.zero_ratio:.1%} zeros")
 
     run.__doc__ = f"""{method.help}
 
@@ -87,10 +92,11 @@ def _command(name: str, method: Method) -> click.Command:
     Example:
       tmexport ptq {name} --teacher out/teacher {"--data text.jsonl " if method.reads_text else ""}--out out/{name}
     """
-    for option in reversed(_options(name, method)):
+    for option in reversed(_options()):
         run = option(run)
     return click.command(name)(run)
 
 
 for _name, _method in METHODS.items():
     main.add_command(_command(_name, _method))
+main.add_command(recipe)

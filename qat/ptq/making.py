@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from qat.ptq.awq import awq
 from qat.ptq.gptq import gptq
 from qat.ptq.rtn import round_to_nearest
 from qat.ptq.sigma_delta import sigma_delta
+from qat.ptq.statistics import text_digest
+from qat.ptq.transforms import TRANSFORMS, Work, apply
 from tmexport.checkpoint import Checkpoint, group_that_keeps, open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.quantization import group_for, projections_of
@@ -39,6 +43,14 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True)
+class Made:
+    """What `make` wrote: the zero ratio of the projections of its kind, and the record of the transformations."""
+
+    zero_ratio: float
+    transforms: tuple[dict[str, Any], ...] = ()
+
+
 def make(
     method: str,
     teacher: Path,
@@ -49,8 +61,10 @@ def make(
     embedding: str = "dense",
     projections: str = "all",
     rest: str = "dense",
-) -> float:
-    """Write the checkpoint `teacher` to `out` with its projections rounded; returns the zero ratio of those of `kind`.
+    transforms: Sequence[str] = (),
+    seed: int = 0,
+) -> Made:
+    """Write the checkpoint `teacher` to `out` with its projections rounded.
 
     Args:
         method: a key of METHODS.
@@ -58,30 +72,57 @@ def make(
         out: folder to write, another.
         kind: a key of KINDS.
         group_size: weights that share a scale; the kind's widest that fits if None.
-        ids: calibration tokens int64 [n, seq_len], for a method that reads text.
+        ids: calibration tokens int64 [n, seq_len], for a method or a transformation that reads text.
         embedding: a key of KINDS to which the embedding and an untied head are rounded, in its widest groups; or dense.
         projections: which become `kind` (`tmexport.quantization.projections_of`).
         rest: a key of KINDS to which the other projections are rounded to nearest; or dense.
+        transforms: keys of TRANSFORMS, applied to the teacher in this order before it is rounded.
+        seed: of what a transformation draws.
 
     Raises:
-        TmexportError: the teacher cannot be read, is low-bit already, or has rows that the group size does not divide.
+        TmexportError: the teacher cannot be read, is low-bit already, or has rows that the group size does not divide; or a
+            transformation does not know the model.
     """
     if out.resolve() == teacher.resolve():
         raise UsageError(f"{out}: is the teacher's folder, which would be overwritten; choose another --out")
     checkpoint = open_checkpoint(teacher)
     if checkpoint.coded:
         raise CheckpointError(f"{teacher}: holds low-bit weights already; expected a full-precision teacher")
-    table = checkpoint.config.tensors
     chosen = projections_of(checkpoint.config, projections)
-    groups = _groups(checkpoint, kind, group_size, chosen)
-    tensors = METHODS[method].tensors(checkpoint, ids, kind, groups)
+    source: Checkpoint = checkpoint
+    done: list[dict[str, Any]] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".transformed-") as folder:
+        if transforms:
+            source, done = _transformed(checkpoint, transforms, ids, seed, Path(folder))
+        groups = _groups(source, kind, group_size, chosen)
+        tensors = METHODS[method].tensors(source, ids, kind, groups)
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
-    for name, tensor in table.items():
+    for name, tensor in source.config.tensors.items():
         other = "dense" if name in chosen or not tensor.low_bit else embedding if tensor.block is None else rest
         if other != "dense":
             tensors[name] = KINDS[other].quantize(_fp32(tensors[name]), group_for(other, None, name, tensor.shape[1]))
-    write_checkpoint(out, checkpoint.config, tensors, checkpoint.tokenizer)
-    return sum(int((tensor.codes == 0).sum()) for tensor in coded) / sum(tensor.codes.size for tensor in coded)
+    provenance: dict[str, Any] | None = None
+    if done:
+        provenance = {"method": method, "transforms": done}
+        if ids is not None:
+            provenance["calibration"] = {"digest": text_digest(ids), "sequences": len(ids), "tokens": ids.numel()}
+    write_checkpoint(out, source.config, tensors, checkpoint.tokenizer, provenance)
+    zeros = sum(int((tensor.codes == 0).sum()) for tensor in coded)
+    return Made(zeros / sum(tensor.codes.size for tensor in coded), tuple(done))
+
+
+def _transformed(
+    teacher: Checkpoint, names: Sequence[str], ids: Tensor | None, seed: int, folder: Path
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """The teacher after the transformations, as an fp32 checkpoint in `folder`, and their record."""
+    unread = [name for name in names if TRANSFORMS[name].reads_text]
+    if unread and ids is None:
+        raise UsageError(f"--transform {unread[0]} reads calibration text; add --data")
+    work = Work.of(teacher)
+    apply(work, names, ids, seed)
+    write_checkpoint(folder, work.config, work.rounded())
+    return open_checkpoint(folder), work.done
 
 
 def _groups(checkpoint: Checkpoint, kind: str, group_size: int | None, chosen: Mapping[str, str]) -> dict[str, int]:

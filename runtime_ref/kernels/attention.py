@@ -17,13 +17,12 @@ from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
 from runtime_ref.kernels.states import load_state, store_state
 from runtime_ref.kernels.vector import address, load, peek, poke, splat, store, tree_sum, tree_sums
-from runtime_ref.rope import NEAR, rope_tables
+from runtime_ref.rope import NEAR, context_limit, rope_tables
 from tmexport.model.branches.attention import Attention
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 ZERO = np.float32(0.0)
-NO_LIMIT = 2**20  # positions of a model that states no context length
 
 
 class Turn(NamedTuple):
@@ -199,7 +198,7 @@ def steps(layer: Layer) -> list[Step]:
     q_bias, k_bias, v_bias = (small.get(f"{name}_bias", none) for name in "qkv")
     tables = (np.zeros((0, 0)), np.zeros((0, 0)))
     if c.rope_theta is not None:
-        tables = rope_tables(c.rope_theta, c.head_dim, layer.source.config.context_length or NO_LIMIT)
+        tables = rope_tables(c.rope_theta, c.head_dim, context_limit(layer.source.config.context_length))
     turned = Turn(c.n_heads, c.n_kv_heads, c.head_dim, *tables, q_bias, k_bias, v_bias, layer.slot, layer.index)
     out = layer.matrix("o_proj")
     return [

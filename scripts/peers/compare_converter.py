@@ -19,6 +19,7 @@ import click
 import numpy as np
 
 from tests.models import random_tensors
+from tests.tokenizer.real import pip_download
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli.app import run_command
 from tmexport.gguf.export import plan_export
@@ -28,22 +29,7 @@ from tmexport.model import mamba2_model
 
 def fetch_llama_cpp(folder: Path) -> Path:
     """llama.cpp's source out of llama-cpp-python's sdist."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-        "llama-cpp-python",
-        "-d",
-        str(folder),
-    ]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    archive = next(folder.glob("llama_cpp_python-*.tar.gz"))
-    with tarfile.open(archive) as tar:
+    with tarfile.open(pip_download("llama-cpp-python", folder, source=True)) as tar:
         tar.extractall(folder, filter="data")
     return next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"))
 

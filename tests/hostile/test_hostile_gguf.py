@@ -168,7 +168,7 @@ def test_alignment(tmp_path, encoded, shown):
         ({"dims": (64, 2**40)}, r"'token_embd.weight' reaches to byte \d+, but the file has|starts at offset"),
         ({"dims": (64, 17)}, r"'blk.0.attn_norm.weight' starts at offset 2048 of the data; expected 2176"),
         ({"dims": (64, 15)}, r"'blk.0.attn_norm.weight' starts at offset 2048 of the data; expected 1920"),
-        ({"kind": 3}, r"'token_embd.weight' has the type 3; this release reads F32 \(0\)"),
+        ({"kind": 6}, r"'token_embd.weight' has the type 6; this release reads F32 \(0\)"),
         ({"kind": 12}, r"'token_embd.weight' has the type 12"),
         ({"kind": 2**32 - 1}, r"'token_embd.weight' has the type 4294967295"),
         ({"dims": (65, 16), "kind": Q8_0}, r"'token_embd.weight' has rows of 65, not a multiple of the Q8_0 block of 32"),

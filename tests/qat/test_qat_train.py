@@ -421,8 +421,8 @@ def test_ctrl_c_exits_130(teacher, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"weights": "binary"}, {"weights": "binary", "ternary_embedding": True}], ids=str)
-def test_low_bit_of_other_kinds_trains_resumes_and_exports(corpus, tmp_path, changes):
-    """Binary weights, and a ternary embedding: better than rounding, the same bits after a stop, codes in a GGUF."""
+def test_low_bit_of_other_kinds_trains_and_resumes(corpus, tmp_path, changes):
+    """Binary weights, and a ternary embedding: better than rounding, the same bits after a stop, codes in the checkpoint."""
     train(Recipe(**{**TINY, "d_model": 128}), [corpus], tmp_path / "teacher")
     settings = {**TINY, "lr": 3e-3, "weight_decay": 0.0, "group_size": 0, **changes}
     for name, minutes in (("whole", 0.0), ("parts", 1e-6)):

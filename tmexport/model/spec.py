@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tmexport.errors import ConfigError
 
 LARGEST_DIMENSION = 2**24  # far above any model, far below an overflow: stops absurd values before they are used
-MOST_POSITIONS = 2**40
+MOST_POSITIONS = 2**31
 MOST_BLOCKS, MOST_TOKENS = 1024, 2**21  # lists of tensors and of tokens are as long as these
 NEG_EXP = "neg_exp"  # a transform: the file holds -exp(x), taken in fp64 and rounded once to fp32
 

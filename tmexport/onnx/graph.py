@@ -13,7 +13,7 @@ from tmexport.checkpoint import Checkpoint
 from tmexport.errors import UsageError
 from tmexport.model import Model
 from tmexport.onnx import weights as w
-from tmexport.onnx.branches import branch_module
+from tmexport.onnx.branches import MODULES, branch_module
 from tmexport.onnx.builder import Builder, Initializer
 from tmexport.onnx.forms import Custom, Ort, Portable, head_operator
 from tmexport.onnx.functions import function_protos
@@ -54,6 +54,7 @@ def build_graph(
         UsageError: the opset cannot be.
     """
     config = checkpoint.config
+    _check_branches(config)
     opset = _checked_opset(form, opset)
     group_size = w.projections_group_size(checkpoint)
     info = ModelInfo(config, form, group_size, embedding_type, io_names, logits)
@@ -75,10 +76,6 @@ def build_graph(
         states = block_states(block, number, io_names)
         inputs += [_float(state.past, ["batch", *state.shape]) for state in states.values()]
         outputs += [_float(state.present, ["batch", *state.shape]) for state in states.values()]
-        if len(block.branches) != 1 or block.multiplier != 1.0:
-            raise UsageError(
-                f"block {number} has {len(block.branches)} branches or a multiplier; ONNX has one branch a block"
-            )
         (branch,) = block.branches
         out = branch_module(branch.kind).WRITERS[form](writer, branch, normed, layers[number], states)
         if number + 1 < config.n_layer:
@@ -94,6 +91,18 @@ def build_graph(
 
     skeleton = _model(b, info, opset, inputs, outputs)
     return Graph(skeleton, initializers + b.constants, info)
+
+
+def _check_branches(config: Model) -> None:
+    """Raises UsageError for what no form writes: branches without a module, several in a block, multipliers."""
+    kinds = [branch.kind for block in config.blocks for branch in block.branches]
+    unknown = next((kind for kind in kinds if kind not in MODULES), None)
+    if unknown is not None:
+        raise UsageError(
+            f"the model has {unknown} layers, which ONNX has not yet; expected {' or '.join(MODULES)} alone; use `tmexport gguf`"
+        )
+    if any(len(block.branches) != 1 or block.multiplier != 1.0 for block in config.blocks):
+        raise UsageError("the model has several branches in a block, or multipliers, which ONNX has not yet")
 
 
 def _checked_opset(form: str, opset: int | None) -> int:

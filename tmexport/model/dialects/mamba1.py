@@ -17,6 +17,7 @@ from tmexport.model.dialects.reading import (
     first_id,
     need,
     padded_vocabulary,
+    pure_mamba_config,
 )
 from tmexport.model.spec import MOST_BLOCKS, Block, Model, whole_number
 
@@ -131,26 +132,9 @@ def _branch(model: Model) -> Mamba1:
 def _to_hf(model: Model) -> dict[str, Any]:
     """The config.json of a `MambaForCausalLM`."""
     c = _branch(model)
-    return {
-        "architectures": ["MambaForCausalLM"],
-        "model_type": "mamba",
-        "hidden_size": model.d_model,
+    return pure_mamba_config(model, "MambaForCausalLM", c) | {
         "intermediate_size": c.d_inner,
-        "num_hidden_layers": model.n_layer,
-        "vocab_size": model.vocab_size,
-        "state_size": c.d_state,
-        "conv_kernel": c.d_conv,
-        "expand": c.d_inner // model.d_model,
         "time_step_rank": c.dt_rank,
-        "layer_norm_epsilon": model.rms_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": model.bos_token_id,
-        "eos_token_id": model.eos_token_id,
-        "pad_token_id": None,
-        "hidden_act": "silu",
-        "use_bias": False,
-        "use_conv_bias": True,
-        "residual_in_fp32": True,
     }
 
 

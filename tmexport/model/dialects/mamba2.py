@@ -17,6 +17,7 @@ from tmexport.model.dialects.reading import (
     first_id,
     need,
     padded_vocabulary,
+    pure_mamba_config,
     refuse_dt_clamp,
 )
 from tmexport.model.spec import MOST_BLOCKS, Block, Model, whole_number
@@ -157,28 +158,11 @@ def _branch(model: Model) -> Mamba2:
 def _to_hf(model: Model) -> dict[str, Any]:
     """The config.json of a `Mamba2ForCausalLM`."""
     c = _branch(model)
-    return {
-        "architectures": ["Mamba2ForCausalLM"],
-        "model_type": "mamba2",
-        "hidden_size": model.d_model,
-        "num_hidden_layers": model.n_layer,
-        "vocab_size": model.vocab_size,
-        "state_size": c.d_state,
-        "conv_kernel": c.d_conv,
-        "expand": c.d_inner // model.d_model,
+    return pure_mamba_config(model, "Mamba2ForCausalLM", c) | {
         "head_dim": c.headdim,
         "num_heads": c.n_heads,
         "n_groups": c.n_groups,
-        "layer_norm_epsilon": model.rms_eps,
-        "tie_word_embeddings": model.tie_embeddings,
         "chunk_size": c.chunk_size,
-        "bos_token_id": model.bos_token_id,
-        "eos_token_id": model.eos_token_id,
-        "pad_token_id": None,
-        "hidden_act": "silu",
-        "use_bias": False,
-        "use_conv_bias": True,
-        "residual_in_fp32": True,
     }
 
 

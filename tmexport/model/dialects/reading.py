@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import ConfigError, GGUFError
+from tmexport.model.branches.mamba1 import Mamba1
+from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.model.spec import Model, Names, shown
 
 CONTEXT_LENGTH = 2**20  # a recurrent model has no limit; llama.cpp's converter writes this
@@ -105,6 +107,29 @@ def common_keys(model: Model) -> dict[str, Any]:
         "block_count": model.n_layer,
         "vocab_size": model.vocab_size,
         "attention.layer_norm_rms_epsilon": model.rms_eps,
+    }
+
+
+def pure_mamba_config(model: Model, architecture: str, c: Mamba1 | Mamba2) -> dict[str, Any]:
+    """What transformers' config.json of a pure Mamba says whichever the mixer `c` is."""
+    return {
+        "architectures": [architecture],
+        "model_type": model.family,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.n_layer,
+        "vocab_size": model.vocab_size,
+        "state_size": c.d_state,
+        "conv_kernel": c.d_conv,
+        "expand": c.d_inner // model.d_model,
+        "layer_norm_epsilon": model.rms_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_id,
+        "pad_token_id": None,
+        "hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": True,
+        "residual_in_fp32": True,
     }
 
 
