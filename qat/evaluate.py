@@ -81,10 +81,12 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
     return path
 
 
-def evaluate(folder: Path, data: list[Path], tokenizer: Path | None = None) -> Score:
-    """Score all documents of `data` with the checkpoint in `folder`, as `tmexport.documents` says."""
+def evaluate(
+    folder: Path, data: list[Path], tokenizer: Path | None = None, model: LanguageModel | None = None
+) -> Score:
+    """Score all documents of `data` with the checkpoint in `folder`, as `tmexport.documents` says; model: what to run in its place."""
     documents = documents_in(data, find_tokenizer(folder, tokenizer), open_checkpoint(folder).config)
-    model = load_model(folder)
+    model = model or load_model(folder)
     with progress_bar("evaluating", sum(d.scored for d in documents), unit="tokens") as bar:
 
         def nats_of(ids: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from qat.model import LanguageModel
 from qat.model.mamba2 import Mamba2Mixer
 from qat.ptq.cli import main
 from qat.ptq.making import make
+from qat.ptq.static import make_static, scanned_scales
 from qat.ptq.statistics import gather, save, scanned_name, text_digest
 from qat.ptq.transforms import TRANSFORMS, Work, apply
 from qat.ptq.transforms.fold import fold, is_folded
@@ -240,3 +241,24 @@ def test_sort_leaves_what_is_no_mamba2(tmp_path):
     sort(work, IDS, 0)
     assert work.done == [{"name": "sort", "clusters": work.done[0]["clusters"], "seed": 0}]
     assert set(work.done[0]["clusters"]) == {"0", "1"}
+
+
+def test_static_scales():
+    """By hand: one for all; one for x and each B and C; one a cluster of x. A rounded model is near, and its inputs are on the grid."""
+    branch = tiny_config(d_model=16, headdim=8, d_state=4, n_groups=2, expand=2).blocks[0].branches[0]
+    largest = np.arange(1.0, branch.conv_dim + 1)  # x 32, then B 4 4, C 4 4
+    assert (scanned_scales(branch, largest, False, None) == 48 / 127).all()
+    scales = scanned_scales(branch, largest, True, None) * 127
+    np.testing.assert_allclose(scales, [32] * 32 + [36] * 4 + [40] * 4 + [44] * 4 + [48] * 4)
+    scales = scanned_scales(branch, largest, True, [[[2, 3, 5]], [[1, 8], [1, 4, 4]]]) * 127
+    wanted = [11] * 3 + [16] * 5 + [11] * 3 + [16] * 5 + [24] * 8 + [28] * 4 + [32] * 4
+    np.testing.assert_allclose(scales[:32], wanted)
+    work = work_of("tied")
+    model, seen = work.model(), []
+    make_static(model, gather(model, IDS))
+    model.backbone.layers[0].mixer.in_proj.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        found, exact = model(IDS), work.model()(IDS)
+    assert 1e-4 < float((found - exact).std() / exact.std()) < 0.1
+    codes = seen[0] / seen[0].abs().max() * 127
+    assert float((codes - codes.round()).abs().max()) < 1e-3
