@@ -111,7 +111,7 @@ def sections(layout: Layout, scale: Scale) -> dict[str, list[Step]]:
         scale.student,
     )
     train_control = words(
-        "python -m qat.train --teacher", teacher, "--weights dense --recipe demo-cpu", *map(Path, corpus), "--out",
+        "python -m qat.train --teacher", teacher, "--weights dense --lr 1e-4 --recipe demo-cpu", *map(Path, corpus), "--out",
         layout.checkpoint(CONTROL), scale.student,
     )  # fmt: skip
     data = (train, held_out, RECIPE)
