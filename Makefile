@@ -7,6 +7,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 QUICK = -m "not slow and not peer and not network"
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+# pyenv puts names on the path that run nothing unless they are chosen: look into its folders first.
+PYENV = $(subst $(eval) ,:,$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin))
 RUN = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
@@ -50,7 +52,7 @@ lowest:
 	$(VENV)-lowest/bin/python -m pytest $(QUICK) $(TEST_ARGS)
 
 versions:
-	@for python in $(PYTHONS); do \
+	@PATH="$(PYENV):$$PATH"; for python in $(PYTHONS); do \
 	    $$python -c "" 2>/dev/null || { echo "$$python is not installed: left out"; continue; }; \
 	    $(MAKE) --no-print-directory quick PYTHON=$$python VENV=$(VENV)-$$python || exit 1; \
 	done
