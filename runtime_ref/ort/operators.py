@@ -21,7 +21,7 @@ from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.kernels.norm import rms_norm as norm_row
 from runtime_ref.kernels.pack import Packed, PackedFloat
 from runtime_ref.kernels.repack import pack_blocks
-from runtime_ref.kernels.scratch import CHUNK, Scratch, activations
+from runtime_ref.kernels.scratch import CHUNK, Room, Scratch, activations, allocate
 from runtime_ref.kernels.vector import address
 from tmexport.errors import UsageError
 from tmexport.types import GGMLType
@@ -153,16 +153,11 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(_same(a[:whole].view(np.uint64), b[:whole].view(np.uint64))) and bytes(a[whole:]) == bytes(b[whole:])
 
 
-_UNUSED = {
-    name: np.empty((1, 1), dtype)
-    for name, dtype in zip(
-        Scratch._fields, ("f4", "f4", "i2", "i1", "i1", "f4", "i4", "f4", "f4", "f4", "f4"), strict=False
-    )
-}
+_UNUSED = allocate(1, Room())._asdict()
 
 
 def _scratch(**arrays: np.ndarray) -> Scratch:
-    return Scratch(**(_UNUSED | arrays), bad=np.empty(1, np.int64))
+    return Scratch(**(_UNUSED | arrays))
 
 
 def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:

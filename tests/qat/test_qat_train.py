@@ -380,7 +380,7 @@ def test_commands(teacher, corpus, tmp_path):
             qat.train.cli.main,
             ["--teacher", "TEACHER", "--data", "CORPUS", "--batch-size", "3", "--accumulate", "2"],
         ),
-        (qat.ptq.cli.main, ["rtn", "--teacher", "TEACHER"]),  # groups of 256 do not fit a width of 64
+        (qat.ptq.cli.main, ["rtn", "--teacher", "TEACHER", "--group-size", "256"]),  # does not fit a width of 64
         (qat.evaluate.main, ["--data", "CORPUS"]),
     ],
 )
