@@ -108,12 +108,14 @@ class Program:
         starts = np.cumsum([0, *(len(record) for record in records[:-1])])
         self._arguments = np.uint64(self._words.ctypes.data) + np.uint64(8) * starts.astype(np.uint64)
         self._tables: dict[bool, np.ndarray] = {}
+        self._found: dict[bool, bool] = {}
 
     def at_hand(self, many: bool, job: Job) -> bool:
-        """Whether `table` finds everything compiled, in this process or on the disk."""
-        return many in self._tables or all(
-            entry.overloads or entry._cache.holds(_ARGUMENTS) for entry in set(self._entries(many, job))
-        )
+        """Whether `table` finds everything compiled, in this process or, looked for once, on the disk."""
+        if many not in self._tables and many not in self._found:
+            entries = set(self._entries(many, job))
+            self._found[many] = all(entry.overloads or entry._cache.holds(_ARGUMENTS) for entry in entries)
+        return many in self._tables or self._found[many]
 
     def table(self, many: bool, job: Job) -> np.ndarray:
         """The addresses of each phase's code and arguments, uint64 [steps, 2], for jobs of many rows or of few; compiled if need be."""
