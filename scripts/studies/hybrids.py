@@ -199,8 +199,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="folder for all runs")
-@click.option("--steps", type=click.IntRange(1), default=450, show_default=True, help="of 1,024 tokens, from nothing")
-@click.option("--ternary-steps", type=click.IntRange(1), default=100, show_default=True, help="of every student")
+@click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="of 1,024 tokens, from nothing")
+@click.option("--ternary-steps", type=click.IntRange(1), default=80, show_default=True, help="of every student")
 @click.option("--minutes", type=click.FloatRange(0), default=0.0, help="stop after this time; 0 = when all is done")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="of the timing")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of training")
