@@ -16,6 +16,7 @@ from runtime_ref.kernels.packed import ROWS, Reader, Wanted, blank, filled_codes
 from runtime_ref.reference.ternary import TernaryMatrix
 from tmexport.errors import GGUFError
 from tmexport.types import GGMLType, decode_codes
+from tmexport.types.base import INFINITE_BITS, SCALE_BITS
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
@@ -83,7 +84,7 @@ def _word(row, at):
 def _put_scale(row, at, scales, tile, lane, block, blocks):
     """Store the fp16 at row[at:] as the scale of its group; False if it is not allowed, or differs inside the group."""
     bits = np.uint16(row[at]) | np.uint16(np.uint16(row[at + 1]) << np.uint16(8))
-    if bits != 0 and (bits < 0x0400 or bits >= 0x7C00):
+    if bits != 0 and (bits < SCALE_BITS or bits >= INFINITE_BITS):  # `types.base.bad_scales`
         return False
     per_group = blocks // scales.shape[1]
     if block % per_group == 0:
