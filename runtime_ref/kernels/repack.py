@@ -1,25 +1,48 @@
 """From a GGUF tensor's blocks straight to the kernels' layout (`pack.py`), without decoding to one byte a weight.
 
 The blocks are checked on the way as `tmexport.types` checks them: codes 0..2, scales +0 or positive normal fp16,
-one scale a group.
+one scale a group. All of it is numpy's, some rows at a time: compiled loops are no faster, and would have to be compiled before
+the first token. A tile's codes are dwords of 16 columns of a row (8 in Q4_0, 4 in Q8_0), and a type is a function that makes
+them of its blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.pack import ROWS, Packed, PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary, aligned
 from tmexport.errors import GGUFError
 from tmexport.gguf.reader import GGUFFile
 from tmexport.types import GGMLType, decode_codes, decode_values
 
-# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
+_PART = 256 << 10  # bytes of blocks at a time
+_NIBBLES, _LOW_BITS = np.uint32(0x0F0F0F0F), np.uint32(0x55555555)
+_FIELDS = {
+    GGMLType.TQ1_0: np.dtype([("q", "<u4", 13), ("d", "<u2")]),
+    GGMLType.TQ2_0: np.dtype([("q", "<u4", 16), ("d", "<u2")]),
+    GGMLType.Q2_0: np.dtype([("d", "<u2"), ("q", "<u4", 4)]),
+    GGMLType.Q1_0: np.dtype([("d", "<u2"), ("q", "u1", 16)]),
+    GGMLType.Q4_0: np.dtype([("d", "<u2"), ("q", "<u4", 4)]),
+    GGMLType.Q8_0: np.dtype([("d", "<u2"), ("q", "<u4", 8)]),
+}
 
-_FIELDS = np.uint32(0x03030303)
-_compiled = cached(nogil=True)
+
+class Blocks(NamedTuple):
+    """Of some rows: data uint32 or uint8 [rows, blocks, numbers of a block], scales' bits uint16 [blocks, rows]."""
+
+    data: np.ndarray
+    scales: np.ndarray
+
+    def dwords(self) -> np.ndarray:
+        """A copy of the data [numbers of a block, blocks, rows]."""
+        return np.ascontiguousarray(self.data.transpose(2, 1, 0))
+
+
+Made = tuple[np.ndarray, bool]  # dwords uint32 [of a block, blocks, rows], and whether all codes are valid
+Codes = Callable[[Blocks], Made]
 
 
 def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:
@@ -52,7 +75,7 @@ def _pack_codes(blocks: np.ndarray, kind: GGMLType, k: int, group: int, name: st
     codes = _blank((tiles, k // 16, ROWS), np.uint32)
     codes[-1] = 0x55555555  # rows beyond the last: code 0
     scales = np.zeros((tiles, k // group, ROWS), np.uint16)
-    if not _CODES[kind](blocks, codes, scales):
+    if not all([_put_codes(part, _CODES[kind], at, codes, scales) for at, part in _parts(blocks, kind)]):
         found, _ = decode_codes(blocks, kind, k, name)  # says which row and block
         if np.abs(found).max(initial=0) > 1:
             raise GGUFError(
@@ -62,21 +85,58 @@ def _pack_codes(blocks: np.ndarray, kind: GGMLType, k: int, group: int, name: st
     return PackedTernary(codes.view(np.uint8).reshape(tiles, k // 16, ROWS, 4), scales)
 
 
+def _put_codes(blocks: Blocks, kind: Codes, at: int, codes: np.ndarray, scales: np.ndarray) -> bool:
+    """Some rows' blocks, from row `at`, in their places; False if codes or scales are not allowed."""
+    words, ok = kind(blocks)
+    _put(words, at, codes)
+    bits = blocks.scales
+    grouped = bits.reshape(scales.shape[1], -1, bits.shape[1])
+    _put(grouped[None, :, 0], at, scales)
+    allowed = (bits == 0) | ((bits >= 0x0400) & (bits < 0x7C00))
+    return bool(ok and allowed.all() and (grouped == grouped[:, :1]).all())
+
+
+def _put(values: np.ndarray, at: int, tiles: np.ndarray) -> None:
+    """values [steps of a block, blocks, rows], from row `at` (a multiple of 16), in tiles [n / 16, all steps, 16]."""
+    steps, blocks, rows = values.shape
+    first, whole = at // ROWS, rows // ROWS
+    by_block = tiles.reshape(len(tiles), blocks, steps, ROWS)
+    tiled = values[:, :, : whole * ROWS].reshape(steps, blocks, whole, ROWS)
+    by_block[first : first + whole] = tiled.transpose(2, 1, 0, 3)
+    if rows % ROWS:
+        by_block[first + whole, :, :, : rows % ROWS] = values[:, :, whole * ROWS :].transpose(1, 0, 2)
+
+
+def _parts(blocks: np.ndarray, kind: GGMLType) -> Iterator[tuple[int, Blocks]]:
+    """Some rows at a time, few enough for the processor's cache, and the number of the first one."""
+    rows = max(1, _PART // (ROWS * max(1, blocks.shape[1]))) * ROWS
+    for at in range(0, len(blocks), rows):
+        part = blocks[at : at + rows].view(_FIELDS[kind])
+        yield at, Blocks(part["q"], np.ascontiguousarray(part["d"].T))
+
+
 def _pack_q8(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedQ8:
     tiles = -(-len(blocks) // ROWS)
-    packed = PackedQ8(_blank((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-    _q8(blocks, packed.codes.view(np.uint8), packed.scales)
-    _finite(packed.scales, name)
-    return packed
+    codes, scales = _blank((tiles, k // 4, ROWS), np.uint32), np.zeros((tiles, k // 32, ROWS), np.uint16)
+    for at, part in _parts(blocks, kind):
+        _put(part.data.transpose(2, 1, 0), at, codes)
+        _put(part.scales[None], at, scales)
+    _finite(scales, name)
+    return PackedQ8(codes.view(np.int8).reshape(tiles, k // 4, ROWS, 4), scales)
 
 
 def _pack_q4(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedQ4:
     tiles = -(-len(blocks) // ROWS)
-    packed = PackedQ4(_blank((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-    packed.codes[-1] = 0x88
-    _q4(blocks, packed.codes, packed.scales)
-    _finite(packed.scales, name)
-    return packed
+    codes, scales = _blank((tiles, k // 8, ROWS), np.uint32), np.zeros((tiles, k // 32, ROWS), np.uint16)
+    codes[-1] = 0x88888888
+    for at, part in _parts(blocks, kind):
+        w = part.dwords()  # low nibbles: columns 0..15, high ones: 16..31
+        low = (w[::2] & _NIBBLES) | (w[1::2] & _NIBBLES) << np.uint32(4)
+        high = (w[::2] >> np.uint32(4) & _NIBBLES) | (w[1::2] & ~_NIBBLES)
+        _put(np.concatenate([low, high]), at, codes)
+        _put(part.scales[None], at, scales)
+    _finite(scales, name)
+    return PackedQ4(codes.view(np.uint8).reshape(tiles, k // 8, ROWS, 4), scales)
 
 
 def _pack_half(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedHalf:
@@ -105,197 +165,91 @@ def _blank(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return array
 
 
-@_compiled
-def _word(row, at):
-    return (
-        np.uint32(row[at])
-        | np.uint32(row[at + 1]) << np.uint32(8)
-        | np.uint32(row[at + 2]) << np.uint32(16)
-        | np.uint32(row[at + 3]) << np.uint32(24)
-    )
+def _swap(high: np.ndarray, low: np.ndarray, distance: int, mask: int) -> None:
+    """The bits of `high` in the mask, moved up by a distance, and those of `low` in the mask trade places."""
+    changed = (high >> np.uint32(distance) ^ low) & np.uint32(mask)
+    low ^= changed
+    high ^= changed << np.uint32(distance)
 
 
-@_compiled
-def _put_scale(row, at, scales, tile, lane, block, blocks):
-    """Store the fp16 at row[at:] as the scale of its group; False if it is not allowed, or differs inside the group."""
-    bits = np.uint16(row[at]) | np.uint16(np.uint16(row[at + 1]) << np.uint16(8))
-    if bits != 0 and (bits < 0x0400 or bits >= 0x7C00):
-        return False
-    per_group = blocks // scales.shape[1]
-    if block % per_group == 0:
-        scales[tile, block // per_group, lane] = bits
-        return True
-    return scales[tile, block // per_group, lane] == bits
+def _joined(fields: np.ndarray) -> np.ndarray:
+    """Four dwords of bytes 0..3 [..., 4, blocks, rows] as one of four such fields a byte."""
+    f = [fields[..., i, :, :] for i in range(4)]
+    return f[0] | f[1] << np.uint32(2) | f[2] << np.uint32(4) | f[3] << np.uint32(6)
 
 
-@_compiled
-def _tq2(blocks, codes, scales):
-    n, count = blocks.shape[0], codes.shape[1] // 16
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 66
-            seen = np.uint32(0)
-            for step in range(16):
-                at = base + 32 * (step // 8) + 16 * (step % 2)
-                shift = np.uint32(2 * (step % 8 // 2))
-                word = np.uint32(0)
-                for i in range(4):
-                    fields = (_word(row, at + 4 * i) >> shift) & np.uint32(0x03030303)
-                    word |= fields << np.uint32(2 * i)
-                codes[tile, block * 16 + step, lane] = word
-                seen |= word & (word >> np.uint32(1)) & np.uint32(0x55555555)
-            ok &= seen == 0 and _put_scale(row, base + 64, scales, tile, lane, block, count)
-    return ok
+def _tq2(blocks: Blocks) -> Made:
+    """In each half of 128 columns, byte m has columns m, m + 32, m + 64 and m + 96."""
+    w = blocks.dwords()
+    ok = not (w & w >> np.uint32(1) & _LOW_BITS).any()  # both bits of a field: no code
+    w = w.reshape(2, 2, 4, *w.shape[1:])
+    # fields and dwords trade places: what was field s of dword i becomes field i of dword s
+    for distance, mask, pairs in ((2, 0x33333333, ((0, 1), (2, 3))), (4, 0x0F0F0F0F, ((0, 2), (1, 3)))):
+        for i, j in pairs:
+            _swap(w[:, :, i], w[:, :, j], distance, mask)
+    return w.transpose(0, 2, 1, 3, 4).reshape(16, *w.shape[3:]), ok
 
 
-@_compiled
-def _q2(blocks, codes, scales):
-    n, count = blocks.shape[0], codes.shape[1] // 4
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 18
-            seen = np.uint32(0)
-            for step in range(4):
-                source = _word(row, base + 2 + 4 * step)  # byte i: columns 4i.., 2 bits each; transposed below
-                word = np.uint32(0)
-                for i in range(4):
-                    byte = (source >> np.uint32(8 * i)) & np.uint32(0xFF)
-                    spread = (byte | byte << np.uint32(12)) & np.uint32(0x000F000F)
-                    spread = (spread | spread << np.uint32(6)) & np.uint32(0x03030303)
-                    word |= spread << np.uint32(2 * i)
-                codes[tile, block * 4 + step, lane] = word
-                seen |= word & (word >> np.uint32(1)) & np.uint32(0x55555555)
-            ok &= seen == 0 and _put_scale(row, base, scales, tile, lane, block, count)
-    return ok
+def _q2(blocks: Blocks) -> Made:
+    """Byte i has columns 4 i .. 4 i + 3, lowest bits first; transposed, byte j has columns j, j + 4, j + 8, j + 12."""
+    w = blocks.dwords()
+    ok = not (w & w >> np.uint32(1) & _LOW_BITS).any()
+    for distance, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):
+        changed = (w ^ w >> np.uint32(distance)) & np.uint32(mask)
+        w ^= changed ^ changed << np.uint32(distance)
+    return w, ok
 
 
-def _base3_table() -> np.ndarray:
-    """For every byte, its five base-3 digits in bytes 0..4 of a uint64; byte 7 is 1 if no encoder writes that byte."""
-    table = np.zeros(256, np.uint64)
-    for byte in range(256):
-        digits = [byte * 3**p % 256 * 3 // 256 for p in range(5)]
-        value = sum(d * 3 ** (4 - p) for p, d in enumerate(digits))
-        packed = sum(d << (8 * p) for p, d in enumerate(digits))
-        table[byte] = packed | ((-(-value * 256 // 243) != byte) << 56)
-    return table
+def _tq1(blocks: Blocks) -> Made:
+    """Base 3, the most significant of a byte's five digits first; the last four bytes have four, and a 0."""
+    w = blocks.dwords()
+    ok = _WRITTEN[w.view(np.uint8)].all() and _WRITTEN_FOUR[w[12].view(np.uint8)].all()
+    steps = np.zeros((16, *w.shape[1:]), np.uint32)
+    rest = w.view(np.uint8)
+    for place in range(5):
+        digit = ((rest > 85).view(np.uint8) + (rest > 170).view(np.uint8)).view("<u4")
+        words = _joined(digit[:12].reshape(3, 4, *w.shape[1:]))
+        steps[2 * place], steps[2 * place + 1], steps[10 + place] = words
+        if place < 4:
+            steps[15] |= digit[12] << np.uint32(2 * place)
+        rest = rest + rest + rest
+    return steps, bool(ok)
 
 
-_BASE3 = _base3_table()
-
-
-@_compiled
-def _tq1_by(blocks, codes, scales, table):
-    n, count = blocks.shape[0], codes.shape[1] // 16
-    digits = np.empty(256, np.uint32)
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 54
-            bad = np.uint64(0)
-            for at in range(52):
-                entry = table[row[base + at]]
-                bad |= entry >> np.uint64(56)
-                if at >= 48:  # four digits, padded with a 0
-                    bad |= (entry >> np.uint64(32)) & np.uint64(3)
-                first, stride, held = (
-                    (at, 32, 5) if at < 32 else (160 + at - 32, 16, 5) if at < 48 else (240 + at - 48, 4, 4)
-                )
-                for position in range(held):
-                    digits[first + position * stride] = np.uint32((entry >> np.uint64(8 * position)) & np.uint64(3))
-            for step in range(16):
-                word = np.uint32(0)
-                for i in range(4):
-                    for j in range(4):
-                        word |= digits[16 * step + 4 * i + j] << np.uint32(8 * j + 2 * i)
-                codes[tile, block * 16 + step, lane] = word
-            ok &= bad == 0 and _put_scale(row, base + 52, scales, tile, lane, block, count)
-    return ok
-
-
-@_compiled
-def _q8(blocks, codes, scales):
-    for r in range(blocks.shape[0]):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(scales.shape[1]):
-            base = block * 34
-            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
-            for step in range(8):
-                target = codes[tile, block * 8 + step, lane]
-                at = base + 2 + 4 * step
-                target[0], target[1], target[2], target[3] = row[at], row[at + 1], row[at + 2], row[at + 3]
-
-
-@_compiled
-def _q4(blocks, codes, scales):
-    columns = np.empty(32, np.uint8)
-    for r in range(blocks.shape[0]):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(scales.shape[1]):
-            base = block * 18
-            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
-            for at in range(16):
-                columns[at] = row[base + 2 + at] & np.uint8(15)
-                columns[at + 16] = row[base + 2 + at] >> np.uint8(4)
-            for step in range(4):
-                for j in range(4):
-                    first = 8 * step + j
-                    codes[tile, block * 4 + step, lane, j] = columns[first] | np.uint8(
-                        columns[first + 4] << np.uint8(4)
-                    )
-
-
-@_compiled
-def _q1(blocks, codes, scales):
+def _q1(blocks: Blocks) -> Made:
     """Signs, a bit each: the codes -1 and 1 are stored as 0 and 2."""
-    n, count = blocks.shape[0], codes.shape[1] // 8
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 18
-            for step in range(8):
-                word = np.uint32(0)
-                for half in range(2):
-                    byte = np.uint32(row[base + 2 + 2 * step + half])
-                    for bit in range(8):
-                        column = 8 * half + bit
-                        place = np.uint32(8 * (column % 4) + 2 * (column // 4) + 1)
-                        word |= ((byte >> np.uint32(bit)) & np.uint32(1)) << place
-                codes[tile, block * 8 + step, lane] = word
-            ok &= _put_scale(row, base, scales, tile, lane, block, count)
-    return ok
+    data = blocks.dwords()
+    return _SIGNS[data[::2]] | _SIGNS[data[1::2]] << np.uint32(4), True
 
 
-@_compiled
-def _q4_ternary(blocks, codes, scales):
-    """Ternary codes with 8 added, in nibbles."""
-    n, count = blocks.shape[0], codes.shape[1] // 2
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 18
-            for step in range(2):  # columns 0..15 are the low nibbles, 16..31 the high ones
-                word = np.uint32(0)
-                for column in range(16):
-                    code = (np.uint32(row[base + 2 + column]) >> np.uint32(4 * step)) & np.uint32(15)
-                    ok &= 7 <= code <= 9
-                    word |= ((code - np.uint32(7)) & np.uint32(3)) << np.uint32(8 * (column % 4) + 2 * (column // 4))
-                codes[tile, block * 2 + step, lane] = word
-            ok &= _put_scale(row, base, scales, tile, lane, block, count)
-    return ok
+def _q4_ternary(blocks: Blocks) -> Made:
+    """Ternary codes with 8 added, in nibbles: columns 0..15 the low ones, 16..31 the high ones."""
+    w = blocks.dwords()
+    codes = np.stack([w & _NIBBLES, w >> np.uint32(4) & _NIBBLES]).view(np.uint8) - np.uint8(7)
+    return _joined(codes.view("<u4")), bool((codes <= 2).all())
 
 
-def _tq1(blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> bool:
-    return _tq1_by(blocks, codes, scales, _BASE3)
+def _written() -> tuple[np.ndarray, np.ndarray]:
+    """For every byte, whether encoders write it for five digits, and for four and a 0."""
+    five, four = np.zeros(256, bool), np.zeros(256, bool)
+    for value in range(243):
+        byte = -(-value * 256 // 243)
+        five[byte], four[byte] = True, value % 3 == 0
+    return five, four
 
 
-_CODES = {
+def _signs() -> np.ndarray:
+    """For every byte, its bits as the codes of 8 columns of a dword."""
+    columns, values = np.arange(8), np.arange(256)
+    places = 8 * (columns % 4) + 2 * (columns // 4) + 1
+    return ((values[:, None] >> columns & 1) << places).sum(axis=1).astype(np.uint32)
+
+
+_WRITTEN, _WRITTEN_FOUR = _written()
+_SIGNS = _signs()
+
+
+_CODES: dict[GGMLType, Codes] = {
     GGMLType.TQ1_0: _tq1,
     GGMLType.TQ2_0: _tq2,
     GGMLType.Q2_0: _q2,
