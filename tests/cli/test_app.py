@@ -224,7 +224,9 @@ def test_module_forms_are_the_same_commands(module, verb):
 
 def test_python_m_tmexport_is_tmexport():
     forms = [[sys.executable, "-m", "tmexport"], [sys.executable, "-c", "from tmexport.cli import main; main()"]]
-    texts = [subprocess.run([*form, "gguf", "--help"], cwd=ROOT, capture_output=True, check=True).stdout for form in forms]
+    texts = [
+        subprocess.run([*form, "gguf", "--help"], cwd=ROOT, capture_output=True, check=True).stdout for form in forms
+    ]
     assert texts[0] == texts[1]
 
 
