@@ -72,7 +72,9 @@ def train(
     except OSError as error:
         raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
-        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache", shape)
+        run = _prepare(
+            recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache", shape
+        )
     try:
         summary = fit(run, resume, hooks)
     finally:

@@ -120,9 +120,7 @@ class Study:
         teacher, model = (None, SHAPES[shape]()) if stage == "full" else (full, None)
         tokenizer = TOKENIZER if stage == "full" else None
         recipe, cache = self.recipe(stage), self.out / "cache"
-        done = train(
-            recipe, [self.train_text], folder, teacher, None, tokenizer, resume=True, cache=cache, shape=model
-        )
+        done = train(recipe, [self.train_text], folder, teacher, None, tokenizer, resume=True, cache=cache, shape=model)
         minutes = before + (time.process_time() - started) / 60
         spent.write_text(str(minutes))
         if done["steps"] < recipe.steps:
