@@ -38,7 +38,10 @@ from tmexport.cli.progress import progress_bar
 from tmexport.documents import score_documents
 from tmexport.files import atomic_write
 from tmexport.gguf.export import plan_export
-from tmexport.model import Attention, Block, Branch, Mamba2, Model, SwiGLU, llama_model, mamba2_model
+from tmexport.model import Block, Branch, Model, llama_model, mamba2_model
+from tmexport.model.branches.attention import Attention
+from tmexport.model.branches.mamba2 import Mamba2
+from tmexport.model.branches.mlp import SwiGLU
 
 D_MODEL, WINDOW, LONG, CONTEXTS, VOCABULARY = 256, 256, 1024, (1024, 16384), 4096
 TOKENIZER = Path(__file__).resolve().parents[1] / "demo" / "teacher" / "tokenizer.json"

@@ -13,8 +13,10 @@ from runtime_ref.reference import ReferenceModel
 from runtime_ref.state import State
 from runtime_ref.weights import load_weights, memory_source
 from tests.runtime_ref.small import tensors
-from tmexport.model import Attention, Block, SwiGLU
+from tmexport.model import Block
 from tmexport.model import Model as ModelSpec
+from tmexport.model.branches.attention import Attention
+from tmexport.model.branches.mlp import SwiGLU
 
 LENGTH = 4096
 SHAPES = {  # heads, heads of keys, their width, base of RoPE
