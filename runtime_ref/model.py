@@ -22,13 +22,13 @@ from runtime_ref.kernels.phases import FEWEST_ROWS
 from runtime_ref.kernels.program import Job, run
 from runtime_ref.kernels.records import words
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
-from runtime_ref.rope import context_limit
 from runtime_ref.sampling import Sampling, continue_tokens
 from runtime_ref.state import State, state_arrays, with_positions
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
 from tmexport.errors import UsageError
 from tmexport.model import Model as Config
+from tmexport.model.rope import context_limit
 from tmexport.threads import default_threads
 
 
