@@ -95,10 +95,11 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", closefd=False)
-    if sys.stderr is sys.__stderr__:  # no test's
-        sys.stderr = _Stderr(sys.stderr.buffer, sys.stderr.encoding, line_buffering=True, write_through=True)
+    real = sys.__stderr__
+    if real is None:
+        sys.stderr = _Stderr(os.fdopen(2, "wb", closefd=False), "utf-8", line_buffering=True)
+    elif sys.stderr is real:  # no test's
+        sys.stderr = _Stderr(real.buffer, real.encoding, line_buffering=True)
 
 
 def _ending(code: int) -> Callable[..., NoReturn]:
