@@ -187,7 +187,7 @@ def _need(gguf: GGUFFile, config: Model, layout: Layout, profile: str, states: i
 
 
 def resident_bytes(shape: tuple[int, ...], kind: GGMLType, group: int) -> int:
-    """Bytes of a tensor in memory (`kernels.pack`): 16 rows side by side; TQ1_0 is unpacked to two bits a weight."""
+    """Bytes of a tensor in memory (`kernels.packed`): 16 rows side by side; TQ1_0 is unpacked to two bits a weight."""
     n, k = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
     rows = -(-n // 16) * 16
     if any(holds(kind, codes) for codes in KINDS):

@@ -14,8 +14,9 @@ from runtime_ref.kernels.isa import available
 from runtime_ref.memory import check_memory, need
 from runtime_ref.model import Model
 from runtime_ref.reference import ReferenceModel
+from runtime_ref.reference.dense import DenseMatrix
 from runtime_ref.state import STEP, State
-from runtime_ref.weights import DenseMatrix, load_weights, memory_source
+from runtime_ref.weights import load_weights, memory_source
 from tests.llama import Llama
 from tests.models import train_tokenizer
 from tests.tmexport.families import FAMILIES, save
