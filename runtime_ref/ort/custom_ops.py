@@ -175,7 +175,9 @@ def swiglu(gate: np.ndarray, up: np.ndarray, profile: str) -> np.ndarray:
     return gated
 
 
-def causal_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.ndarray, profile: str) -> np.ndarray:
+def causal_attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.ndarray, profile: str
+) -> np.ndarray:
     """q [B, T, H * D], keys and values [B, G, S, D] -> [B, T, H * D]."""
     from runtime_ref.ort import operators
 

@@ -139,7 +139,7 @@ class OrtModel:
 
     def new_state(self, batch: int = 1) -> OrtState:
         """The state before the first token of `batch` texts."""
-        return self._state(batch, [np.zeros(state.dims(batch, 0), np.float32) for state in self._states])
+        return self._state(batch, [np.zeros(state.sizes(batch, 0), np.float32) for state in self._states])
 
     def state_from(self, arrays: Mapping[str, np.ndarray]) -> OrtState:
         """A state from arrays by input name (past_conv.0, past_ssm.0, ...), fp32.
@@ -155,7 +155,7 @@ class OrtModel:
         positions = growing.shape[2] if growing is not None and growing.ndim == 4 else 0
         found = []
         for state in self._states:
-            array, wanted = arrays.get(state.past), tuple(state.dims(batch, positions))
+            array, wanted = arrays.get(state.past), state.sizes(batch, positions)
             if array is None or array.shape != wanted or array.dtype != np.float32:
                 have = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
                 raise OnnxError(f"the state's {state.past} is {have}; expected float32 {list(wanted)}")
@@ -246,7 +246,7 @@ class OrtModel:
     def _check_inputs(self) -> None:
         """The graph has the inputs that its metadata promises, so that a run cannot fail on a shape."""
         wanted: dict[str, list[Any]] = {"input_ids": ["batch", "time"]}
-        wanted |= {state.past: state.dims("batch", "past") for state in self._states}
+        wanted |= {state.past: state.dims("past") for state in self._states}
         found = {value.name: value.shape for value in self.session.get_inputs()}
         for name in wanted | found:
             if wanted.get(name) != found.get(name):

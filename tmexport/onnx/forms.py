@@ -125,8 +125,9 @@ class Custom(Portable):
             dense = self._dense(weight.hf, self.info.dense_type)
             return self.b.op("DenseMatMul", x, dense, domain=DOMAIN, profile=PROFILE)
         inputs, operator = self._codes_scales(weight.hf), OPERATORS[stored.kind]
-        size = {"group_size": stored.group_size} if operator == "TernaryMatMul" else {}
-        return self.b.op(operator, x, *inputs, domain=DOMAIN, **size, profile=PROFILE)
+        if operator != "TernaryMatMul":
+            return self.b.op(operator, x, *inputs, domain=DOMAIN, profile=PROFILE)
+        return self.b.op(operator, x, *inputs, domain=DOMAIN, group_size=stored.group_size, profile=PROFILE)
 
     def head(self, x: str, weight: str, kind: str, out: str) -> str:
         operator = head_operator(kind)
@@ -162,7 +163,9 @@ class Ort(Portable):
             return super().product(x, weight, bias)
         n, k = tensor.shape
         bits, block = LAYOUTS[stored.kind].bits, min(stored.group_size, ORT_BLOCK)
-        zeros = _zero_points(self.b, n, k // block) if bits == 2 else ""  # of 4 and 8 bits: the operator's own, 8 and 128
+        zeros = (
+            _zero_points(self.b, n, k // block) if bits == 2 else ""
+        )  # of 4 and 8 bits: the operator's own, 8 and 128
         optional = [zeros, "", bias] if bias else [zeros] if zeros else []
         return self._nbits(x, weight, n, k, bits=bits, block=block, optional=optional)
 

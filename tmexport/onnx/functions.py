@@ -31,8 +31,8 @@ from tmexport.onnx.names import DOMAIN, ModelInfo, projection_roles
 def function_protos(info: ModelInfo, of_branches: list[onnx.FunctionProto], opset: int) -> list[onnx.FunctionProto]:
     """The functions that a model needs, those that its branches alone use among them."""
     head = head_operator(info.embedding_type)
-    kinds = {info.weights[role].kind if role in info.weights else None for role in projection_roles(info.config)}
-    operators = {OPERATORS.get(kind, "DenseMatMul") for kind in kinds} - {head}
+    stored = [info.weights.get(role) for role in projection_roles(info.config)]
+    operators = {OPERATORS[form.kind] if form else "DenseMatMul" for form in stored} - {head}
     products = [_PRODUCTS[name](name, opset) for name in _PRODUCTS if name in operators]
     return [*products, *of_branches, _rms_norm(info.config, opset), _PRODUCTS[head](head, opset)]
 

@@ -77,8 +77,8 @@ def build_graph(
     for number, block in enumerate(config.blocks):
         b.scope = f"layers.{number}."
         states = block_states(block, layer_of(config, number), io_names)
-        inputs += [_float(state.past, state.dims("batch", "past")) for state in states.values()]
-        outputs += [_float(state.present, state.dims("batch", "positions")) for state in states.values()]
+        inputs += [_float(state.past, state.dims("past")) for state in states.values()]
+        outputs += [_float(state.present, state.dims("positions")) for state in states.values()]
         out = _scaled(b, _block(writer, form, block, normed, layers[number], states), block.multiplier)
         if number + 1 < config.n_layer:
             hidden, normed = writer.add_norm(hidden, out, layers[number + 1]["norm"])
@@ -120,7 +120,9 @@ def _check_branches(config: Model) -> None:
     for branch in (branch for block in config.blocks for branch in block.branches):
         branch_module(branch.kind)
         if found.setdefault(branch.kind, branch) != branch:
-            raise UsageError(f"the model has {branch.kind} layers of two shapes, which ONNX has not yet; use `tmexport gguf`")
+            raise UsageError(
+                f"the model has {branch.kind} layers of two shapes, which ONNX has not yet; use `tmexport gguf`"
+            )
 
 
 def _checked_opset(form: str, opset: int | None) -> int:

@@ -61,10 +61,15 @@ class GraphState:
     in_place: bool
     grows: bool = False
 
-    def dims(self, batch: int | str, positions: int | str) -> list[int | str]:
-        """[batch, *shape]; of one that grows [batch, heads, positions, width]."""
+    def sizes(self, batch: int, positions: int) -> tuple[int, ...]:
+        """batch, *shape; of one that grows batch, heads, positions, width."""
         first, *rest = self.shape
-        return [batch, first, *([positions] if self.grows else []), *rest]
+        return (batch, first, *([positions] if self.grows else []), *rest)
+
+    def dims(self, positions: str) -> list[int | str]:
+        """The same with names for the batch and the positions."""
+        first, *rest = self.shape
+        return ["batch", first, *([positions] if self.grows else []), *rest]
 
 
 def block_states(block: Block, layer: int, style: str = "tmexport") -> dict[str, GraphState]:
@@ -152,7 +157,9 @@ class ModelInfo:
 
     def _version(self) -> int:
         forms = set(self.weights.values())
-        uniform = len(forms) == 1 and forms.pop().kind == "ternary" and set(self.weights) == projection_roles(self.config)
+        uniform = (
+            len(forms) == 1 and forms.pop().kind == "ternary" and set(self.weights) == projection_roles(self.config)
+        )
         recurrent = all(len(b.branches) == 1 and b.branches[0].kind in _RECURRENT for b in self.config.blocks)
         return VERSION_1 if uniform and recurrent else VERSION_2
 

@@ -8,6 +8,7 @@ RoPE and the growing keys and values are standard operators in every form. The a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -55,8 +56,8 @@ def ort(form: Ort, c: Attention, x: str, weights: Mapping[str, str], state: Mapp
         )
     inputs = (q, k, v, "", state["k"].past, state["v"].past)
     outputs = (b.name("attended"), state["k"].present, state["v"].present)
-    heads = {"q_num_heads": c.n_heads, "kv_num_heads": c.n_kv_heads}
-    b.ops("Attention", *inputs, outputs=outputs, is_causal=1, scale=c.scale, **heads)
+    attributes: dict[str, Any] = {"q_num_heads": c.n_heads, "kv_num_heads": c.n_kv_heads, "scale": c.scale}
+    b.ops("Attention", *inputs, outputs=outputs, is_causal=1, **attributes)
     return form.product(outputs[0], weights["o_proj"], weights.get("o_bias", ""))
 
 
@@ -148,9 +149,7 @@ def _turn(b: Builder, x: str, cos: str, sin: str, half: int) -> str:
     return b.op("Concat", one, other, axis=-1)
 
 
-def attend(
-    b: Builder, c: Attention, q: str, keys: str, values: str, scale: str, mask: str, out: str = ""
-) -> str:
+def attend(b: Builder, c: Attention, q: str, keys: str, values: str, scale: str, mask: str, out: str = "") -> str:
     """q [B, T, H * D], keys and values [B, G, S, D], mask [T, S] -> [B, T, H * D].
 
     The R heads that share keys are more rows of one product.
@@ -163,7 +162,9 @@ def attend(
     weights = b.op("Softmax", b.op("Add", by_head, mask), axis=-1)
     flat = b.op("Reshape", weights, b.op("Concat", b.ints(0, 0, -1), _last(b, mask), axis=0))
     summed = b.op("Reshape", b.op("MatMul", flat, values), b.ints(0, groups, shared, -1, width))
-    return b.op("Reshape", b.op("Transpose", summed, perm=[0, 3, 1, 2, 4]), b.ints(0, 0, groups * shared * width), out=out)
+    return b.op(
+        "Reshape", b.op("Transpose", summed, perm=[0, 3, 1, 2, 4]), b.ints(0, 0, groups * shared * width), out=out
+    )
 
 
 def _last(b: Builder, x: str) -> str:

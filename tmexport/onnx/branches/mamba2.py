@@ -189,7 +189,7 @@ def selective_scan(
     y = b.op("Add", b.op("Transpose", y, perm=order), b.op("Mul", x, b.op("Reshape", d, by_head)))
     y = b.op("Slice", b.op("Reshape", y, b.ints(0, -1, c.d_inner)), b.ints(0), time, one)
     if norm:
-        gated_norm(b, c, y, z, *norm, y_out)
+        gated_norm(b, c, y, z, norm[0], norm[1], y_out)
     else:
         b.op("Mul", y, silu(b, z), out=y_out)
 
