@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from tmexport.model import Attention
+from tmexport.model.branches.attention import Attention
 from tmexport.model.rope import NEAR, context_limit, rope_tables
 from tmexport.onnx.builder import Builder
 from tmexport.onnx.forms import PROFILE, Custom, Ort, Portable

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx
 
-from tmexport.model import SwiGLU
+from tmexport.model.branches.mlp import SwiGLU
 from tmexport.onnx.builder import Builder
 from tmexport.onnx.forms import PROFILE, Portable
 from tmexport.onnx.functions import function
