@@ -150,7 +150,7 @@ def _first_projection(config: Model) -> str:
 
 
 def _ternary_type(config: Model) -> GGMLType:
-    wide = all(config.tensors[name].shape[-1] % 256 == 0 for name in config.projections)
+    wide = all(config.tensors[name].shape[-1] % GGMLType.TQ2_0.block_size == 0 for name in config.projections)
     return GGMLType.TQ2_0 if wide else GGMLType.Q2_0
 
 

@@ -1,4 +1,4 @@
-"""Model: a ternary Mamba-2 that runs. `State` is what it remembers of one text; one model serves many states.
+"""Model: a low-bit state-space model, hybrid or Transformer that runs. `State` is what it remembers of one text; one model serves many states.
 
 model = Model.load("model.gguf")
 state = model.new_state()
@@ -53,7 +53,7 @@ class Model:
         """The model in a GGUF file.
 
         Raises:
-            GGUFError: the file is damaged, or not a Mamba-2 of a type this runtime computes.
+            GGUFError: the file is damaged, or has layers or types that this runtime does not compute.
             UsageError: an unknown profile, or a number of threads that cannot be.
         """
         return cls(gguf_source(path), profile, threads)

@@ -240,6 +240,14 @@ def test_module_forms_are_the_same_commands(module, verb):
     assert f"tmexport {verb} " in texts[1].split("\n")[0]
 
 
+def test_python_m_tmexport_is_tmexport():
+    forms = [[sys.executable, "-m", "tmexport"], [sys.executable, "-c", "from tmexport.cli import main; main()"]]
+    texts = [
+        subprocess.run([*form, "gguf", "--help"], cwd=ROOT, capture_output=True, check=True).stdout for form in forms
+    ]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(("setting", "code"), [("OMP_NUM_THREADS=abc", 2), ("OMP_SCHEDULE=x", 2), ("OMP_NUM_THREADS=2", 0), ("KMP_AFFINITY=abc", 0)])  # fmt: skip
 def test_a_variable_that_torchs_openmp_cannot_read(tmp_path, setting, code):
     write_small(tmp_path / "ckpt")
