@@ -101,11 +101,11 @@ class Study:
 
     def recipe(self, stage: str) -> Recipe:
         """The demo's settings; the same for every shape."""
-        steps, common = self._steps[stage], {"seq_len": WINDOW, "batch_size": 4, "save_every": 100, "eval_every": 10**6}
+        common: dict[str, Any] = {"seq_len": WINDOW, "batch_size": 4, "save_every": 100, "eval_every": 10**6}
         own: dict[str, Any] = {"lr": 3e-3, "warmup": 0.03, "weight_decay": 0.1}
         if stage == "ternary":
             own = {"lr": 1e-3, "warmup": 0.1, "weight_decay": 0.0, "kd_weight": 0.9}
-        return Recipe(steps=steps, threads=self.threads, minutes=self.minutes(), **common, **own)
+        return Recipe(steps=self._steps[stage], threads=self.threads, minutes=self.minutes(), **common, **own)
 
     def make(self, shape: str, stage: str) -> float:
         """Train or round one model; the minutes of CPU it took, those of earlier starts included.
@@ -207,7 +207,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of training")
 def main(out: Path, steps: int, ternary_steps: int, minutes: float, repeats: int, threads: int) -> None:
     """Train, round, score and time every shape."""
-    study, rows = Study(out, steps, ternary_steps, minutes, threads), {}
+    study = Study(out, steps, ternary_steps, minutes, threads)
+    rows: dict[str, dict[str, Any]] = {}
     with progress_bar("hybrids", len(SHAPES) * len(STAGES), keep=True) as bar:
         try:
             for shape in SHAPES:
