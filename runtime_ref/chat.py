@@ -161,6 +161,8 @@ def chat(
     compile_kernels(model)
     conversation = Conversation(model, Vocabulary(tokenizer, model.config.vocab_size), template, loaded.stop)
     conversation.reset(system)
+    if sys.stdin is None:
+        raise UsageError("stdin is closed; chat reads what is typed, or a pipe")
     if sys.stdin.isatty():
         click.echo(f"{model_path.stem}: {_COMMANDS}", err=True)
     for line in _lines():
