@@ -23,7 +23,7 @@ from tmexport.errors import TmexportError
 from zero_shot.examples import load_examples, package_folder
 from zero_shot.metrics import measure
 from zero_shot.runtime_scorer import RuntimeScorer
-from zero_shot.scoring import Likelihood, score_examples
+from zero_shot.scoring import Likelihood, Scorer, score_examples
 from zero_shot.tasks import choose_tasks
 
 # Reads a line {"context": ids, "continuations": [ids, ...]}, answers [[nats, greedy], ...].
@@ -89,7 +89,8 @@ class LlamaScorer:
 def main(gguf: Path, llama_python: str, names: str, limit: int, data: Path | None, profile: str, threads: int) -> None:
     """Score GGUF, which has a tokenizer, with both."""
     ours = RuntimeScorer(gguf, profile, threads)
-    scorers = {"runtime_ref": ours, "llama.cpp": LlamaScorer(llama_python, gguf, threads, ours)}
+    llama = LlamaScorer(llama_python, gguf, threads, ours)
+    scorers: dict[str, Scorer] = {"runtime_ref": ours, "llama.cpp": llama}
     found: dict[str, Any] = {}
     for task in choose_tasks(names):
         ((_, examples),) = load_examples(task, package_folder(data), limit).items()
@@ -105,7 +106,7 @@ def main(gguf: Path, llama_python: str, names: str, limit: int, data: Path | Non
             row[who] = {name: [metric.value, metric.stderr] for name, metric in result.metrics.items()}
         found[task.name] = row
         click.echo(f"{task.name}: {json.dumps(row)}", err=True)
-    scorers["llama.cpp"].close()  # type: ignore[attr-defined]
+    llama.close()
     click.echo(json.dumps({"model": str(gguf), "profile": profile, "tasks": found}))
 
 
