@@ -190,8 +190,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in rows.items():
         full, rounded, ternary = (row[stage]["bits"] for stage in STAGES)
-        cells = [name, f"{row['full']['parameters'] / 1e6:.2f}M", f"{full['window']:.4f} / {full['whole']:.4f}",
-                 f"{rounded['window']:.4f}", f"{ternary['window']:.4f} / {ternary['whole']:.4f}", f"{row['recovered']:.0%}",
+        cells = [name, f"{row['full']['parameters'] / 1e6:.2f}M", f"{full['window']:.4f} / {full['long']:.4f}",
+                 f"{rounded['window']:.4f}", f"{ternary['window']:.4f} / {ternary['long']:.4f}", f"{row['recovered']:.0%}",
                  f"{row['ternary']['file'] / 1e6:.2f} MB", *(f"{size / 1e3:,.0f} kB" for size in row["state"].values()),
                  f"{row['speed']['prefill']:,.0f} / {row['speed']['decode']:,.0f}"]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
