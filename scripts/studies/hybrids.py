@@ -3,7 +3,7 @@
     python scripts/studies/hybrids.py --out study --minutes 4     # start it again until it says that all is done
 
 Each model is trained from nothing on the demo's corpus, rounded to ternary, and trained on as a ternary student of itself. All of it
-takes about 30 minutes of one core; what is done is kept in OUT, and a second start goes on where the first stopped. Bits per
+takes about 12 minutes of one core; what is done is kept in OUT, and a second start goes on where the first stopped. Bits per
 byte are of the first 1,024 tokens of each held-out speech, read in windows of the training length, 256 (`window`), and in one piece
 (`long`), of which attention was never trained on the later positions. recovered = (rounded - ternary) / (rounded - full), by
 windows. Writes OUT/table.md; the last line on stdout is one JSON object.
