@@ -12,6 +12,7 @@ import ctypes
 from types import SimpleNamespace
 from typing import Any
 
+from llvmlite.binding import Linkage
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager
@@ -51,6 +52,9 @@ class _WholeLibrary(_Lowered):
     """The code that the engine calls, with all parts in it."""
 
     def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if function.linkage == Linkage.linkonce_odr:  # of a part: nothing else calls this copy
+                function.linkage = Linkage.internal
         builder = self._codegen._pass_builder(opt=2, loop_vectorize=True, slp_vectorize=False)
         builder.getModulePassManager().run(self._final_module, builder)
 

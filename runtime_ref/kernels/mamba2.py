@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from runtime_ref.arithmetic import Activations, RecurrentState
 from runtime_ref.kernels.barrier import share
-from runtime_ref.kernels.compiled import inlined, made_for, stack
+from runtime_ref.kernels.compiled import inlined, kernel, made_for, stack
 from runtime_ref.kernels.convolution import Convolution, convolve_rows
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
 from runtime_ref.kernels.layers import Layer, sixteens
@@ -127,7 +127,7 @@ def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, dec
     return sig, codegen
 
 
-@inlined
+@kernel
 def scan_head(isa, kept_as, a, s, states, first, rows, head):
     """The recurrence of one head over `rows` consecutive tokens, and the gate.
 

@@ -79,7 +79,7 @@ class _RecordModel(models.PrimitiveModel):
 class _RecordFields(AttributeTemplate):
     key = Record
 
-    def generic_resolve(self, typ, attr):
+    def generic_resolve(self, typ, attr):  # type: ignore[override]
         return typ.fields.get(attr)
 
 
