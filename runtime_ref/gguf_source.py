@@ -12,15 +12,17 @@ import numpy as np
 
 from runtime_ref.arithmetic import Preset
 from runtime_ref.reference.model import BRANCHES
-from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix
+from runtime_ref.reference.products import activation_block as block_of
+from runtime_ref.reference.products import read_blocks
+from runtime_ref.weights import Matrix, Source
 from tmexport.errors import GGUFError
 from tmexport.gguf.names import config_from_metadata, group_sizes_of, in_halves
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.model import Model
-from tmexport.types import GGMLType, decode_codes, decode_values, joined_scales
+from tmexport.types import decode_values
 
 if TYPE_CHECKING:
-    from runtime_ref.kernels.pack import Packed
+    from runtime_ref.kernels.packed import Packed
 
 
 def gguf_source(path: Path | str) -> Source:
@@ -51,15 +53,14 @@ def source_of(gguf: GGUFFile) -> Source:
         return values.reshape(info.shape)
 
     def packed(name: str) -> Packed:
-        from runtime_ref.kernels.repack import read_packed
+        from runtime_ref.kernels.kinds import read_packed
 
         result = read_packed(gguf, name, groups.get(name))
         _forget(gguf, name)
         return result
 
     def activation_block(name: str, preset: Preset) -> int:
-        group = groups.get(name)
-        return 32 if group is None else preset.activations.block(group, fast_block(gguf.tensors[name].type))
+        return block_of(gguf.tensors[name].type, groups.get(name), preset.activations, name)
 
     return Source(config, matrix, packed, activation_block, vector, "output.weight" not in gguf.tensors)
 
@@ -88,10 +89,6 @@ def check_branches(model: Model, where: object) -> None:
                 )
 
 
-_BLOCK_BITS = {GGMLType.Q8_0: 8, GGMLType.Q4_0: 4}  # of values rounded in blocks of 32
-_FAST_BLOCKS = {GGMLType.TQ1_0: 256, GGMLType.TQ2_0: 256, GGMLType.Q2_0: 32, GGMLType.Q1_0: 32, GGMLType.Q4_0: 32}
-
-
 def _forget(gguf: GGUFFile, name: str) -> None:
     """Let the system take back the mapped pages of a tensor that has been read."""
     mapped = getattr(gguf.data, "_mmap", None)
@@ -116,37 +113,4 @@ def read_matrix(gguf: GGUFFile, name: str, group: int | None) -> Matrix:
         GGUFError: damaged blocks, or scales that differ inside a group.
     """
     info = gguf.tensors[name]
-    blocks, k = gguf.blocks(name), info.shape[-1]
-    if group is not None:
-        codes, scales = decode_codes(blocks, info.type, k, name)
-        return TernaryMatrix(codes, join_scales(scales, k, group, name), fast_block(info.type))
-    if info.type in _BLOCK_BITS:
-        return BlockMatrix(*decode_codes(blocks, info.type, k, name), bits=_BLOCK_BITS[info.type])
-    if info.type is GGMLType.F16:
-        return DenseMatrix(np.ascontiguousarray(blocks).view(np.float16))
-    return DenseMatrix(decode_values(blocks, info.type, k, name))
-
-
-def fast_block(kind: GGMLType) -> int:
-    """Activations a block in profile `fast`: as llama.cpp multiplies the container, in Q8_K (256) or Q8_0 (32).
-
-    Raises:
-        GGUFError: this runtime multiplies no codes in such a container.
-    """
-    if kind not in _FAST_BLOCKS:
-        raise GGUFError(
-            f"codes in {kind.name} cannot be multiplied; expected one of {', '.join(k.name for k in _FAST_BLOCKS)}"
-        )
-    return _FAST_BLOCKS[kind]
-
-
-def join_scales(scales: np.ndarray, k: int, group: int, name: str) -> np.ndarray:
-    """Scales a block [n, blocks] as scales a group [n, k / group].
-
-    Raises:
-        GGUFError: the blocks of a group have different scales.
-    """
-    joined, differs = joined_scales(scales, scales.shape[1] * group // k)
-    if differs.any():
-        raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
-    return joined
+    return read_blocks(gguf.blocks(name), info.type, info.shape[-1], group, name)

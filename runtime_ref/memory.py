@@ -21,13 +21,13 @@ import numpy as np
 from runtime_ref.arithmetic import preset_of
 from runtime_ref.gguf_source import check_branches
 from runtime_ref.kernels.scratch import CHUNK
-from runtime_ref.rope import context_limit
 from runtime_ref.state import state_arrays, with_positions
 from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.export import EMBEDDING_TYPES, low_bit_types, tensor_layout
 from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.model import Model
+from tmexport.model.rope import context_limit
 from tmexport.types import KINDS, GGMLType, container, holds
 
 FIXED = 165_000_000
@@ -150,7 +150,7 @@ def _first_projection(config: Model) -> str:
 
 
 def _ternary_type(config: Model) -> GGMLType:
-    wide = all(config.tensors[name].shape[-1] % 256 == 0 for name in config.projections)
+    wide = all(config.tensors[name].shape[-1] % GGMLType.TQ2_0.block_size == 0 for name in config.projections)
     return GGMLType.TQ2_0 if wide else GGMLType.Q2_0
 
 
@@ -187,7 +187,7 @@ def _need(gguf: GGUFFile, config: Model, layout: Layout, profile: str, states: i
 
 
 def resident_bytes(shape: tuple[int, ...], kind: GGMLType, group: int) -> int:
-    """Bytes of a tensor in memory (`kernels.pack`): 16 rows side by side; TQ1_0 is unpacked to two bits a weight."""
+    """Bytes of a tensor in memory (`kernels.packed`): 16 rows side by side; TQ1_0 is unpacked to two bits a weight."""
     n, k = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
     rows = -(-n // 16) * 16
     if any(holds(kind, codes) for codes in KINDS):

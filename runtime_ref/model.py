@@ -1,4 +1,4 @@
-"""Model: a ternary Mamba-2 that runs. `State` is what it remembers of one text; one model serves many states.
+"""Model: a low-bit state-space model, hybrid or Transformer that runs. `State` is what it remembers of one text; one model serves many states.
 
 model = Model.load("model.gguf")
 state = model.new_state()
@@ -22,13 +22,13 @@ from runtime_ref.kernels.phases import FEWEST_ROWS
 from runtime_ref.kernels.program import Job, run
 from runtime_ref.kernels.records import words
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
-from runtime_ref.rope import context_limit
 from runtime_ref.sampling import Sampling, continue_tokens
 from runtime_ref.state import State, state_arrays, with_positions
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
 from tmexport.errors import UsageError
 from tmexport.model import Model as Config
+from tmexport.model.rope import context_limit
 from tmexport.threads import default_threads
 
 
@@ -53,7 +53,7 @@ class Model:
         """The model in a GGUF file.
 
         Raises:
-            GGUFError: the file is damaged, or not a Mamba-2 of a type this runtime computes.
+            GGUFError: the file is damaged, or has layers or types that this runtime does not compute.
             UsageError: an unknown profile, or a number of threads that cannot be.
         """
         return cls(gguf_source(path), profile, threads)

@@ -1,57 +1,45 @@
 """The weights of a model as plain arrays, from a GGUF file or from memory; the form the specification reads.
 
-`runtime_ref.kernels.pack` turns the same matrices into the kernels' layout.
+`runtime_ref.kernels.packed` turns the same matrices into the kernels' layout.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime_ref.arithmetic import Preset
+from runtime_ref.arithmetic import Activations, Preset
 from tmexport.model import Model
 from tmexport.model.spec import Branch, TensorSpec
+from tmexport.types import GGMLType
 
 if TYPE_CHECKING:
-    from runtime_ref.kernels.pack import Packed
+    from runtime_ref.kernels.packed import Packed
 
 
-@dataclass(frozen=True)
-class TernaryMatrix:
-    """codes int8 [n, k] in {-1, 0, 1}; scales fp16 [n, k / group]; fast_block: activation block of profile `fast`.
+class Matrix(ABC):
+    """A weight matrix [n, k] as the specification multiplies it: a file a kind in `runtime_ref.reference`."""
 
-    fast_block is what llama.cpp uses with the container the matrix came from: 256 for TQ1_0 and TQ2_0, 32 for Q2_0.
-    """
+    @abstractmethod
+    def multiply(self, x: np.ndarray, activations: Activations) -> np.ndarray:
+        """y fp32 [n] = the matrix times x fp32 [k]."""
 
-    codes: np.ndarray
-    scales: np.ndarray
-    fast_block: int = 256
+    @abstractmethod
+    def row(self, token: int) -> np.ndarray:
+        """One row in fp32 [k]."""
 
-    @property
-    def group(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
-
-
-@dataclass(frozen=True)
-class BlockMatrix:
-    """Q8_0 (codes -128..127) or Q4_0 (bits = 4, codes -8..7): codes int8 [n, k]; scales fp16 [n, k / 32]."""
-
-    codes: np.ndarray
-    scales: np.ndarray
-    bits: int = 8
+    @abstractmethod
+    def block(self, activations: Activations) -> int:
+        """How many activations share a scale when multiplied with this matrix."""
 
 
-@dataclass(frozen=True)
-class DenseMatrix:
-    """values fp32 or fp16 [n, k]."""
-
-    values: np.ndarray
-
-
-Matrix = TernaryMatrix | BlockMatrix | DenseMatrix
+# blocks uint8 [n, bytes of a row] of a tensor [n, k], its type, k, the group size of codes (None for values), its name for
+# messages -> the matrix. Raises GGUFError for damaged blocks, or scales that differ inside a group.
+Reader = Callable[[np.ndarray, GGMLType, int, int | None, str], Matrix]
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ class Source:
     Attributes:
         config: the dimensions.
         matrix: a weight matrix by name.
-        packed: the same in the kernels' layout (`kernels.pack`).
+        packed: the same in the kernels' layout (`kernels.packed`).
         activation_block: how many activations share a scale when multiplied with a matrix, by name, in a preset.
         vector: any small tensor by name, fp32, in numpy's (rows first) shape.
         tied: there is no separate head.
@@ -154,20 +142,13 @@ def _branch(source: Source, number: int, branch: Branch) -> BranchWeights:
 
 def memory_source(config: Model, tensors: dict[str, np.ndarray | Matrix]) -> Source:
     """A model held in memory, tensors under their GGUF names (for tests and experiments)."""
-    from runtime_ref.kernels.pack import pack
+    from runtime_ref.kernels.kinds import pack
 
     return Source(
         config,
         matrix=tensors.__getitem__,  # type: ignore[arg-type]
         packed=lambda name: pack(tensors[name]),  # type: ignore[arg-type]
-        activation_block=lambda name, preset: activation_block(tensors[name], preset),  # type: ignore[arg-type]
+        activation_block=lambda name, preset: tensors[name].block(preset.activations),  # type: ignore[union-attr]
         vector=tensors.__getitem__,  # type: ignore[arg-type]
         tied="output.weight" not in tensors,
     )
-
-
-def activation_block(matrix: Matrix, preset: Preset) -> int:
-    """How many activations share a scale when multiplied with this matrix."""
-    if isinstance(matrix, TernaryMatrix):
-        return preset.activations.block(matrix.group, matrix.fast_block)
-    return 32

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tmexport.errors import CheckpointError, UsageError
-from tmexport.model import Model, SwiGLU
+from tmexport.model import Model
+from tmexport.model.branches.mlp import SwiGLU
 from tmexport.types import KINDS
 from tmexport.types.base import in_words
 

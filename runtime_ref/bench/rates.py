@@ -11,7 +11,8 @@ from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply
-from runtime_ref.kernels.pack import Packed, PackedTernary, aligned
+from runtime_ref.kernels.packed import Packed, aligned
+from runtime_ref.kernels.packed.ternary import PackedTernary
 from runtime_ref.kernels.scratch import Room, Scratch, allocate
 from runtime_ref.team import Team
 

@@ -17,8 +17,8 @@ from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
 from runtime_ref.kernels.states import load_state, store_state
 from runtime_ref.kernels.vector import address, load, peek, poke, splat, store, tree_sum, tree_sums
-from runtime_ref.rope import NEAR, context_limit, rope_tables
 from tmexport.model.branches.attention import Attention
+from tmexport.model.rope import NEAR, context_limit, rope_tables
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 

@@ -12,6 +12,7 @@ from runtime_ref.kernels.block_tiles import q4_tile, q8_tile, together
 from runtime_ref.kernels.compiled import stack
 from runtime_ref.kernels.intrinsics import half_to_float
 from runtime_ref.kernels.output import put_row
+from runtime_ref.kernels.packed.blocks import PackedQ4, PackedQ8
 from runtime_ref.kernels.vector import address
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
@@ -78,3 +79,8 @@ def embed_q4(packed, token, out):
         byte = packed.codes[tile, i >> 3, row, i & 3]
         code = np.int32((byte >> np.uint8(i & 4)) & np.uint8(15)) - 8
         out[i] = np.float32(code) * half_to_float(packed.scales[tile, i >> 5, row])
+
+
+PRODUCTS = {PackedQ8: q8_product, PackedQ4: q4_product}
+EMBEDDINGS = {PackedQ8: embed_q8, PackedQ4: embed_q4}
+UNQUANTISED = ()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import stack
 from runtime_ref.kernels.intrinsics import half_to_float
+from runtime_ref.kernels.packed.dense import PackedFloat, PackedHalf
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.tiles import dense_tile
 from runtime_ref.kernels.vector import address
@@ -53,3 +54,8 @@ def embed_half(packed, token, out):
 def embed_float(packed, token, out):
     for i in range(out.shape[0]):
         out[i] = packed.values[token, i]
+
+
+PRODUCTS = {PackedHalf: product, PackedFloat: product}
+EMBEDDINGS = {PackedHalf: embed_half, PackedFloat: embed_float}
+UNQUANTISED = (PackedHalf, PackedFloat)  # these read the activations as they are

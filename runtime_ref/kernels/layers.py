@@ -12,8 +12,8 @@ import numpy as np
 
 from runtime_ref.arithmetic import Preset
 from runtime_ref.kernels.isa import Isa
-from runtime_ref.kernels.matmul import UNQUANTISED
-from runtime_ref.kernels.pack import Packed, aligned, expect
+from runtime_ref.kernels.kinds import UNQUANTISED
+from runtime_ref.kernels.packed import Packed, aligned, expect
 from runtime_ref.kernels.phases import (
     ADD,
     RESIDUAL,

@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer between its projections: the convolution, and the scan with its gate (`reference`, _mixer)."""
+"""The Mamba-2 mixer between its projections: the convolution, and the scan with its gate (`reference.mamba2`)."""
 
 from __future__ import annotations
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime_ref.kernels import blocks, dense, ternary
 from runtime_ref.kernels.compiled import kernel, overload
 from runtime_ref.kernels.intrinsics import bits_float
+from runtime_ref.kernels.kinds import EMBEDDINGS, PRODUCTS, UNQUANTISED
 from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
-from runtime_ref.kernels.pack import PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary
 from runtime_ref.kernels.vector import (
     bits,
     both,
@@ -26,22 +25,6 @@ from runtime_ref.kernels.vector import (
 )
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
-
-PRODUCTS = {
-    PackedTernary: ternary.product,
-    PackedQ8: blocks.q8_product,
-    PackedQ4: blocks.q4_product,
-    PackedHalf: dense.product,
-    PackedFloat: dense.product,
-}
-EMBEDDINGS = {
-    PackedTernary: ternary.embed,
-    PackedQ8: blocks.embed_q8,
-    PackedQ4: blocks.embed_q4,
-    PackedHalf: dense.embed_half,
-    PackedFloat: dense.embed_float,
-}
-UNQUANTISED = (PackedHalf, PackedFloat)  # these read the activations as they are
 
 TINY_BITS = np.int32(0x0D800000)  # 2**-100
 INFINITE_BITS = np.int32(0x7F800000)

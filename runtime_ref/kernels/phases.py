@@ -13,7 +13,7 @@ from runtime_ref.kernels.compiled import inlined, made_for
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
 from runtime_ref.kernels.matmul import embed, multiply, multiply_few, quantize_row
 from runtime_ref.kernels.norm import rms_norm
-from runtime_ref.kernels.pack import Packed
+from runtime_ref.kernels.packed import Packed
 from runtime_ref.kernels.vector import load, splat, store
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba

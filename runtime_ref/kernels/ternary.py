@@ -12,6 +12,7 @@ from runtime_ref.kernels.compiled import inlined, stack
 from runtime_ref.kernels.intrinsics import half_to_float
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.output import put_row
+from runtime_ref.kernels.packed.ternary import PackedTernary
 from runtime_ref.kernels.tables import by_tables
 from runtime_ref.kernels.tiles import PLANES, ternary_tile
 from runtime_ref.kernels.vector import address
@@ -76,3 +77,7 @@ def embed(packed, token, out):
         byte = packed.codes[tile, i >> 4, row, i & 3]
         code = np.int32((byte >> np.uint8(2 * ((i & 15) >> 2))) & np.uint8(3)) - 1
         out[i] = np.float32(code) * half_to_float(packed.scales[tile, i // group, row])
+
+
+PRODUCTS, EMBEDDINGS = {PackedTernary: product}, {PackedTernary: embed}
+UNQUANTISED = ()

@@ -1,7 +1,7 @@
 """The inner kernels as LLVM IR: 16 output rows times a few tokens, generated for an instruction set.
 
 Each is an intrinsic whose loops carry every accumulator in a register. All write y fp32 [tokens, 16]; the arithmetic is
-that of `reference.integer_matmul` and of a lane-ordered dot product. Layouts: `pack.py`.
+that of `reference.integer_matmul` and of a lane-ordered dot product. Layouts: `packed/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from runtime_ref.arithmetic import Int8, Int16
 from runtime_ref.kernels.isa import PRIMITIVES, Primitives, broadcast, constant
-from runtime_ref.kernels.pack import PackedHalf
+from runtime_ref.kernels.packed.dense import PackedHalf
 from runtime_ref.kernels.vector import LANES, ask_for_line, splatted, tree_of
 
 # ruff: noqa: ANN001, ANN201, ANN202 - the signature of an intrinsic is Numba's (typing context, types)

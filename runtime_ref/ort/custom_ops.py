@@ -20,7 +20,7 @@ from tmexport.errors import UsageError
 from tmexport.onnx.names import DOMAIN
 
 if TYPE_CHECKING:
-    from runtime_ref.kernels.pack import Packed
+    from runtime_ref.kernels.packed import Packed
 
 _SAMPLE = 64  # bytes of a weight by which it is looked up, before all of it is compared
 _packed: dict[tuple[Any, ...], list[tuple[tuple[np.ndarray, ...], Packed]]] = {}

@@ -1,6 +1,6 @@
 """The kernels one operator at a time, for a program that brings arrays of its own (`runtime_ref.ort.custom_ops`).
 
-Profile exact, one thread. Weights are in the layout of `kernels/pack.py`; the functions give the bits of
+Profile exact, one thread. Weights are in the layout of `kernels/packed/`; the functions give the bits of
 `runtime_ref.reference` for many rows at once.
 """
 
@@ -16,11 +16,12 @@ from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.convolution import Convolution, convolve
 from runtime_ref.kernels.isa import Isa, select
+from runtime_ref.kernels.kinds import pack_blocks
 from runtime_ref.kernels.mamba2 import GateNorm, Scan, scan_head
 from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.kernels.norm import rms_norm as norm_row
-from runtime_ref.kernels.pack import Packed, PackedFloat
-from runtime_ref.kernels.repack import pack_blocks
+from runtime_ref.kernels.packed import Packed
+from runtime_ref.kernels.packed.dense import PackedFloat
 from runtime_ref.kernels.scratch import CHUNK, Room, Scratch, activations, allocate
 from runtime_ref.kernels.vector import address
 from tmexport.errors import UsageError

@@ -8,12 +8,11 @@ A file a branch (mamba1, mamba2) and a file a type of weights (ternary, blocks, 
 from runtime_ref.reference.functions import exp, log1p, quantize, rms_norm, silu, softplus, sum16
 from runtime_ref.reference.integers import integer_matmul
 from runtime_ref.reference.model import ReferenceModel, ReferenceState
-from runtime_ref.reference.products import embed, matmul
+from runtime_ref.reference.products import matmul
 
 __all__ = [
     "ReferenceModel",
     "ReferenceState",
-    "embed",
     "exp",
     "integer_matmul",
     "log1p",

@@ -7,9 +7,9 @@ import numpy as np
 from runtime_ref.arithmetic import Preset
 from runtime_ref.reference.functions import exp, sum16
 from runtime_ref.reference.products import matmul
-from runtime_ref.rope import angles
 from runtime_ref.weights import BranchWeights
 from tmexport.model.branches.attention import Attention
+from tmexport.model.rope import angles
 
 
 def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from runtime_ref.arithmetic import Activations
 from runtime_ref.reference.functions import sum16
-from runtime_ref.weights import DenseMatrix
+from runtime_ref.weights import Matrix, Reader
+from tmexport.types import GGMLType, decode_values
+
+UNROUNDED = 32  # stands where a block's size is asked for; no kernel rounds what a dense matrix reads
 
 
-def multiply(matrix: DenseMatrix, x: np.ndarray, activations: Activations) -> np.ndarray:
-    """y [n] = matrix [n, k] times x [k]."""
-    return sum16(matrix.values.astype(np.float32) * x)
+@dataclass(frozen=True)
+class DenseMatrix(Matrix):
+    """values fp32 or fp16 [n, k]."""
+
+    values: np.ndarray
+
+    def multiply(self, x: np.ndarray, activations: Activations) -> np.ndarray:
+        return sum16(self.values.astype(np.float32) * x)
+
+    def row(self, token: int) -> np.ndarray:
+        return self.values[token].astype(np.float32)
+
+    def block(self, activations: Activations) -> int:
+        return UNROUNDED
 
 
-def row(matrix: DenseMatrix, token: int) -> np.ndarray:
-    """One row in fp32 [k]."""
-    return matrix.values[token].astype(np.float32)
+def _half(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> DenseMatrix:
+    return DenseMatrix(np.ascontiguousarray(blocks).view(np.float16))
+
+
+def _float(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> DenseMatrix:
+    return DenseMatrix(decode_values(blocks, kind, k, name))
+
+
+def activation_block(kind: GGMLType, group: int | None, activations: Activations) -> int:
+    """`Matrix.block` of a tensor that was not read yet."""
+    return UNROUNDED
+
+
+CODES: dict[GGMLType, Reader] = {}
+VALUES: dict[GGMLType, Reader] = {
+    GGMLType.F16: _half,
+    GGMLType.F32: _float,
+    GGMLType.BF16: _float,
+    GGMLType.Q4_1: _float,  # read, not made to be run: export it as int4 or int8
+}

@@ -10,7 +10,7 @@ import numpy as np
 from runtime_ref.arithmetic import preset_of
 from runtime_ref.reference import attention, mamba1, mamba2, swiglu
 from runtime_ref.reference.functions import rms_norm
-from runtime_ref.reference.products import embed, matmul
+from runtime_ref.reference.products import matmul
 from runtime_ref.state import branch_state_arrays
 from runtime_ref.weights import Weights
 
@@ -50,7 +50,7 @@ class ReferenceModel:
         w, c, eps = self.weights, self.weights.config, self.weights.config.rms_eps
         states = iter(state.branches)
         with np.errstate(over="ignore", invalid="ignore"):
-            x = scaled(embed(w.embedding, token), c.embedding_multiplier)
+            x = scaled(w.embedding.row(token), c.embedding_multiplier)
             for block, described in zip(w.blocks, c.blocks, strict=True):
                 normed = rms_norm(x, block.norm, eps)
                 total: np.ndarray | None = None

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from runtime_ref.arithmetic import Activations
 from runtime_ref.reference.functions import quantize
 from runtime_ref.reference.integers import integer_matmul, scaled_row
-from runtime_ref.weights import TernaryMatrix
+from runtime_ref.weights import Matrix, Reader
+from tmexport.errors import GGUFError
+from tmexport.types import GGMLType, decode_codes, joined_scales
+
+# Activations a block in profile `fast`: as llama.cpp multiplies the container, in Q8_K (256) or Q8_0 (32).
+FAST_BLOCKS = {GGMLType.TQ1_0: 256, GGMLType.TQ2_0: 256, GGMLType.Q2_0: 32, GGMLType.Q1_0: 32, GGMLType.Q4_0: 32}
 
 
-def multiply(matrix: TernaryMatrix, x: np.ndarray, activations: Activations) -> np.ndarray:
-    """y [n] = matrix [n, k] times x [k], x in blocks of the group (exact) or of the container's partner (fast)."""
-    q, q_scales = quantize(x, activations.block(matrix.group, matrix.fast_block), activations.levels)
-    return integer_matmul(matrix.codes, matrix.scales, q, q_scales)
+@dataclass(frozen=True)
+class TernaryMatrix(Matrix):
+    """codes int8 [n, k] in {-1, 0, 1}; scales fp16 [n, k / group]; fast_block: of the container that it came from."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    fast_block: int = 256
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def multiply(self, x: np.ndarray, activations: Activations) -> np.ndarray:
+        """x in blocks of the group (exact) or of the container's partner (fast)."""
+        return integer_matmul(self.codes, self.scales, *quantize(x, self.block(activations), activations.levels))
+
+    def row(self, token: int) -> np.ndarray:
+        return scaled_row(self.codes[token], self.scales[token])
+
+    def block(self, activations: Activations) -> int:
+        return activations.block(self.group, self.fast_block)
 
 
-def row(matrix: TernaryMatrix, token: int) -> np.ndarray:
-    """One row in fp32 [k]."""
-    return scaled_row(matrix.codes[token], matrix.scales[token])
+def read(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> TernaryMatrix:
+    """The blocks of a tensor, the scales of its blocks joined to groups."""
+    codes, scales = decode_codes(blocks, kind, k, name)
+    assert group is not None
+    joined, differs = joined_scales(scales, scales.shape[1] * group // k)
+    if differs.any():
+        raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
+    return TernaryMatrix(codes, joined, FAST_BLOCKS[kind])
+
+
+def activation_block(kind: GGMLType, group: int | None, activations: Activations) -> int:
+    """`Matrix.block` of a tensor that was not read yet."""
+    assert group is not None
+    return activations.block(group, FAST_BLOCKS[kind])
+
+
+CODES: dict[GGMLType, Reader] = dict.fromkeys(FAST_BLOCKS, read)
+VALUES: dict[GGMLType, Reader] = {}

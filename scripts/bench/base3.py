@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from runtime_ref.kernels.isa import PRIMITIVES, select
-from runtime_ref.kernels.pack import aligned
+from runtime_ref.kernels.packed import aligned
 from runtime_ref.kernels.tiles import AHEAD, ROWS
 from runtime_ref.kernels.vector import address, ask_for_line
 from tmexport.cli.app import run_command

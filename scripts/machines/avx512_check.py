@@ -28,7 +28,7 @@ import click
 import runtime_ref.model
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import SETS, select
-from runtime_ref.kernels.pack import pack
+from runtime_ref.kernels.kinds import pack
 from runtime_ref.model import Model
 from scripts.machines.emulated_cpu import EmulatedCpu, EmulatedFunction, EmulationError, require
 from scripts.machines.logit_hashes import logits_digest

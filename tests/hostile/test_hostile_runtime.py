@@ -19,9 +19,12 @@ from safetensors.numpy import save
 from runtime_ref.command import for_terminal
 from runtime_ref.errors import NumericsError, StateError
 from runtime_ref.model import Model
+from runtime_ref.reference.blocks import BlockMatrix
+from runtime_ref.reference.dense import DenseMatrix
+from runtime_ref.reference.ternary import TernaryMatrix
 from runtime_ref.sampling import Sampling, choose
 from runtime_ref.tokenizer import Tokenizer
-from runtime_ref.weights import BlockMatrix, DenseMatrix, TernaryMatrix, memory_source
+from runtime_ref.weights import memory_source
 from tests.hostile.builders import (  # fmt: skip
     BF16,
     BLOCKS,

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from qat.model import LanguageModel
+from qat.recipe import Recipe
 from qat.tokenizer import train_tokenizer
-from tests.qat.tiny import SENTENCES, tiny_config
+from qat.train.training import train
+from tests.qat.tiny import SENTENCES, TINY, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,12 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_path(corpus, tmp_path_factory):
     return train_tokenizer([corpus], 300, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def teacher(corpus, tmp_path_factory):
+    """The tiny model trained for 30 steps on the short documents, in full precision."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("teacher")
+    train(Recipe(**TINY), [corpus], out, held_out=[corpus])
+    return out

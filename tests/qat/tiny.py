@@ -1,5 +1,8 @@
-"""What the tests of qat share: a tiny model's dimensions and a few sentences."""
+"""What the tests of qat share: a tiny model's dimensions, recipes that train it, and a few sentences."""
 
+import json
+
+from qat.recipe import Recipe
 from tmexport.model import mamba2_model
 
 SENTENCES = [
@@ -12,3 +15,13 @@ SENTENCES = [
 def tiny_config(**changes):
     values = {"d_model": 64, "n_layer": 2, "vocab_size": 300, "d_state": 16, "headdim": 32, "expand": 2}
     return mamba2_model(**{**values, **changes})
+
+
+TINY = {"d_model": 64, "n_layer": 1, "d_state": 16, "headdim": 32, "vocab_size": 300}
+TINY |= {"steps": 30, "seq_len": 32, "batch_size": 4, "lr": 1e-2, "threads": 1, "log_every": 5, "save_every": 10}
+STUDENT = Recipe(**{**TINY, "group_size": 64, "lr": 3e-3, "eval_every": 10, "weight_decay": 0.0})
+
+
+def curve(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]

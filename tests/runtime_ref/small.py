@@ -8,7 +8,10 @@ import numpy as np
 
 from runtime_ref.model import Model
 from runtime_ref.reference import ReferenceModel
-from runtime_ref.weights import BlockMatrix, DenseMatrix, Matrix, Source, TernaryMatrix, load_weights, memory_source
+from runtime_ref.reference.blocks import BlockMatrix
+from runtime_ref.reference.dense import DenseMatrix
+from runtime_ref.reference.ternary import TernaryMatrix
+from runtime_ref.weights import Matrix, Source, load_weights, memory_source
 from tmexport.model import Model as ModelSpec
 from tmexport.model import mamba2_model
 from tmexport.model.spec import Branch

@@ -14,9 +14,9 @@ from runtime_ref.kernels.isa import available
 from runtime_ref.memory import check_memory, need
 from runtime_ref.model import Model
 from runtime_ref.reference import ReferenceModel
-from runtime_ref.rope import angles
+from runtime_ref.reference.dense import DenseMatrix
 from runtime_ref.state import STEP, State
-from runtime_ref.weights import DenseMatrix, load_weights, memory_source
+from runtime_ref.weights import load_weights, memory_source
 from tests.llama import Llama
 from tests.models import train_tokenizer
 from tests.tmexport.families import FAMILIES, save
@@ -25,6 +25,7 @@ from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.names import gguf_values
 from tmexport.gguf.reader import open_gguf
+from tmexport.model.rope import angles
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 500, 40)]
 NAMES = ("llama", "llama-tied-one-kv-head", "granite", "granite-rope-8-groups", "falcon", "falcon-norm-2-groups")

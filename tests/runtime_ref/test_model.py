@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from runtime_ref.errors import NumericsError, StateError
 from runtime_ref.gguf_source import read_matrix
-from runtime_ref.kernels.pack import pack
-from runtime_ref.kernels.repack import read_packed
+from runtime_ref.kernels.kinds import pack, read_packed
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling, choose
 from runtime_ref.weights import memory_source

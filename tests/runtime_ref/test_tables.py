@@ -6,10 +6,10 @@ from numba import njit
 
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels import isa, tables
+from runtime_ref.kernels.kinds import pack
 from runtime_ref.kernels.matmul import multiply
-from runtime_ref.kernels.pack import pack
 from runtime_ref.kernels.scratch import Room, allocate
-from runtime_ref.weights import TernaryMatrix
+from runtime_ref.reference.ternary import TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
 
 LARGEST = {"exact": 32512, "fast": 127}  # activations as the quantiser makes them

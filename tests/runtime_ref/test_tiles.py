@@ -9,9 +9,10 @@ import pytest
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels import isa
 from runtime_ref.kernels.block_tiles import q4_tile, q8_tile, together
-from runtime_ref.kernels.pack import pack
+from runtime_ref.kernels.kinds import pack
 from runtime_ref.kernels.tiles import ternary_tile
-from runtime_ref.weights import BlockMatrix, TernaryMatrix
+from runtime_ref.reference.blocks import BlockMatrix
+from runtime_ref.reference.ternary import TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
 from tests.runtime_ref.tile_code import kernel_ir, optimised
 

@@ -8,7 +8,8 @@ import pytest
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.model import Model
 from runtime_ref.reference import ReferenceModel
-from runtime_ref.weights import TernaryMatrix, load_weights
+from runtime_ref.reference.ternary import TernaryMatrix
+from runtime_ref.weights import load_weights
 from tests.llama import Llama
 from tests.models import SMALL, coded_tensors, train_tokenizer
 from tmexport.checkpoint import open_checkpoint, write_checkpoint

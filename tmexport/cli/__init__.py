@@ -25,6 +25,7 @@ TRAIN, EXPORT, RUN = "Make a low-bit model", "Export it and prove it", "Run it a
 VERBS = {
     "train": Verb(TRAIN, "qat.train.cli:main", "Train a ternary student from a teacher, or a teacher from nothing.", "qat"),
     "ptq": Verb(TRAIN, "qat.ptq.cli:main", "Make a low-bit checkpoint without training.", "qat"),
+    "convert": Verb(TRAIN, "qat.convert.cli:main", "Make a Mamba-2 hybrid out of a Transformer.", "qat"),
     "import": Verb(TRAIN, "tmexport.cli.importing:import_", "Write a checkpoint folder from a llama GGUF: a teacher."),
     "evaluate": Verb(TRAIN, "qat.evaluate:main", "Bits per byte and perplexity of a checkpoint folder.", "qat"),
     "gguf": Verb(EXPORT, "tmexport.cli.gguf:gguf", "Export a checkpoint to a GGUF that stock llama.cpp loads."),
@@ -32,6 +33,7 @@ VERBS = {
     "web": Verb(EXPORT, "tmexport.cli.web:web", "Write a page that runs a checkpoint in a browser.", "onnx"),
     "verify": Verb(EXPORT, "tmexport.cli.verify:verify", "Prove that an exported file holds the checkpoint."),
     "inspect": Verb(EXPORT, "tmexport.cli.inspect:inspect", "Show dimensions, types, sizes and zero ratios of a model."),
+    "card": Verb(EXPORT, "tmexport.cli.card:card", "Write the model card of a checkpoint folder, for the Hub."),
     "doctor": Verb(EXPORT, "tmexport.cli.doctor:doctor", "Say what a GGUF of any program is, and what is wrong with it."),
     "generate": Verb(RUN, "runtime_ref.generate:generate", "Continue a text with a GGUF or ONNX file."),
     "chat": Verb(RUN, "runtime_ref.chat:chat", "Talk with a GGUF in the terminal.", "serve"),

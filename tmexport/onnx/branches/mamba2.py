@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
-from tmexport.model import Mamba2
+from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.onnx.builder import Builder
 from tmexport.onnx.forms import PROFILE, Custom, Ort, Portable
 from tmexport.onnx.functions import function

@@ -1,108 +1,73 @@
-"""From a GGUF tensor's blocks straight to the kernels' layout (`pack.py`), without decoding to one byte a weight.
+"""Codes -1, 0, 1 with a scale a group, of ternary and binary weights: two bits a weight.
 
-The blocks are checked on the way as `tmexport.types` checks them: codes 0..2, scales +0 or positive normal fp16,
-one scale a group.
+codes uint8 [n/16, k/16, 16, 4]: the four bytes of (step s, row r) form one dword; bits 2i..2i+1 of its byte j hold code + 1 of
+column 16 s + 4 i + j. Blocks of a file are checked on the way: codes 0..2, scales +0 or positive normal fp16, one scale a group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime_ref.kernels.cache import cached
-from runtime_ref.kernels.pack import ROWS, Packed, PackedFloat, PackedHalf, PackedQ4, PackedQ8, PackedTernary, aligned
+from runtime_ref.kernels.packed import ROWS, Reader, Wanted, blank, filled_codes, tiled
+from runtime_ref.reference.ternary import TernaryMatrix
 from tmexport.errors import GGUFError
-from tmexport.gguf.reader import GGUFFile
-from tmexport.types import GGMLType, decode_codes, decode_values
+from tmexport.types import GGMLType, decode_codes
+from tmexport.types.base import INFINITE_BITS, SCALE_BITS
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
-_FIELDS = np.uint32(0x03030303)
 _compiled = cached(nogil=True)
 
 
-def read_packed(gguf: GGUFFile, name: str, group: int | None) -> Packed:
-    """One weight matrix of a file in the kernels' layout.
+class PackedTernary(NamedTuple):
+    """codes uint8 [n/16, k/16, 16, 4], scales fp16 bits [n/16, k/group, 16]."""
 
-    Raises:
-        GGUFError: damaged blocks, or scales that differ inside a group; row and block are named.
-    """
-    info = gguf.tensors[name]
-    return pack_blocks(gguf.blocks(name), info.type, info.shape[-1], group, name)
+    codes: np.ndarray
+    scales: np.ndarray
 
-
-def pack_blocks(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> Packed:
-    """`read_packed` for the blocks uint8 [n, bytes of a row] of a matrix [n, k]; `name` is for messages.
-
-    Raises: as `read_packed`.
-    """
-    if group is not None:
-        return _pack_codes(blocks, kind, k, group, name)
-    if kind not in _VALUES:
-        raise GGUFError(f"{name}: is {kind.name}, which this runtime cannot multiply as values")
-    return _VALUES[kind](blocks, kind, k, name)
+    def wanted(self, n: int, k: int, block: int, where: str) -> Wanted:
+        """As `packed.Packed` says."""
+        tiles, groups = -(-n // ROWS), self.scales.shape[1] if self.scales.ndim == 3 else 0
+        if groups < 1 or k % groups or block % 16 or (k // groups) % block:
+            raise ValueError(f"{where}: {groups} groups and activation blocks of {block} do not divide rows of {k}")
+        return [((tiles, k // 16, ROWS, 4), np.uint8), ((tiles, groups, ROWS), np.uint16)]
 
 
-def _pack_codes(blocks: np.ndarray, kind: GGMLType, k: int, group: int, name: str) -> PackedTernary:
-    """Codes -1, 0, 1 of any kind: two bits a weight, and the scales joined to groups."""
-    if kind not in _CODES:
-        raise GGUFError(f"{name}: is {kind.name}, which this runtime cannot multiply as codes")
-    tiles = -(-len(blocks) // ROWS)
-    codes = _blank((tiles, k // 16, ROWS), np.uint32)
-    codes[-1] = 0x55555555  # rows beyond the last: code 0
-    scales = np.zeros((tiles, k // group, ROWS), np.uint16)
-    if not _CODES[kind](blocks, codes, scales):
-        found, _ = decode_codes(blocks, kind, k, name)  # says which row and block
-        if np.abs(found).max(initial=0) > 1:
-            raise GGUFError(
-                f"{name}: holds codes beyond -1, 0 and 1, but the file records a group size of ternary weights"
-            )
-        raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
-    return PackedTernary(codes.view(np.uint8).reshape(tiles, k // 16, ROWS, 4), scales)
+def pack(matrix: TernaryMatrix) -> PackedTernary:
+    """A plain matrix in this layout."""
+    codes = filled_codes(matrix.codes)
+    n, k = codes.shape
+    # [tile, row, step, i, j] -> [tile, step, row, j], the four i side by side in a byte
+    fields = (codes + 1).astype(np.uint8).reshape(n // ROWS, ROWS, k // 16, 4, 4)
+    packed = np.zeros((n // ROWS, ROWS, k // 16, 4), np.uint8)
+    for i in range(4):
+        packed |= fields[:, :, :, i] << (2 * i)
+    return PackedTernary(np.ascontiguousarray(packed.transpose(0, 2, 1, 3)), tiled(matrix.scales))
 
 
-def _pack_q8(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedQ8:
-    tiles = -(-len(blocks) // ROWS)
-    packed = PackedQ8(_blank((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-    _q8(blocks, packed.codes.view(np.uint8), packed.scales)
-    _finite(packed.scales, name)
-    return packed
+def _reader(unpack: Callable[[np.ndarray, np.ndarray, np.ndarray], bool]) -> Reader:
+    """`unpack(blocks, codes uint32 [n/16, k/16, 16], scales)` fills both; False if something in the blocks is not allowed."""
 
+    def read(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedTernary:
+        assert group is not None
+        tiles = -(-len(blocks) // ROWS)
+        codes = blank((tiles, k // 16, ROWS), np.uint32)
+        codes[-1] = 0x55555555  # rows beyond the last: code 0
+        scales = np.zeros((tiles, k // group, ROWS), np.uint16)
+        if not unpack(blocks, codes, scales):
+            found, _ = decode_codes(blocks, kind, k, name)  # says which row and block
+            if np.abs(found).max(initial=0) > 1:
+                raise GGUFError(
+                    f"{name}: holds codes beyond -1, 0 and 1, but the file records a group size of ternary weights"
+                )
+            raise GGUFError(f"{name}: scales differ inside a group of {group}; the recorded group size is wrong")
+        return PackedTernary(codes.view(np.uint8).reshape(tiles, k // 16, ROWS, 4), scales)
 
-def _pack_q4(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedQ4:
-    tiles = -(-len(blocks) // ROWS)
-    packed = PackedQ4(_blank((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-    packed.codes[-1] = 0x88
-    _q4(blocks, packed.codes, packed.scales)
-    _finite(packed.scales, name)
-    return packed
-
-
-def _pack_half(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedHalf:
-    half = np.zeros((len(blocks), -(-k // 16) * 16), np.uint16)
-    half[:, :k] = blocks.view(np.uint16)
-    _finite(half, name)
-    return PackedHalf(half)
-
-
-def _pack_float(blocks: np.ndarray, kind: GGMLType, k: int, name: str) -> PackedFloat:
-    values = np.zeros((len(blocks), -(-k // 16) * 16), np.float32)
-    values[:, :k] = decode_values(blocks, kind, k, name)
-    return PackedFloat(values)
-
-
-def _finite(bits: np.ndarray, name: str) -> None:
-    """Refuse NaN and infinite fp16 (all bits of the exponent set)."""
-    if ((bits & np.uint16(0x7C00)) == 0x7C00).any():
-        raise GGUFError(f"{name}: holds NaN or infinite values; the file is damaged")
-
-
-def _blank(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Room for a large matrix on a cache line; only the last tile, which may have rows to spare, is cleared."""
-    array = aligned(shape, np.dtype(dtype))
-    array[-1] = 0
-    return array
+    return read
 
 
 @_compiled
@@ -119,7 +84,7 @@ def _word(row, at):
 def _put_scale(row, at, scales, tile, lane, block, blocks):
     """Store the fp16 at row[at:] as the scale of its group; False if it is not allowed, or differs inside the group."""
     bits = np.uint16(row[at]) | np.uint16(np.uint16(row[at + 1]) << np.uint16(8))
-    if bits != 0 and (bits < 0x0400 or bits >= 0x7C00):
+    if bits != 0 and (bits < SCALE_BITS or bits >= INFINITE_BITS):  # `types.base.bad_scales`
         return False
     per_group = blocks // scales.shape[1]
     if block % per_group == 0:
@@ -218,38 +183,6 @@ def _tq1_by(blocks, codes, scales, table):
 
 
 @_compiled
-def _q8(blocks, codes, scales):
-    for r in range(blocks.shape[0]):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(scales.shape[1]):
-            base = block * 34
-            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
-            for step in range(8):
-                target = codes[tile, block * 8 + step, lane]
-                at = base + 2 + 4 * step
-                target[0], target[1], target[2], target[3] = row[at], row[at + 1], row[at + 2], row[at + 3]
-
-
-@_compiled
-def _q4(blocks, codes, scales):
-    columns = np.empty(32, np.uint8)
-    for r in range(blocks.shape[0]):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(scales.shape[1]):
-            base = block * 18
-            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
-            for at in range(16):
-                columns[at] = row[base + 2 + at] & np.uint8(15)
-                columns[at + 16] = row[base + 2 + at] >> np.uint8(4)
-            for step in range(4):
-                for j in range(4):
-                    first = 8 * step + j
-                    codes[tile, block * 4 + step, lane, j] = columns[first] | np.uint8(
-                        columns[first + 4] << np.uint8(4)
-                    )
-
-
-@_compiled
 def _q1(blocks, codes, scales):
     """Signs, a bit each: the codes -1 and 1 are stored as 0 and 2."""
     n, count = blocks.shape[0], codes.shape[1] // 8
@@ -295,18 +228,12 @@ def _tq1(blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> bool:
     return _tq1_by(blocks, codes, scales, _BASE3)
 
 
-_CODES = {
-    GGMLType.TQ1_0: _tq1,
-    GGMLType.TQ2_0: _tq2,
-    GGMLType.Q2_0: _q2,
-    GGMLType.Q1_0: _q1,
-    GGMLType.Q4_0: _q4_ternary,
+PACK = {TernaryMatrix: pack}
+CODES = {
+    GGMLType.TQ1_0: _reader(_tq1),
+    GGMLType.TQ2_0: _reader(_tq2),
+    GGMLType.Q2_0: _reader(_q2),
+    GGMLType.Q1_0: _reader(_q1),
+    GGMLType.Q4_0: _reader(_q4_ternary),
 }
-_VALUES: dict[GGMLType, Callable[[np.ndarray, GGMLType, int, str], Packed]] = {
-    GGMLType.Q8_0: _pack_q8,
-    GGMLType.Q4_0: _pack_q4,
-    GGMLType.F16: _pack_half,
-    GGMLType.F32: _pack_float,
-    GGMLType.BF16: _pack_float,
-    GGMLType.Q4_1: _pack_float,  # read, not made to be run: export it as int4 or int8
-}
+VALUES: dict[GGMLType, Reader] = {}
