@@ -49,7 +49,7 @@ class Slice(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """a (= -exp(A_log)) fp32 [d_inner, N]; slowest: its largest of each channel; d, dt_bias [d_inner]; rank: of dt, before B and C in s.mid; slot, index: of the
+    """a (= -exp(A_log)) fp32 [d_inner, N]; slowest: its largest of each channel, or [0]; d, dt_bias [d_inner]; rank: of dt, before B and C in s.mid; slot, index: of the
     state.
     """
 
@@ -179,7 +179,8 @@ def steps(layer: Layer) -> list[Step]:
     """
     c, small, activations = layer.branch, layer.small, layer.preset.activations
     x_proj, dt_proj, out = (layer.matrix(role) for role in ("x_proj", "dt_proj", "out_proj"))
-    scan = Scan(small["a"], small["a"].max(axis=1), small["d"], small["dt_bias"], c.dt_rank, layer.slot + 1, layer.index)
+    slowest = small["a"].max(axis=1) if scales_after(layer.preset.state) else np.zeros(0, np.float32)
+    scan = Scan(small["a"], slowest, small["d"], small["dt_bias"], c.dt_rank, layer.slot + 1, layer.index)
     return [
         *layer.normed_product("in_proj", PROJ),
         Step(convolve_rows, Convolution(small["conv_weight"], small["conv_bias"], 0, layer.slot, layer.index)),

@@ -39,7 +39,12 @@ _INTS, _FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 ZERO, ONE, NO_BITS = np.float32(0.0), np.float32(1.0), np.int32(0)
 ABS_BITS = np.int32(0x7FFFFFFF)
 AREA = 4 * 64  # bytes: what 16 rows need between the functions below, four vectors
-UNIT, OLD, INVERSE, TOP = 0, 64, 128, 192  # where in it: the rows' unit, the one before, the new one's inverse, the largest code
+UNIT, OLD, INVERSE, TOP = (
+    0,
+    64,
+    128,
+    192,
+)  # where in it: the rows' unit, the one before, the new one's inverse, the largest code
 
 
 @dataclass(frozen=True)
