@@ -8,7 +8,7 @@ common is compiled once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -50,13 +50,27 @@ class Job(NamedTuple):
     s: Scratch
 
 
+class Span(NamedTuple):
+    """`count` values of a row of a scratch array (`phases`: PROJ, MID, DT) from column `first`."""
+
+    source: int
+    first: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Step:
-    """One phase: compiled code, `inlined` (tid, threads, job, args), and what it reads; `many`: the code for many rows."""
+    """One phase: compiled code, `inlined` (tid, threads, job, args), and what it reads; `many`: the code for many rows.
+
+    Of one that updates a state which does not grow: updates, the numbers of its arrays, and inputs, what it reads of a token
+    that no such step before it made (`replay`).
+    """
 
     body: Any
-    args: NamedTuple
+    args: Any
     many: Any = None
+    updates: Sequence[int] = ()
+    inputs: Sequence[Span] = ()
 
 
 @intrinsic
