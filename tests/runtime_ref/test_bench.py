@@ -155,7 +155,7 @@ def test_the_page_stands_alone(ran):
 def test_the_pictures_are_svg_that_fits(ran):
     _, text = ran
     pictures = [ElementTree.fromstring(part) for part in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
-    assert len(pictures) == 4 + 4  # a histogram for each tg row; depth, chunks, memory, sizes
+    assert len(pictures) == 2 * len(PRESETS) + 4  # a histogram for each tg row; depth, chunks, memory, sizes
     for picture in pictures:
         _, _, width, height = map(float, picture.get("viewBox").split())
         for mark in picture.iter(f"{SVG}text"):
