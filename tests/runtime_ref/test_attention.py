@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qat.ptq.making import make
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import available
 from runtime_ref.memory import check_memory, need
@@ -57,7 +58,7 @@ def test_every_family_is_here():
     assert set(NAMES) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("profile", PRESETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_have_the_specifications_bits(files, name, profile):
     path = files[0] / f"{name}.gguf"
@@ -137,7 +138,7 @@ def test_the_state_grows_in_steps_up_to_the_context(files):
     model.prefill(state, IDS)
     shapes = {name: array.shape for name, array in state.arrays.items()}
     assert shapes == {"k": (3, STEP, 2, 64), "v": (3, STEP, 2, 64)}
-    assert state.copy().arrays["k"].shape == (3, len(IDS), 2, 64)
+    assert state.resized(len(IDS)).arrays["k"].shape == (3, len(IDS), 2, 64)
     assert need(open_gguf(files[0] / "llama.gguf"), "exact").states == 2 * 3 * 512 * 2 * 64 * 4  # a context of 512
     with pytest.raises(UsageError, match="the text has 520 tokens, but the model was made for 512"):
         model.prefill(state, [1] * 480)
