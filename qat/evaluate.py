@@ -29,6 +29,7 @@ from tmexport.cli.options import threads_option
 from tmexport.cli.progress import progress_bar
 from tmexport.documents import Document, Score, encode_documents, score_documents, start_token
 from tmexport.errors import UsageError
+from tmexport.evidence import made_with
 from tmexport.model import Model
 from tmexport.threads import default_threads
 
@@ -119,6 +120,10 @@ def main(checkpoint: Path, data: tuple[Path, ...], tokenizer: Path | None, threa
     torch.set_num_threads(threads or default_threads())
     score = evaluate(checkpoint, list(data), tokenizer)
     if as_json:
-        click.echo(json.dumps(score.as_dict()))
+        texts = [path for path in find_files(data) if not is_dataset(path)]
+        given = [word for path in data for word in ("--data", str(path) if is_dataset(path) else path)]
+        click.echo(
+            json.dumps(score.as_dict() | made_with(["tmexport", "evaluate", checkpoint, *given], checkpoint, texts))
+        )
     else:
         click.echo(f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f}, {score.tokens} tokens")

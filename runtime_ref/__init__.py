@@ -1,4 +1,4 @@
-"""Run a ternary Mamba-2 GGUF on a CPU: `Model.load(path)`, and the definition of "correct" (`runtime_ref.reference`).
+"""Run a low-bit Mamba-2, Mamba-1, hybrid or Llama-like GGUF on a CPU: `Model.load(path)`, and the definition of "correct" (`runtime_ref.reference`).
 
 from runtime_ref import Model
 model = Model.load("model.gguf")

@@ -28,6 +28,7 @@ from runtime_ref.tokenizer import Tokenizer
 from tmexport.cli.options import threads_option
 from tmexport.cli.progress import progress_bar
 from tmexport.documents import encode_documents, read_documents, score_documents, start_token
+from tmexport.evidence import made_with
 
 
 def score_tokens(
@@ -77,6 +78,7 @@ def perplexity(
     with progress_bar("scoring", sum(d.scored for d in documents), unit="tokens") as bar:
         score = score_documents(documents, lambda ids: score_tokens(model, ids, bar.advance))
     if as_json:
-        click.echo(json.dumps(score.as_dict() | {"profile": profile}))
+        command = ["tmexport", "perplexity", model_path, text_path, "--profile", profile]
+        click.echo(json.dumps(score.as_dict() | {"profile": profile} | made_with(command, model_path, [text_path])))
     else:
         click.echo(f"tokens {score.tokens}\nperplexity {score.perplexity:.4f}\nbits per byte {score.bits_per_byte:.4f}")

@@ -36,6 +36,7 @@ SLOW = (
     "qat/test_qat_plan.py",
     "qat/test_qat_data.py::test_parquet",
     "qat/test_study.py",
+    "tmexport/test_card.py",
     "tmexport/test_cli.py::test_both_dialects",
     "tmexport/test_hf.py",
     "tmexport/test_quantization.py",

@@ -15,6 +15,7 @@ from runtime_ref.arithmetic import DEFAULT, PRESETS
 from tmexport.cli.options import threads_option
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
+from tmexport.evidence import made_with
 from zero_shot.examples import load_examples, package_folder
 from zero_shot.metrics import Metric, Result, measure, pool
 from zero_shot.scoring import Scorer, score_examples
@@ -110,6 +111,8 @@ def zero_shot(
     if as_json:
         shown = {name: asdict(result) for name, result in (results | parts).items()}
         runtime = "torch" if model_path.is_dir() else f"runtime_ref, profile {profile}"
-        click.echo(json.dumps({"model": str(model_path), "runtime": runtime, "tasks": shown}))
+        command = ["tmexport", "zero-shot", model_path, "--tasks", names, *(["--limit", limit] if limit else [])]
+        about = {"model": str(model_path), "runtime": runtime, "tasks": shown}
+        click.echo(json.dumps(about | made_with([*command, "--profile", profile], model_path)))
     else:
         click.echo(table(results))

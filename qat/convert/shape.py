@@ -8,7 +8,10 @@ from typing import Any
 
 from qat.plan import ACCELERATORS, UTILISATION
 from tmexport.errors import UsageError
-from tmexport.model import Attention, Block, Mamba2, Model, SwiGLU
+from tmexport.model import Block, Model
+from tmexport.model.branches.attention import Attention
+from tmexport.model.branches.mamba2 import Mamba2
+from tmexport.model.branches.mlp import SwiGLU
 from tmexport.types import KINDS
 
 D_CONV = 4

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.model.branch import BranchModule
-from tmexport.model import Attention
+from tmexport.model.branches.attention import Attention
 
 
 @dataclass

@@ -23,15 +23,15 @@ from qat.model.mlp import SwiGLUMLP
 from qat.model.norm import RMSNorm
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import ConfigError
-from tmexport.model import Attention, Block, Mamba1, Mamba2, Model, SwiGLU
+from tmexport.model import Block, Model
 
 # kind of branch -> module(branch, eps, depth): [batch, time, d_model], state or None -> [batch, time, d_model]; it has
 # `fresh_state()`, what it remembers before the first token, and `operations(seq_len)`, as in mamba2.py.
 MODULES: Mapping[str, type[nn.Module]] = {
-    Mamba1.kind: Mamba1Mixer,
-    Mamba2.kind: Mamba2Mixer,
-    Attention.kind: AttentionMixer,
-    SwiGLU.kind: SwiGLUMLP,
+    "mamba1": Mamba1Mixer,
+    "mamba2": Mamba2Mixer,
+    "attention": AttentionMixer,
+    "swiglu": SwiGLUMLP,
 }
 
 BlockState = tuple[Any, ...]  # one state a branch, each of a type of its module's

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qat.model.branch import BranchModule
 from qat.model.mamba2 import CausalConv
-from tmexport.model import Mamba1
+from tmexport.model.branches.mamba1 import Mamba1
 
 _DT_RANGE = (0.001, 0.1)  # mamba_ssm's range for the initial time steps
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qat.model.branch import BranchModule
 from qat.model.ssd import choose_scan
-from tmexport.model import Mamba2
+from tmexport.model.branches.mamba2 import Mamba2
 
 _DT_RANGE = (0.001, 0.1)  # mamba_ssm's range for the initial time steps
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.model.branch import BranchModule
-from tmexport.model import SwiGLU
+from tmexport.model.branches.mlp import SwiGLU
 
 
 @dataclass

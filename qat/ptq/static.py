@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qat.model import LanguageModel
 from qat.model.mamba2 import Mamba2Mixer
 from qat.ptq.statistics import Site
-from tmexport.model import Mamba2
+from tmexport.model.branches.mamba2 import Mamba2
 
 LEVELS = 127
 Clusters = Sequence[Sequence[Sequence[int]]]  # as in the record of the transformation `sort`, of one block

@@ -49,11 +49,13 @@ def train(
     hooks: Sequence[Hook] = (),
     student: Path | None = None,
     table: str | None = None,
+    shape: Model | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; returns a summary. Without a teacher, a full-precision model is trained from nothing.
 
     `hooks` are called after every step, besides those of every run (qat/train/hooks.py). `student`: the full-precision checkpoint
-    that is trained, if it is not the teacher's own. `table`: of recipe.toml. A teacher may be a llama GGUF.
+    that is trained, if it is not the teacher's own. `table`: of recipe.toml. A teacher may be a llama GGUF. `shape`: what a model
+    trained from nothing is made of, in place of the recipe's Mamba-2; its vocabulary is the tokenizer's.
 
     Raises:
         TmexportError: the data, the teacher or a setting cannot be used, or the loss is not finite.
@@ -77,7 +79,7 @@ def train(
     except OSError as error:
         raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
-        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache, student)
+        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache, student, shape)
     run.table = table or ("teacher" if teacher is None else "student")
     try:
         summary = fit(run, resume, hooks)
@@ -102,6 +104,7 @@ def _prepare(
     accelerator: Accelerator,
     cache: Path,
     student: Path | None,
+    shape: Model | None,
 ) -> Run:
     """Models, tokens and batches of a run."""
     teacher_model = None
@@ -110,7 +113,7 @@ def _prepare(
             if used:
                 raise UsageError(f"{name} needs a teacher; remove it, or give --teacher")
         tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
-        config = _config_of(recipe, tokenizer)
+        config = _with_vocabulary(shape or config_of(recipe), tokenizer)
     else:
         config, tokenizer = _full_precision(teacher, "teacher"), find_tokenizer(teacher, tokenizer)
         teacher_model = load_model(teacher).requires_grad_(False).eval()
@@ -203,12 +206,12 @@ def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | No
     return path
 
 
-def _config_of(recipe: Recipe, tokenizer: Path) -> Model:
+def _with_vocabulary(shape: Model, tokenizer: Path) -> Model:
     from tokenizers import Tokenizer
 
     known = Tokenizer.from_file(str(tokenizer))
     eos = known.token_to_id(END_OF_TEXT)
-    return replace(config_of(recipe), vocab_size=known.get_vocab_size(), bos_token_id=eos, eos_token_id=eos)
+    return replace(shape, vocab_size=known.get_vocab_size(), bos_token_id=eos, eos_token_id=eos)
 
 
 def first_tokens(documents: Sequence[Document], count: int, tokenizer: Path) -> list[Document]:

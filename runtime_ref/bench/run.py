@@ -68,7 +68,7 @@ def run_bench(path: Path, settings: Settings, on_progress: Callable[[str, int], 
     """Measure the model in `path`; on_progress(what, tokens done) is called as it goes.
 
     Raises:
-        GGUFError: the file is damaged, or not a Mamba-2 of a type this runtime computes.
+        GGUFError: the file is damaged, or has layers or types that this runtime does not compute.
     """
     gguf = open_gguf(path)
     sizes = file_sizes(gguf)

@@ -6,7 +6,6 @@ curl http://127.0.0.1:8080/v1/completions -H "Content-Type: application/json" -d
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import socket
 from pathlib import Path
@@ -30,6 +29,7 @@ from runtime_ref.serve.vocabulary import Vocabulary
 from runtime_ref.template import load_template
 from tmexport.cli.options import HELP, PATH, threads_option
 from tmexport.errors import UsageError
+from tmexport.evidence import file_digest
 
 
 @click.command(context_settings=HELP)
@@ -100,12 +100,6 @@ def serve(
     finally:
         scheduler.close()
         cache.close()
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _run(service: Service, listening: socket.socket) -> None:

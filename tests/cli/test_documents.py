@@ -1,5 +1,6 @@
 """One definition of a score, two programs: what is read, what counts, and that Ctrl-C is heard meanwhile."""
 
+import hashlib
 import json
 import os
 import signal
@@ -43,7 +44,11 @@ def scores(model, path):
     in_torch = invoke(evaluate, model / "ckpt", "--data", path, "--json", "--threads", 1)
     in_runtime = invoke(perplexity, model / "m.gguf", path, "--json", "--threads", 1)
     assert (in_torch.exit_code, in_runtime.exit_code) == (0, 0), in_torch.stderr + in_runtime.stderr
-    return json.loads(in_torch.stdout), json.loads(in_runtime.stdout)
+    found = json.loads(in_torch.stdout), json.loads(in_runtime.stdout)
+    for printed in found:
+        assert str(printed.pop("command")).startswith("tmexport ")
+        assert printed.pop("text_sha256") == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    return found
 
 
 DOCUMENTS = {

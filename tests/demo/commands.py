@@ -20,7 +20,7 @@ DOCUMENTS = [
 ]
 
 # Other people's commands; everything else must be ours.
-FOREIGN = {"git", "pip", "source", "cd", "npm", "tar", "llama-completion", "llama-bench", "curl"}
+FOREIGN = {"git", "pip", "source", "cd", "npm", "tar", "llama-completion", "llama-bench", "curl", "hf", "uv", "podman"}
 
 
 def commands_in(document: Path) -> list[list[str]]:

@@ -21,7 +21,8 @@ from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.reader import open_gguf
-from tmexport.model import Mamba2, llama_model, mamba2_model
+from tmexport.model import llama_model, mamba2_model
+from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.verify import verify_gguf
 
 

@@ -33,6 +33,7 @@ VERBS = {
     "web": Verb(EXPORT, "tmexport.cli.web:web", "Write a page that runs a checkpoint in a browser.", "onnx"),
     "verify": Verb(EXPORT, "tmexport.cli.verify:verify", "Prove that an exported file holds the checkpoint."),
     "inspect": Verb(EXPORT, "tmexport.cli.inspect:inspect", "Show dimensions, types, sizes and zero ratios of a model."),
+    "card": Verb(EXPORT, "tmexport.cli.card:card", "Write the model card of a checkpoint folder, for the Hub."),
     "doctor": Verb(EXPORT, "tmexport.cli.doctor:doctor", "Say what a GGUF of any program is, and what is wrong with it."),
     "generate": Verb(RUN, "runtime_ref.generate:generate", "Continue a text with a GGUF or ONNX file."),
     "chat": Verb(RUN, "runtime_ref.chat:chat", "Talk with a GGUF in the terminal.", "serve"),

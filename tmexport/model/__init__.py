@@ -7,10 +7,6 @@ dialects/     a file a way of describing a model: config.json and GGUF keys <-> 
 
 from __future__ import annotations
 
-from tmexport.model.branches.attention import Attention
-from tmexport.model.branches.mamba1 import Mamba1
-from tmexport.model.branches.mamba2 import Mamba2
-from tmexport.model.branches.mlp import SwiGLU
 from tmexport.model.dialects import load_config, parse_config
 from tmexport.model.dialects.llama import llama_model
 from tmexport.model.dialects.mamba1 import mamba1_model
@@ -18,15 +14,11 @@ from tmexport.model.dialects.mamba2 import mamba2_model
 from tmexport.model.spec import Block, Branch, Model, ModelTensor, StateSpec, TensorSpec
 
 __all__ = [
-    "Attention",
     "Block",
     "Branch",
-    "Mamba1",
-    "Mamba2",
     "Model",
     "ModelTensor",
     "StateSpec",
-    "SwiGLU",
     "TensorSpec",
     "llama_model",
     "load_config",

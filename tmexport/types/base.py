@@ -61,6 +61,10 @@ _BLOCKS = {
 }
 
 
+# As bits of fp16: the smallest positive normal number, and infinity; NaN and everything with the sign set lie above it.
+SCALE_BITS, INFINITE_BITS = 0x0400, 0x7C00
+
+
 def first_true(mask: np.ndarray) -> tuple[int, ...]:
     """The index of the first true element. (np.argwhere would build an index for every one: 24 bytes a bad weight.)"""
     return tuple(int(i) for i in np.unravel_index(int(mask.argmax()), mask.shape))
@@ -72,7 +76,7 @@ def bad_scales(scales: np.ndarray) -> np.ndarray:
     Subnormal scales would lose bits silently on hardware that flushes them.
     """
     bits = scales.view(np.uint16)
-    return (bits != 0) & ((bits < 0x0400) | (bits >= 0x7C00))  # subnormal; infinite, NaN or with the sign set
+    return (bits != 0) & ((bits < SCALE_BITS) | (bits >= INFINITE_BITS))
 
 
 def scales_at(

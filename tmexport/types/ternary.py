@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import CheckpointError, GGUFError, NotTernaryError
-from tmexport.types.base import Coded, Container, GGMLType, first_true, mean_scales, scales_at
+from tmexport.types.base import Coded, Container, GGMLType, bad_scales, first_true, mean_scales, scales_at
 
 GROUP_SIZES = (256, 128, 64)
 _ROWS_AT_ONCE = 64  # keeps the intermediates in cache
@@ -69,9 +69,7 @@ def exact_ternary(weight: np.ndarray, name: str, group_size: int) -> TernaryTens
         largest = magnitude.max(axis=2)
         with np.errstate(over="ignore", invalid="ignore"):
             scales[rows] = largest.view(kept.dtype).astype(np.float16)
-        scale_bits = scales[rows].view(np.uint16)
-        ok = scales[rows].astype(kept.dtype).view(unsigned) == largest
-        ok &= (scale_bits == 0) | ((scale_bits >= 0x0400) & (scale_bits < 0x7C00))
+        ok = (scales[rows].astype(kept.dtype).view(unsigned) == largest) & ~bad_scales(scales[rows])
         ok &= ((magnitude == 0) | (magnitude == largest[:, :, None])).all(axis=2)
         if not ok.all():
             row, group = first_true(~ok)

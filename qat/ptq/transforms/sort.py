@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat.ptq.statistics import gather, scanned_name
 from qat.ptq.transforms.work import Work
-from tmexport.model import Mamba2
+from tmexport.model.branches.mamba2 import Mamba2
 
 CLUSTERS = 4  # of heads and of channels, as in Quamba2
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import onnx
 from onnx import TensorProto, helper
 
-from tmexport.model import Mamba1
+from tmexport.model.branches.mamba1 import Mamba1
 from tmexport.onnx.builder import Builder
 from tmexport.onnx.forms import Portable
 from tmexport.onnx.mathematics import causal_conv, silu
