@@ -7,6 +7,7 @@ curl http://127.0.0.1:8080/v1/completions -H "Content-Type: application/json" -d
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def _listen(host: str, port: int) -> socket.socket:
             0
         ]
         listening = socket.socket(family, kind)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it would let two servers have one port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(1024)
     except OSError as error:
