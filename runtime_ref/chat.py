@@ -32,6 +32,7 @@ from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.serve.choice import Choice
 from runtime_ref.serve.vocabulary import Vocabulary
+from runtime_ref.speculative import Drafts
 from runtime_ref.state import State
 from runtime_ref.template import ChatTemplate, Message, needed_template
 from tmexport.cli.options import HELP, PATH, threads_option
@@ -85,14 +86,22 @@ class Conversation:
     def _write(
         self, ids: list[int], state: State, logits: np.ndarray, choice: Choice, stopped: Callable[[], bool]
     ) -> Iterator[str]:
-        parts: list[str] = []
-        while not choice.reason:
+        parts, shown = list[str](), 0
+        read = Drafts(self._model, self._model.costs, ids).read
+
+        def take(logits: np.ndarray) -> int | None:
             piece = choice.end("stop") if stopped() else choice.step(logits)
             if piece is not None:
                 parts.append(piece.text)
-                yield piece.text
-            if not choice.reason:
-                logits = self._model.decode(state, choice.tokens[-1])
+            return None if choice.reason else choice.tokens[-1]
+
+        following = take(logits)
+        while True:
+            yield from parts[shown:]
+            shown = len(parts)
+            if following is None:
+                break
+            following = read(state, following, choice.left - 1, take)
         self.messages.append({"role": "assistant", "content": "".join(parts)})
         self._past.append(([*ids, *choice.tokens][: state.tokens], state))
 
@@ -152,6 +161,8 @@ def chat(
     compile_kernels(model)
     conversation = Conversation(model, Vocabulary(tokenizer, model.config.vocab_size), template, loaded.stop)
     conversation.reset(system)
+    if sys.stdin is None:
+        raise UsageError("stdin is closed; chat reads what is typed, or a pipe")
     if sys.stdin.isatty():
         click.echo(f"{model_path.stem}: {_COMMANDS}", err=True)
     for line in _lines():

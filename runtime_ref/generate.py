@@ -108,7 +108,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = read_prompt(prompt, prompt_file, token_ids)
     if max_memory is not None:
-        check_memory(model_path, max_memory, profile, states=4 if load_state or save_state else 1)
+        check_memory(model_path, max_memory, profile, states=5 if load_state or save_state else 2)
     need_text = isinstance(text, str)
     if is_onnx:
         loaded = load_onnx(model_path, kernels, threads, tokenizer_path, need_text)

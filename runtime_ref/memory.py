@@ -21,6 +21,7 @@ import numpy as np
 from runtime_ref.arithmetic import preset_of
 from runtime_ref.gguf_source import check_branches
 from runtime_ref.kernels.scratch import CHUNK
+from runtime_ref.speculative import MOST
 from runtime_ref.state import state_arrays, with_positions
 from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.export import EMBEDDING_TYPES, low_bit_types, tensor_layout
@@ -155,14 +156,17 @@ def _ternary_type(config: Model) -> GGMLType:
 
 
 def _scratch(config: Model) -> int:
-    """Bytes of the working arrays: what a block's products read and write, what its convolution writes, and logits."""
+    """Bytes of the working arrays: what a block's products read and write, what its convolution writes, logits, and what is
+    kept of drafted tokens (twice the channels of a convolution at most).
+    """
     most = 0
     for branch in {branch for block in config.blocks for branch in block.branches}:
         matrices = [spec.shape for spec in branch.tensors() if spec.low_bit or spec.matrix]
         convolved = sum(spec.shape[-1] for spec in branch.states() if not spec.recurrent)
         values = 9 * max(k for _, k in matrices) + 4 * sum(n for n, _ in matrices) + 4 * convolved
         most = max(most, values)
-    return CHUNK * most + 8 * config.vocab_size
+    drafted = sum(spec.shape[-1] for b in config.blocks for a in b.branches for spec in a.states() if not spec.grows)
+    return CHUNK * most + 8 * config.vocab_size + MOST * (8 * drafted + 4 * config.vocab_size)
 
 
 def _need(gguf: GGUFFile, config: Model, layout: Layout, profile: str, states: int, compiles: int) -> Need:

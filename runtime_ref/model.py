@@ -8,6 +8,7 @@ logits = model.decode(state, token)        # the same bits as if `token` had bee
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from runtime_ref.errors import NumericsError, StateError
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.build import Built, build
 from runtime_ref.kernels.phases import FEWEST_ROWS
-from runtime_ref.kernels.program import Job, run
+from runtime_ref.kernels.program import Job, Program, run
 from runtime_ref.kernels.records import words
+from runtime_ref.kernels.replay import Replay, programs
 from runtime_ref.kernels.scratch import CHUNK, Scratch, allocate
-from runtime_ref.sampling import Sampling, continue_tokens
+from runtime_ref.sampling import Sampling, Take, continue_tokens
+from runtime_ref.speculative import Costs, Drafts
 from runtime_ref.state import State, state_arrays, with_positions
 from runtime_ref.team import Team
 from runtime_ref.weights import Source
@@ -47,6 +50,8 @@ class Model:
         self._lock = threading.Lock()
         self._scratch: Scratch = allocate(1, self._built.room)
         self._scores = np.zeros((0, 0), np.float32)
+        self._tries: tuple[Replay, State] | None = None
+        self.costs = Costs()
 
     @classmethod
     def load(cls, path: Path | str, profile: str = DEFAULT, threads: int | None = None) -> Model:
@@ -86,7 +91,7 @@ class Model:
         with self._lock:
             job = self._job(one, np.zeros((1, 1), np.uint64), 1, np.zeros((1, 1), np.float32), [self.new_state()])
             for number in {1, rows}:
-                self._program(job._replace(rows=number))
+                self._table(self._built.program, job._replace(rows=number))
 
     def new_state(self) -> State:
         """The state before the first token."""
@@ -139,6 +144,55 @@ class Model:
                 on_progress(len(part))
         return logits
 
+    def advance(self, state: State, token: int, draft: Sequence[int], take: Take) -> int | None:
+        """Read a token, and of what may follow it as much as turns out to: like as many calls of `decode`, in one pass.
+
+        Args:
+            state: is updated by the tokens that were read.
+            token: comes next.
+            draft: what may come after it; what goes beyond the context length is left out.
+            take: called with the logits fp32 [vocab] after each token that was read; returns which one follows, None to end.
+                That one is read if the draft foresaw it.
+
+        Returns: what `take` returned last; it has not been read.
+
+        Raises: as `decode`; a draft that does not come true raises nothing.
+        """
+        fits = context_limit(self.config.context_length) - state.tokens - 1 if state.growing else len(draft)
+        ids = _ids([token, *draft[: max(0, fits)]])
+        with self._lock:
+            self._prepare([state], ids[None])
+            tries, self._tries = self._tries_for(len(ids)), None
+            replay, spare = tries
+            addresses = self._addresses([state])
+            replay.origin[:] = addresses[:, 0]
+            copies = self._addresses([dataclasses.replace(state, arrays=state.arrays | spare.arrays)])
+            logits = self._pass(replay.trial, [state], ids[None], copies, all_logits=True)
+            self._check(logits[:1], 1)
+            sound = (self._scratch.bad[: len(ids)] < 0) & np.isfinite(logits).all(axis=1)
+        read, following = 1, take(logits[0])
+        while read < len(ids) and sound[read] and following == ids[read]:
+            following = take(logits[read])
+            read += 1
+        if read == len(ids):
+            for name in spare.arrays:
+                state.arrays[name], spare.arrays[name] = spare.arrays[name], state.arrays[name]
+        with self._lock:
+            if read < len(ids) and replay.replay is not None:
+                self._pass(replay.replay, [state], ids[None, :read], addresses, all_logits=False)
+            self._tries = tries
+        state.tokens = state.extent.end = state.tokens + read
+        return following
+
+    def _tries_for(self, tokens: int) -> tuple[Replay, State]:
+        """The programs for drafts, and a state to try them on, which belong to one call at a time."""
+        if self._tries is not None and self._tries[0].rows >= tokens:
+            return self._tries
+        spare = self.new_state()
+        for name in spare.growing:
+            del spare.arrays[name]
+        return programs(self._built.steps, self._state_arrays, -(-tokens // 16) * 16), spare
+
     def score(self, state: State, tokens: Sequence[int]) -> Iterator[np.ndarray]:
         """Logits after every token, fp32 [chunk, vocab] at a time; the state is updated.
 
@@ -158,8 +212,9 @@ class Model:
         stop: Sequence[int] = (),
         on_logits: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[int]:
-        """Token after token: `sampling.continue_tokens`."""
-        return continue_tokens(self, prompt, max_tokens, sampling, state, stop, on_logits)
+        """Token after token, several at once where the text repeats itself: `sampling.continue_tokens`."""
+        read = Drafts(self, self.costs, prompt).read
+        return continue_tokens(self, prompt, max_tokens, sampling, state, stop, on_logits, read)
 
     def close(self) -> None:
         """End the threads."""
@@ -167,6 +222,16 @@ class Model:
 
     def _forward(self, states: list[State], tokens: np.ndarray, all_logits: bool) -> np.ndarray:
         """tokens [sequences, length] -> logits [sequences, vocab], or [sequences * length, vocab]."""
+        with self._lock:
+            self._prepare(states, tokens)
+            logits = self._pass(self._built.program, states, tokens, self._addresses(states), all_logits)
+            self._check(logits, tokens.size)
+        for state in states:
+            state.tokens += tokens.shape[1]
+        return logits
+
+    def _prepare(self, states: Sequence[State], tokens: np.ndarray) -> None:
+        """Refuse tokens and states that cannot be read, and make room for the others."""
         vocab = self.config.vocab_size
         outside = (tokens < 0) | (tokens >= vocab)
         if outside.any():
@@ -175,21 +240,27 @@ class Model:
             if state.model != self.fingerprint or state.profile != self.profile:
                 raise StateError("the state belongs to another model or profile")
             state.check(self._state_arrays)
+        for state in states:
+            self._check_context(state, tokens.shape[1])
+        for state in states:
+            state.make_room(state.tokens + tokens.shape[1])
+
+    def _addresses(self, states: Sequence[State]) -> np.ndarray:
+        """Of the states' arrays, uint64 [arrays, sequences]."""
+        found = [[state.arrays[array.name].ctypes.data for state in states] for array in self._state_arrays]
+        return np.array(found, np.uint64).reshape(-1, len(states))
+
+    def _pass(
+        self, program: Program, states: Sequence[State], tokens: np.ndarray, addresses: np.ndarray, all_logits: bool
+    ) -> np.ndarray:
+        """Run a program, whose phases find the states at the addresses; logits as `_forward`'s, if it makes any."""
         sequences, length = tokens.shape
-        for state in states:
-            self._check_context(state, length)
-            state.make_room(state.tokens + length)
-        with self._lock:
-            if len(self._scratch.x) < tokens.size:
-                self._scratch = allocate(tokens.size, self._built.room)
-            logits = np.empty((tokens.size if all_logits else sequences, vocab), np.float32)
-            addresses = [[s.arrays[array.name].ctypes.data for s in states] for array in self._state_arrays]
-            job = self._job(tokens.reshape(-1), np.array(addresses, np.uint64), length, logits, states)
-            table, record = self._program(job), np.array(list(words(job)), np.uint64)
-            self._team.run(run, table, record.ctypes.data)
-            self._check(logits, tokens.size)
-        for state in states:
-            state.tokens += length
+        if len(self._scratch.x) < tokens.size:
+            self._scratch = allocate(tokens.size, self._built.room)
+        logits = np.empty((tokens.size if all_logits else sequences, self.config.vocab_size), np.float32)
+        job = self._job(tokens.reshape(-1), addresses, length, logits, states)
+        table, record = self._table(program, job), np.array(list(words(job)), np.uint64)
+        self._team.run(run, table, record.ctypes.data)
         return logits
 
     def _check(self, logits: np.ndarray, rows: int) -> None:
@@ -215,15 +286,14 @@ class Model:
     ) -> Job:
         """tokens int64 [sequences * length], addresses uint64 [arrays, sequences], logits [sequences or all tokens, vocab]."""
         past, room = (np.array(values, np.int64) for values in ([s.tokens for s in states], [s.room for s in states]))
-        width = -(-int(room.max()) // 16) * 16 + 16
+        width = 16 * (-(-int(room.max()) // 16) * 16 + 16)
         if self._scores.shape[0] != self.threads or self._scores.shape[1] < width:
             self._scores = np.zeros((self.threads, width), np.float32)
         shape = (len(tokens), len(tokens) // length, length, len(logits))
         return Job(*shape, tokens, addresses, logits, past, room, self._scores, self._scratch)
 
-    def _program(self, job: Job) -> np.ndarray:
+    def _table(self, program: Program, job: Job) -> np.ndarray:
         """The code for many rows has to be compiled only for prompts that are longer than that takes."""
-        program = self._built.program
         many = job.rows >= FEWEST_ROWS and (job.rows >= CHUNK or program.at_hand(True, job))
         return program.table(many, job)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,12 +29,19 @@ def read_prompt(prompt: str | None, file: Path | None, tokens: str | None) -> st
     if tokens is not None:
         return _ids(tokens)
     if prompt is not None and prompt != STDIN:
-        return prompt
+        return _argument(prompt)
     if file is not None and str(file) != STDIN:
         return _without_last_break(read_text(file))
     if prompt is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(f"no prompt: {_HOW}")
     return _without_last_break(_read_stdin())
+
+
+def _argument(text: str) -> str:
+    """A text of the command line as UTF-8, also where the locale says otherwise and Python could not read it (LC_ALL=C)."""
+    with contextlib.suppress(UnicodeError):
+        return os.fsencode(text).decode()
+    return text
 
 
 def _ids(text: str) -> list[int]:

@@ -74,6 +74,10 @@ class Stepping(Protocol):
     def decode(self, state: Any, token: int) -> np.ndarray: ...
 
 
+Take = Callable[[np.ndarray], int | None]  # from the logits after a token to the one that follows, None to end
+Read = Callable[[Any, int, int, Take], int | None]  # state, token, limit, take: `speculative.Drafts.read`
+
+
 def continue_tokens(
     model: Stepping,
     prompt: Sequence[int],
@@ -82,6 +86,7 @@ def continue_tokens(
     state: Any = None,
     stop: Sequence[int] = (),
     on_logits: Callable[[np.ndarray], None] | None = None,
+    read: Read | None = None,
 ) -> Iterator[int]:
     """Token after token; ends after `max_tokens`, or with a token of `stop` (which is yielded).
 
@@ -90,19 +95,28 @@ def continue_tokens(
         prompt: token ids, at least one.
         max_tokens: the most tokens to yield.
         sampling: how to choose; greedy if None.
-        state: continue from here (it is updated); a new state if None.
+        state: continue from here (it is updated, by all tokens but the last; perhaps by several before the first of them is
+            yielded); a new state if None.
         stop: ids that end the text.
         on_logits: called with the logits each token was chosen from.
+        read: reads the next token, and may read several; one at a time if None.
     """
     how = sampling or Sampling()
     state = state or model.new_state()
-    rng = np.random.default_rng(how.seed)
-    logits = model.prefill(state, prompt)
-    for position in range(max_tokens):
+    rng, made = np.random.default_rng(how.seed), list[int]()
+
+    def take(logits: np.ndarray) -> int | None:
         if on_logits:
             on_logits(logits)
-        token = choose(logits, how, rng)
-        yield token
-        if token in stop or position + 1 == max_tokens:
+        made.append(choose(logits, how, rng))
+        return None if made[-1] in stop or len(made) == max_tokens else made[-1]
+
+    logits = model.prefill(state, prompt)
+    following, shown = take(logits) if max_tokens > 0 else None, 0
+    while True:
+        yield from made[shown:]
+        shown = len(made)
+        if following is None:
             return
-        logits = model.decode(state, token)
+        limit = max_tokens - shown - 1
+        following = read(state, following, limit, take) if read else take(model.decode(state, following))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,20 @@ def with_positions(array: StateArray, positions: int) -> tuple[int, ...]:
     return (array.shape[0], positions, *array.shape[1:]) if array.grows else array.shape
 
 
+@dataclass(eq=False)
+class Extent:
+    """How many positions are in use of arrays that several states may share: those of the one that wrote last."""
+
+    end: int
+
+
 @dataclass
 class State:
     """The state of one sequence.
 
     arrays: by name, as `state_arrays` lists them; tokens: how many were read; model: the fingerprint of the weights it
-    belongs to; profile: the arithmetic it was made with.
+    belongs to; profile: the arithmetic it was made with; growing: names of the arrays that grow; extent: of those. Copies
+    share them until two write: what was written is never changed, and only one may go on where it ends (`make_room`).
     """
 
     arrays: dict[str, np.ndarray]
@@ -67,37 +75,40 @@ class State:
     model: str
     profile: str
     growing: frozenset[str] = frozenset()
+    extent: Extent = field(default_factory=lambda: Extent(0))
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
     def copy(self) -> State:
-        """An independent copy: continue one prompt in several ways. It has room for the tokens that were read."""
-        return self.resized(self.tokens)
+        """An independent copy: continue one prompt in several ways. What grows is copied when it must be, if ever."""
+        kept = {name: a if name in self.growing else a.copy() for name, a in self.arrays.items()}
+        return replace(self, arrays=kept)
 
     def resized(self, positions: int) -> State:
         """A copy in which the arrays that grow have room for so many positions; what is beyond is left out, or 0."""
-        arrays = {}
-        for name, array in self.arrays.items():
-            if name in self.growing:
-                room = np.zeros((array.shape[0], positions, *array.shape[2:]), array.dtype)
-                used = min(positions, array.shape[1])
-                room[:, :used] = array[:, :used]
-                arrays[name] = room
-            else:
-                arrays[name] = array.copy()
-        return replace(self, arrays=arrays)
+        own = {n: self._resized(n, positions) if n in self.growing else a.copy() for n, a in self.arrays.items()}
+        return replace(self, arrays=own, extent=Extent(self.tokens))
+
+    def _resized(self, name: str, positions: int) -> np.ndarray:
+        array = self.arrays[name]
+        room = np.zeros((array.shape[0], positions, *array.shape[2:]), array.dtype)
+        used = min(positions, self.tokens)
+        room[:, :used] = array[:, :used]
+        return room
 
     def make_room(self, positions: int) -> None:
-        """Let the arrays that grow hold at least so many positions: in steps, so that few tokens pay for a copy."""
-        for name in self.growing:
-            array = self.arrays[name]
-            if array.shape[1] < positions:
-                size = -(-max(positions, array.shape[1] * 3 // 2) // STEP) * STEP
-                room = np.zeros((array.shape[0], size, *array.shape[2:]), array.dtype)
-                room[:, : array.shape[1]] = array
-                self.arrays[name] = room
+        """Let the arrays that grow hold so many positions, and be written by this state from its tokens on.
+
+        They grow in steps, so that few tokens pay for a copy; and are copied if another state has gone on in them.
+        """
+        taken = self.extent.end != self.tokens
+        if self.growing and (taken or self.room < positions):
+            size = self.room if positions <= self.room else max(positions, self.room * 3 // 2)
+            self.arrays |= {name: self._resized(name, -(-size // STEP) * STEP) for name in self.growing}
+            self.extent = Extent(self.tokens)
+        self.extent.end = positions
 
     @property
     def room(self) -> int:
@@ -132,7 +143,7 @@ class State:
         """
         about = {"format": FORMAT, "model": self.model, "profile": self.profile, "tokens": self.tokens}
         with atomic_write(path) as file:
-            file.write(save(self.copy().arrays, {"runtime_ref": json.dumps(about)}))
+            file.write(save(self.resized(self.tokens).arrays, {"runtime_ref": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path | str, like: State) -> State:
@@ -164,7 +175,7 @@ class State:
                     f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {want.dtype} {list(shape)}"
                 )
         own = {name: np.array(array) for name, array in arrays.items()}
-        return cls(own, tokens, like.model, like.profile, like.growing)
+        return cls(own, tokens, like.model, like.profile, like.growing, Extent(tokens))
 
 
 def _check_about(path: Path | str, about: Any, like: State) -> None:

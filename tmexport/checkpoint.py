@@ -26,7 +26,8 @@ from tmexport.weight_files import index_folder
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
-BESIDE_TOKENIZER = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of transformers 5
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -253,9 +254,12 @@ def write_checkpoint(
         except OSError as error:
             raise CheckpointError(f"{tokenizer}: cannot be read: {error.strerror}") from None
         _write(folder / "tokenizer.json", text)
-        for name in BESIDE_TOKENIZER:  # chat templates and end tokens, which a GGUF carries too
-            if os.path.lexists(Path(tokenizer).parent / name):
-                _write(folder / name, file_in(Path(tokenizer).parent, name).read_bytes())
+        beside = Path(tokenizer).parent
+        more = [f"{MORE_TEMPLATES}/{path.name}" for path in (beside / MORE_TEMPLATES).glob("*.jinja")]
+        for name in (*BESIDE_TOKENIZER, *more):  # chat templates and end tokens, which a GGUF carries too
+            if os.path.lexists(beside / name):
+                (folder / name).parent.mkdir(exist_ok=True)
+                _write(folder / name, file_in(beside, name).read_bytes())
     _write(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())
     _write(folder / "model.safetensors", save(flat, metadata={"format": "pt"}))
 

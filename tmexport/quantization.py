@@ -103,7 +103,7 @@ def read_quantization(raw: Mapping[str, Any], model: Model, where: object) -> di
 
 
 def _read_version_1(config: Mapping[str, Any], model: Model, where: object) -> dict[str, Stored]:
-    stored = _checked("ternary", config.get("group_size"), where)
+    stored = stored_form("ternary", config.get("group_size"), where)
     return {role: stored for role, in_block in low_bit_roles(model).items() if in_block}
 
 
@@ -119,11 +119,12 @@ def _read_version_2(config: Mapping[str, Any], model: Model, where: object) -> d
             raise CheckpointError(f"{where}: quantization_config.weights has {role!r}; expected {', '.join(roles)}")
         if not isinstance(entry, dict) or set(entry) - {"kind", "group_size"}:
             raise CheckpointError(f"{where}: the weights of {role} are {entry!r}; expected a kind and a group_size")
-        found[role] = _checked(entry.get("kind"), entry.get("group_size"), where)
+        found[role] = stored_form(entry.get("kind"), entry.get("group_size"), where)
     return found
 
 
-def _checked(kind: Any, group_size: Any, where: object) -> Stored:
+def stored_form(kind: Any, group_size: Any, where: object) -> Stored:
+    """Raises CheckpointError for a kind or a group size that is none; where: for the error."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(f"{where}: the kind of weights is {kind!r}; expected {' or '.join(map(repr, KINDS))}")
     sizes = KINDS[kind].group_sizes

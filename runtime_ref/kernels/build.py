@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
@@ -47,10 +48,11 @@ BRANCHES: dict[str, Any] = {  # a file a kind: check, room, SMALL, steps
 class Built:
     """A model that can run.
 
-    room: what its program needs of a Scratch; embedding: its matrix; weight_bytes: of weights that decoding one token reads
+    program: of the steps; room: what it needs of a Scratch; embedding: its matrix; weight_bytes: of weights that decoding one token reads
     (of an untied embedding, one row); fingerprint: identifies the weights.
     """
 
+    steps: Sequence[Step]
     program: Program
     room: Room
     embedding: Multiplied
@@ -88,8 +90,10 @@ def build(source: Source, preset: Preset) -> Built:
     if c.logits_divisor != 1.0:
         end.append(Step(divide_logits, Scale(float(np.float32(c.logits_divisor)), c.vocab_size)))
     room = reduce(Room.__or__, (BRANCHES[layer.branch.kind].room(layer.branch) for layer in layers))
+    steps = [*start, *body, *end]
     return Built(
-        Program([*start, *body, *end]),
+        steps,
+        Program(steps),
         room | Room(x=c.d_model, wide=c.d_model, sum=c.d_model if _sums(c) else 1),
         embedding,
         sum(_nbytes(step.args) for step in [*body, *end]),

@@ -28,6 +28,7 @@ from runtime_ref.kernels.phases import (
     ways,
 )
 from runtime_ref.kernels.program import Step
+from runtime_ref.state import branch_state_arrays
 from runtime_ref.weights import Source, block_norm, tensor_name, vectors
 from tmexport.errors import GGUFError
 
@@ -79,6 +80,11 @@ class Layer:
     slot: int
     index: int
     eps: float
+
+    @property
+    def slots(self) -> range:
+        """The numbers of the branch's arrays among the state's."""
+        return range(self.slot, self.slot + len(branch_state_arrays(self.branch, self.preset)))
 
     @cached_property
     def small(self) -> dict[str, np.ndarray]:

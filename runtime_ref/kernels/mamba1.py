@@ -14,7 +14,7 @@ from runtime_ref.kernels.layers import Layer, sixteens
 from runtime_ref.kernels.math import softplus, vector_exp, vector_silu
 from runtime_ref.kernels.matmul import quantize_row
 from runtime_ref.kernels.phases import DT, MID, PROJ, Rows, quantize_rows
-from runtime_ref.kernels.program import Step
+from runtime_ref.kernels.program import Span, Step
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
 from runtime_ref.kernels.states import load_state, store_state
@@ -145,14 +145,16 @@ def steps(layer: Layer) -> list[Step]:
     c, small, activations = layer.branch, layer.small, layer.preset.activations
     x_proj, dt_proj, out = (layer.matrix(role) for role in ("x_proj", "dt_proj", "out_proj"))
     scan = Scan(small["a"], small["d"], small["dt_bias"], c.dt_rank, layer.slot + 1, layer.index)
+    convolution = Convolution(small["conv_weight"], small["conv_bias"], 0, layer.slot, layer.index)
+    read = [Span(MID, 0, c.dt_rank + 2 * c.d_state), Span(DT, 0, c.d_inner)]
     return [
         *layer.normed_product("in_proj", PROJ),
-        Step(convolve_rows, Convolution(small["conv_weight"], small["conv_bias"], 0, layer.slot, layer.index)),
+        Step(convolve_rows, convolution, updates=layer.slots[:1], inputs=[Span(PROJ, 0, c.d_inner)]),
         Step(convolved_rows(activations), Slice(c.d_inner, x_proj.block)),
         layer.product(x_proj, MID),
         Step(dt_rows(activations), Slice(c.dt_rank, dt_proj.block)),
         layer.product(dt_proj, DT),
-        Step(scan_rows(layer.preset.state), scan),
+        Step(scan_rows(layer.preset.state), scan, updates=layer.slots[1:], inputs=read),
         Step(quantize_rows(activations), Rows(c.d_inner, out.block)),
         *layer.output(out),
     ]

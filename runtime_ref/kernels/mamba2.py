@@ -19,7 +19,7 @@ from runtime_ref.kernels.math import exp, softplus, vector_silu
 from runtime_ref.kernels.matmul import quantize_row
 from runtime_ref.kernels.norm import rms_norm
 from runtime_ref.kernels.phases import PROJ, Rows, quantize_rows
-from runtime_ref.kernels.program import Step
+from runtime_ref.kernels.program import Span, Step
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
 from runtime_ref.kernels.states import STORED
@@ -257,10 +257,12 @@ def steps(layer: Layer) -> list[Step]:
         gated = Step(gate_norm_rows(activations), GateNorm(small["gate_norm"], c.n_groups, layer.eps, out.block))
     else:
         gated = Step(quantize_rows(activations), Rows(c.d_inner, out.block))
+    convolution = Convolution(small["conv_weight"], small["conv_bias"], c.d_inner, layer.slot, layer.index)
+    xbc, dt = Span(PROJ, c.d_inner, c.conv_dim), Span(PROJ, c.d_inner + c.conv_dim, c.n_heads)
     return [
         *layer.normed_product("in_proj", PROJ),
-        Step(convolve_rows, Convolution(small["conv_weight"], small["conv_bias"], c.d_inner, layer.slot, layer.index)),
-        Step(scan_rows(layer.isa, layer.preset.state), scan),
+        Step(convolve_rows, convolution, updates=layer.slots[:1], inputs=[xbc]),
+        Step(scan_rows(layer.isa, layer.preset.state), scan, updates=layer.slots[1:], inputs=[dt]),
         gated,
         *layer.output(out),
     ]

@@ -8,7 +8,7 @@ common is compiled once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ class Job(NamedTuple):
 
     wanted: rows of logits, which are all, or the last of each text; tokens int64 [rows]; states uint64 [arrays, sequences]:
     the addresses of each text's arrays; logits fp32 [wanted, vocab]; past, room int64 [sequences]: tokens read before, and
-    positions that the arrays have which grow; scores fp32 [threads, positions and up to 16]: of one head of one token.
+    positions that the arrays have which grow; scores fp32 [threads, 16 times positions and up to 16 more]:
+    of 16 heads of one token, or one head of 16.
     """
 
     rows: int
@@ -50,13 +51,27 @@ class Job(NamedTuple):
     s: Scratch
 
 
+class Span(NamedTuple):
+    """`count` values of a row of a scratch array (`phases`: PROJ, MID, DT) from column `first`."""
+
+    source: int
+    first: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Step:
-    """One phase: compiled code, `inlined` (tid, threads, job, args), and what it reads; `many`: the code for many rows."""
+    """One phase: compiled code, `inlined` (tid, threads, job, args), and what it reads; `many`: the code for many rows.
+
+    Of one that updates a state which does not grow: updates, the numbers of its arrays, and inputs, what it reads of a token
+    that no such step before it made (`replay`).
+    """
 
     body: Any
-    args: NamedTuple
+    args: Any
     many: Any = None
+    updates: Sequence[int] = ()
+    inputs: Sequence[Span] = ()
 
 
 @intrinsic

@@ -66,11 +66,15 @@ def _define(extensions: Any) -> None:
             {"group_size": whole, "profile": text},
         ),
         ("SelectiveScan", selective_scan, _scan_shapes, [number] * 10, {"profile": text}),
+        ("GatedScan", gated_scan, _scan_shapes, [number] * 8, {"profile": text}),
+        ("CausalAttention", causal_attention, lambda q, *rest: [q.shape], [number] * 4, {"profile": text}),
+        ("SwiGLU", swiglu, lambda gate, up: [gate.shape], [number] * 2, {"profile": text}),
+        ("Q4MatMul", q4_matmul, _matmul_shape, [number, byte, number], {"profile": text}),
         ("RMSNorm", rms_norm, lambda x, *rest: [x.shape], [number] * 3, {"profile": text}),
         ("Q8MatMul", q8_matmul, _matmul_shape, [number, kind.dt_int8, number], {"profile": text}),
         ("DenseMatMul", dense_matmul, _matmul_shape, [number] * 2, {"profile": text}),
     ):
-        outputs = [number] * (3 if function is selective_scan else 1)
+        outputs = [number] * (3 if shapes is _scan_shapes else 1)
         guarded = _guarded(function, shapes)
         op(op_type=f"{DOMAIN}::{name}", inputs=inputs, outputs=outputs, attrs=attributes)(guarded)
     _registered = True
@@ -137,6 +141,14 @@ def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str
     return _by_rows(lambda rows: matmul(rows, _once(pack_q8, codes, scales), len(codes), 32), x)
 
 
+def q4_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str) -> np.ndarray:
+    """x [B, T, k], codes uint8 [n, k/2], scales fp32 [n, k/32] -> [B, T, n]."""
+    from runtime_ref.ort.operators import matmul, pack_q4
+
+    _check_profile(profile)
+    return _by_rows(lambda rows: matmul(rows, _once(pack_q4, codes, scales), len(codes), 32), x)
+
+
 def dense_matmul(x: np.ndarray, weight: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], weight fp32 [n, k] -> [B, T, n]."""
     from runtime_ref.ort.operators import matmul, pack_dense
@@ -153,26 +165,47 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: np.ndarray, profile: st
     return _by_rows(lambda rows: operators.rms_norm(rows, weight, float(epsilon)), x)
 
 
-def selective_scan(
-    projected: np.ndarray,
-    past_conv: np.ndarray,
-    past_ssm: np.ndarray,
-    conv_weight: np.ndarray,
-    conv_bias: np.ndarray,
-    dt_bias: np.ndarray,
-    a: np.ndarray,
-    d: np.ndarray,
-    norm_weight: np.ndarray,
-    epsilon: np.ndarray,
-    profile: str,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A mixer between its projections; shapes as in `tmexport.onnx.functions`."""
+def swiglu(gate: np.ndarray, up: np.ndarray, profile: str) -> np.ndarray:
+    """silu(gate) * up, both [B, T, k]."""
+    from runtime_ref.reference.functions import silu
+
+    _check_profile(profile)
+    with np.errstate(over="ignore", invalid="ignore"):
+        gated: np.ndarray = silu(gate) * up
+    return gated
+
+
+def causal_attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.ndarray, profile: str
+) -> np.ndarray:
+    """q [B, T, H * D], keys and values [B, G, S, D] -> [B, T, H * D]."""
     from runtime_ref.ort import operators
 
     _check_profile(profile)
+    return operators.causal_attention(q, keys, values, np.float32(scale))
+
+
+def selective_scan(*inputs: np.ndarray, profile: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A mixer between its projections; inputs and shapes as in `tmexport.onnx.functions`."""
+    *scanned, norm_weight, epsilon = inputs
+    return _scan(scanned, norm_weight, float(epsilon), profile)
+
+
+def gated_scan(*inputs: np.ndarray, profile: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same without a norm."""
+    return _scan(list(inputs), None, 0.0, profile)
+
+
+def _scan(
+    inputs: list[np.ndarray], norm_weight: np.ndarray | None, epsilon: float, profile: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from runtime_ref.ort import operators
+
+    _check_profile(profile)
+    projected, past_conv, past_ssm, conv_weight, conv_bias, dt_bias, a, d = inputs
     taps_first = np.ascontiguousarray(conv_weight[:, 0].T)
     mixer = operators.Mixer(taps_first, conv_bias, dt_bias, a, d, norm_weight)
-    return operators.selective_scan(projected, past_conv, past_ssm, mixer, float(epsilon))
+    return operators.selective_scan(projected, past_conv, past_ssm, mixer, epsilon)
 
 
 def _by_rows(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@
     logits = model.decode(state, 4)
 
 The recurrent state (100 MB for a 1.3B model) is never copied to Python: each call reads one set of buffers, writes the
-other, and the two change places. In the ort form the larger part, the SSM state, has one buffer for both.
+other, and the two change places. In the ort form the larger part, the SSM state, has one buffer for both. Keys and values of
+attention grow: onnxruntime writes them anew at every call.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from runtime_ref.sampling import Sampling, continue_tokens
 from tmexport.errors import UsageError
+from tmexport.model.rope import context_limit
 from tmexport.onnx.names import GraphState, ModelInfo, OnnxError, info_from_metadata, model_states
 from tmexport.threads import default_threads
 
@@ -41,7 +43,7 @@ class OrtState:
         first = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
         other = [
             value
-            if in_place and state.in_place
+            if state.grows or (in_place and state.in_place)
             else ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.float32)
             for state, value in zip(states, first, strict=True)
         ]
@@ -49,12 +51,38 @@ class OrtState:
         self.current = 0
         self.decoders: dict[int, tuple[Any, Any, Any]] = {}  # current set -> binding, ids, logits of a single step
 
+    @property
+    def positions(self) -> int:
+        """Those that the states which grow have; 0 without one."""
+        pairs = zip(self._states, self.sets[self.current], strict=True)
+        return next((value.shape()[2] for state, value in pairs if state.grows), 0)
+
     def bind(self, binding: Any) -> None:
-        """Inputs from the current set, outputs into the other."""
+        """Inputs from the current set, outputs into the other, after the logits; onnxruntime makes room for those that grow."""
         past, present = self.sets[self.current], self.sets[1 - self.current]
         for state, value_in, value_out in zip(self._states, past, present, strict=True):
             binding.bind_ortvalue_input(state.past, value_in)
-            binding.bind_ortvalue_output(state.present, value_out)
+            if state.grows:
+                binding.bind_output(state.present)
+            else:
+                binding.bind_ortvalue_output(state.present, value_out)
+
+    def bind_growing(self, binding: Any) -> None:
+        """The same for the states that grow alone: in a binding that was used before."""
+        for state, value in zip(self._states, self.sets[self.current], strict=True):
+            if state.grows:
+                binding.bind_ortvalue_input(state.past, value)
+                binding.bind_output(state.present)
+
+    def advance(self, binding: Any) -> None:
+        """What the call wrote is the current set."""
+        import onnxruntime as ort
+
+        self.current = 1 - self.current
+        growing = [i for i, state in enumerate(self._states) if state.grows]
+        written = binding.get_outputs_as_ortvaluevector() if growing else ()
+        for i in growing:
+            self.sets[0][i] = self.sets[1][i] = ort.OrtValue(written[1 + i])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """A copy of the state by input name: what `OrtModel.state_from` takes."""
@@ -69,6 +97,8 @@ class OrtModel:
         self.session, self.info, self.path, self.kernels = session, info, path, kernels
         self.config = info.config
         self._states = model_states(info.config, info.io_names)
+        grows = any(state.grows for state in self._states)
+        self._limit = context_limit(info.config.context_length) if grows else None
 
     @classmethod
     def load(cls, path: Path | str, threads: int | None = None, kernels: bool = False) -> OrtModel:
@@ -109,7 +139,7 @@ class OrtModel:
 
     def new_state(self, batch: int = 1) -> OrtState:
         """The state before the first token of `batch` texts."""
-        return self._state(batch, [np.zeros((batch, *state.shape), np.float32) for state in self._states])
+        return self._state(batch, [np.zeros(state.sizes(batch, 0), np.float32) for state in self._states])
 
     def state_from(self, arrays: Mapping[str, np.ndarray]) -> OrtState:
         """A state from arrays by input name (past_conv.0, past_ssm.0, ...), fp32.
@@ -121,9 +151,11 @@ class OrtModel:
         if first not in arrays:
             raise OnnxError(f"the state has no {first}; expected an array for every past_* input")
         batch = arrays[first].shape[0] if arrays[first].ndim else 0
+        growing = next((arrays.get(state.past) for state in self._states if state.grows), None)
+        positions = growing.shape[2] if growing is not None and growing.ndim == 4 else 0
         found = []
         for state in self._states:
-            array, wanted = arrays.get(state.past), (batch, *state.shape)
+            array, wanted = arrays.get(state.past), state.sizes(batch, positions)
             if array is None or array.shape != wanted or array.dtype != np.float32:
                 have = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
                 raise OnnxError(f"the state's {state.past} is {have}; expected float32 {list(wanted)}")
@@ -139,7 +171,7 @@ class OrtModel:
         The state is updated.
 
         Raises:
-            UsageError: no tokens, or one outside the vocabulary.
+            UsageError: no tokens, one outside the vocabulary, or more than the context of a model with attention holds.
         """
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.ndim != 2 or ids.shape[0] != state.batch or not ids.shape[1]:
@@ -147,6 +179,10 @@ class OrtModel:
         outside = (ids < 0) | (ids >= self.config.vocab_size)
         if outside.any():
             raise UsageError(f"token {ids[outside][0]} is outside the vocabulary of {self.config.vocab_size}")
+        if self._limit is not None and state.positions + ids.shape[1] > self._limit:
+            raise UsageError(
+                f"the text has {state.positions} tokens and {ids.shape[1]} more; the model's context holds {self._limit}"
+            )
         if ids.shape[1] == 1:
             logits = self._step(state, ids)
         else:
@@ -156,7 +192,7 @@ class OrtModel:
             state.bind(binding)
             self._run(binding)
             logits = binding.get_outputs()[0].numpy()
-        state.current = 1 - state.current
+            state.advance(binding)
         return logits
 
     def prefill(self, state: OrtState, tokens: Sequence[int]) -> np.ndarray:
@@ -199,15 +235,18 @@ class OrtModel:
             binding.bind_ortvalue_output("logits", logits)
             state.bind(binding)
             state.decoders[state.current] = (binding, step, logits)
+        else:
+            state.bind_growing(state.decoders[state.current][0])
         binding, step, logits = state.decoders[state.current]
         step.update_inplace(ids)
         self._run(binding)
+        state.advance(binding)
         return np.array(logits.numpy())
 
     def _check_inputs(self) -> None:
         """The graph has the inputs that its metadata promises, so that a run cannot fail on a shape."""
         wanted: dict[str, list[Any]] = {"input_ids": ["batch", "time"]}
-        wanted |= {state.past: ["batch", *state.shape] for state in self._states}
+        wanted |= {state.past: state.dims("past") for state in self._states}
         found = {value.name: value.shape for value in self.session.get_inputs()}
         for name in wanted | found:
             if wanted.get(name) != found.get(name):

@@ -24,6 +24,7 @@ from runtime_ref.kernels.packed import Packed
 from runtime_ref.kernels.packed.dense import PackedFloat
 from runtime_ref.kernels.scratch import CHUNK, Room, Scratch, activations, allocate
 from runtime_ref.kernels.vector import address
+from runtime_ref.reference.functions import exp, sum16
 from tmexport.errors import UsageError
 from tmexport.types import GGMLType
 
@@ -53,13 +54,26 @@ def pack_ternary(codes: np.ndarray, scales: np.ndarray) -> Packed:
 
 def pack_q8(codes: np.ndarray, scales: np.ndarray) -> Packed:
     """codes int8 [n, k], scales fp32 [n, k/32] that fp16 holds -> the kernels' layout. Raises: as `pack_ternary`."""
-    n, k = codes.shape
+    return _pack_blocks(codes.view(np.uint8), scales, codes.shape[1], GGMLType.Q8_0)
+
+
+def pack_q4(codes: np.ndarray, scales: np.ndarray) -> Packed:
+    """codes uint8 [n, k/2] (the checkpoint's packing), scales fp32 [n, k/32] that fp16 holds. Raises: as `pack_ternary`."""
+    k = codes.shape[1] * 2
+    fields = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), k)
+    halves = fields[:, : k // 32 * 32].reshape(len(codes), -1, 2, 16)  # a Q4_0 has element j and j + 16 in one byte
+    packed = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(codes), -1)
+    return _pack_blocks(packed, scales, k, GGMLType.Q4_0)
+
+
+def _pack_blocks(packed: np.ndarray, scales: np.ndarray, k: int, kind: GGMLType) -> Packed:
+    n, what = len(packed), f"a weight of {kind.name}"
     if k % 32 or scales.shape != (n, k // 32):
-        raise UsageError(f"an 8-bit weight has rows of {k} and {scales.shape[-1]} scales; expected one for every 32")
-    blocks = np.empty((n, k // 32, 34), np.uint8)
+        raise UsageError(f"{what} has rows of {k} and {scales.shape[-1]} scales; expected one for every 32")
+    blocks = np.empty((n, k // 32, kind.block_bytes), np.uint8)
     blocks[..., :2] = _half(scales)[..., None].view(np.uint8)
-    blocks[..., 2:] = codes.view(np.uint8).reshape(n, k // 32, 32)
-    return pack_blocks(blocks.reshape(n, -1), GGMLType.Q8_0, k, None, "an 8-bit weight")
+    blocks[..., 2:] = packed.reshape(n, k // 32, -1)
+    return pack_blocks(blocks.reshape(n, -1), kind, k, None, what)
 
 
 def pack_dense(values: np.ndarray) -> Packed:
@@ -108,7 +122,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 class Mixer(NamedTuple):
     """The small tensors of a Mamba-2 mixer, fp32: conv_weight [K, C], the oldest input's first, conv_bias [C]; dt_bias, a
-    (= -exp(A_log)) and d [H]; gate_norm [d_inner].
+    (= -exp(A_log)) and d [H]; gate_norm [d_inner], None without that norm.
     """
 
     conv_weight: np.ndarray
@@ -116,7 +130,7 @@ class Mixer(NamedTuple):
     dt_bias: np.ndarray
     a: np.ndarray
     d: np.ndarray
-    gate_norm: np.ndarray
+    gate_norm: np.ndarray | None
 
 
 def selective_scan(
@@ -138,13 +152,37 @@ def selective_scan(
     groups = (channels - d_inner) // (2 * n)
     convolution = Convolution(mixer.conv_weight, mixer.conv_bias, d_inner, 0, 0)
     scan = Scan(heads, width, n, groups, mixer.dt_bias, mixer.a, mixer.d, 0, 0)
-    gate = GateNorm(mixer.gate_norm, groups, float(np.float32(eps)), 0)
+    gate = GateNorm(np.zeros(0, np.float32), 0, 0.0, 0)
+    if mixer.gate_norm is not None:
+        gate = GateNorm(mixer.gate_norm, groups, float(np.float32(eps)), 0)
     y = np.empty((batch, time, d_inner), np.float32)
     conv, ssm = np.empty_like(past_conv), np.empty_like(past_ssm)
     for b in range(batch):
         s = _scratch(wide=y[b], proj=projected[b], xbc=np.empty((time, channels), np.float32))
         _scan(_isa(), _EXACT.state, convolution, scan, gate, s, past_conv[b], past_ssm[b], conv[b], ssm[b])
     return y, conv, ssm
+
+
+def causal_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.float32) -> np.ndarray:
+    """`reference.attention` between the turned queries and the output's product, all heads at once.
+
+    q fp32 [B, T, H * D], keys and values [B, G, S, D] -> [B, T, H * D]; query t sees the first S - T + t + 1 positions.
+    """
+    batch, time = q.shape[:2]
+    groups, positions, width = keys.shape[1:]
+    out = np.empty_like(q)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for b, t in np.ndindex(batch, time):
+            seen = positions - time + t + 1
+            heads = q[b, t].reshape(groups, -1, 1, width)
+            score = sum16(heads * keys[b, :, None, :seen]) * scale
+            e = exp(score - score.max(axis=-1, keepdims=True))
+            p = e / sum16(e)[..., None]
+            total = np.zeros((groups, heads.shape[1], width), np.float32)
+            for position in range(seen):
+                total = total + p[:, :, position, None] * values[b, :, None, position]
+            out[b, t] = total.reshape(-1)
+    return out
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -198,7 +236,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
             for n in range(scan.d_state):
                 for p in range(scan.headdim):
                     present_ssm[h, n, p] = ssm[h, p, n]
-        part = gate.weight.shape[0] // gate.groups
+        part = gate.weight.shape[0] // max(1, gate.groups)
         for r in range(rows):
             for g in range(gate.groups):
                 span = s.wide[r, g * part : (g + 1) * part]

@@ -129,6 +129,11 @@ class Choice:
         if not max_tokens:
             self.reason = "length"
 
+    @property
+    def left(self) -> int:
+        """The most tokens that may still come."""
+        return self._max - len(self.tokens)
+
     def step(self, logits: np.ndarray) -> Piece | None:
         """Choose a token from logits fp32 [vocab]; text that became complete, if any. `reason` says if it was the last.
 

@@ -21,7 +21,7 @@ class Metrics:
         self._made = Counter("tmexport_generated_tokens", "Tokens made.", registry=r)
         self._first = Histogram("tmexport_first_token_seconds", "From request to first logits.", registry=r, buckets=_SECONDS)  # fmt: skip
         self._step = Histogram(
-            "tmexport_step_seconds", "One token for every running text.", registry=r, buckets=_SECONDS
+            "tmexport_step_seconds", "One pass over the running texts.", registry=r, buckets=_SECONDS
         )
         self._running = Gauge("tmexport_running", "Prompts being read and texts being made.", registry=r)
         self._waiting = Gauge("tmexport_waiting", "Prompts in the queue.", registry=r)
@@ -49,7 +49,7 @@ class Metrics:
         self._made.inc()
 
     def step(self, seconds: float) -> None:
-        """A token for each running text."""
+        """A pass over the running texts."""
         self._step.observe(seconds)
 
     def text(self) -> bytes:

@@ -18,13 +18,14 @@ import re
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Full, Queue
 
 import numpy as np
 
-from runtime_ref.state import State
+from runtime_ref.state import Extent, State
 from tmexport.errors import TmexportError
 from tmexport.files import atomic_write
 
@@ -51,8 +52,9 @@ class _Entry:
     logits: np.ndarray
 
     @property
-    def nbytes(self) -> int:
-        return self.state.nbytes + self.logits.nbytes
+    def arrays(self) -> Iterator[np.ndarray]:
+        yield from self.state.arrays.values()
+        yield self.logits
 
 
 class PrefixCache:
@@ -124,7 +126,7 @@ class PrefixCache:
     def held(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
         with self._lock:
-            return sum(e.nbytes for e in self._memory.values()), sum(size for _, size in self._disk.values())
+            return _nbytes(self._memory.values()), sum(size for _, size in self._disk.values())
 
     def _keys(self, tokens: list[int], lengths: list[int]) -> list[str]:
         data, digest, at, keys = np.asarray(tokens, "<i8").tobytes(), self._start.copy(), 0, []
@@ -164,10 +166,8 @@ class PrefixCache:
                 self._lengths[entry.length] += 1
             self._memory[key] = entry
             self._memory.move_to_end(key)
-            total = sum(e.nbytes for e in self._memory.values())
-            while total > self._size:
+            while _nbytes(self._memory.values()) > self._size:
                 _, gone = self._memory.popitem(last=False)
-                total -= gone.nbytes
                 self._forget(gone.length)
 
     def _forget(self, length: int) -> None:
@@ -239,7 +239,7 @@ def read_snapshot(path: Path, key: str, length: int, blank: _Entry) -> _Entry:
         OSError: it cannot be read.
         ValueError: it is damaged, or another snapshot's.
     """
-    state = replace(blank.state.resized(length), tokens=length)
+    state = replace(blank.state.resized(length), tokens=length, extent=Extent(length))
     entry = _Entry(length, state, np.empty_like(blank.logits))
     header, digest = _header(key, entry), hashlib.sha256()
     with open(path, "rb") as file:
@@ -258,15 +258,29 @@ def read_snapshot(path: Path, key: str, length: int, blank: _Entry) -> _Entry:
     return entry
 
 
+def _nbytes(entries: Iterable[_Entry]) -> int:
+    """What they take in memory; arrays that grow are shared by the snapshots of one text, and count once."""
+    return sum({id(array): array.nbytes for entry in entries for array in entry.arrays}.values())
+
+
 def _header(key: str, entry: _Entry) -> bytes:
-    arrays = [
-        (name, array.dtype.str, array.shape) for name, array in [*entry.state.arrays.items(), ("logits", entry.logits)]
-    ]
+    arrays = [(name, array.dtype.str, array.shape) for name, array in _named(entry)]
     return json.dumps({"key": key, "tokens": entry.length, "arrays": arrays}).encode() + b"\n"
 
 
+def _named(entry: _Entry) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array, of those that grow the positions that were read."""
+    for name, array in entry.state.arrays.items():
+        yield name, array[:, : entry.length] if name in entry.state.growing else array
+    yield "logits", entry.logits
+
+
 def _buffers(entry: _Entry) -> list[memoryview]:
-    return [a.data.cast("B") for a in (*entry.state.arrays.values(), entry.logits)]
+    """The arrays' bytes in order: of those that grow a part for each branch."""
+    parts = []
+    for name, array in _named(entry):
+        parts += list(array) if name in entry.state.growing else [array]
+    return [part.data.cast("B") for part in parts if part.size]
 
 
 def _name(key: str, length: int) -> str:

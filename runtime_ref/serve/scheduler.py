@@ -17,6 +17,7 @@ from runtime_ref.serve.choice import Choice, Finished, Piece, Scored, score
 from runtime_ref.serve.fields import BadRequest
 from runtime_ref.serve.metrics import Metrics
 from runtime_ref.serve.prefix_cache import PrefixCache
+from runtime_ref.speculative import Drafts
 from runtime_ref.state import State
 from tmexport.errors import TmexportError
 
@@ -76,6 +77,7 @@ class _Writing:
     choice: Choice
     state: State
     logits: np.ndarray  # that the last token was chosen from
+    drafts: Drafts
 
 
 class Scheduler:
@@ -212,7 +214,8 @@ class Scheduler:
         self._metrics.first_token(time.monotonic() - work.born)
         for number, choice in enumerate(work.choices):
             last = number + 1 == len(work.choices)
-            text = _Writing(work, choice, reading.state if last else reading.state.copy(), logits)
+            state = reading.state if last else reading.state.copy()
+            text = _Writing(work, choice, state, logits, Drafts(self._model, self._model.costs, work.prompt))
             self._writing.append(text)
             if choice.reason:
                 self._finish(text, None)
@@ -220,31 +223,56 @@ class Scheduler:
                 self._choose(text, logits)
 
     def _write(self) -> None:
-        """One more token for every text."""
+        """One more token for every text; for one that is alone several, where it repeats itself."""
         texts, began = list(self._writing), time.monotonic()
         try:
-            rows = self._model.decode_batch([t.state for t in texts], [t.choice.tokens[-1] for t in texts])
+            if len(texts) == 1:
+                self._write_alone(*texts)
+            else:
+                self._write_together(texts)
         except Exception as error:
             for work in dict.fromkeys(t.work for t in texts):
                 self._fail(work, error)
-            return
+        self._metrics.step(time.monotonic() - began)
+
+    def _write_together(self, texts: list[_Writing]) -> None:
+        rows = self._model.decode_batch([t.state for t in texts], [t.choice.tokens[-1] for t in texts])
         for text, logits in zip(texts, rows, strict=True):
             if text.work.cancelled:  # a text of the same work failed
                 continue
+            text.drafts.note(text.choice.tokens[-1])
             try:
                 self._choose(text, logits)
             except Exception as error:
                 self._fail(text.work, error)
-        self._metrics.step(time.monotonic() - began)
+
+    def _write_alone(self, text: _Writing) -> None:
+        last: Piece | None = None
+
+        def take(logits: np.ndarray) -> int | None:
+            nonlocal last
+            last = self._step(text, logits)
+            return None if text.choice.reason or text.work.cancelled else text.choice.tokens[-1]
+
+        text.drafts.read(text.state, text.choice.tokens[-1], text.choice.left - 1, take)
+        if text.choice.reason:
+            self._finish(text, last)
 
     def _choose(self, text: _Writing, logits: np.ndarray) -> None:
+        piece = self._step(text, logits)
+        if text.choice.reason:
+            self._finish(text, piece)
+
+    def _step(self, text: _Writing, logits: np.ndarray) -> Piece | None:
+        """Choose a token; what it adds to the text is said at once, or returned if it was the last."""
         text.logits = logits
         piece = text.choice.step(logits)
         self._metrics.token()
         if text.choice.reason:
-            self._finish(text, piece)
-        elif piece is not None:
+            return piece
+        if piece is not None:
             text.work.emit(piece)
+        return None
 
     def _finish(self, text: _Writing, piece: Piece | None) -> None:
         self._writing.remove(text)

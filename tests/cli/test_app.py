@@ -124,6 +124,24 @@ def test_a_full_device_behind_stderr_leaves_the_code():
     assert done.returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("closed", "out", "err"),
+    [(">&-", b"", b"said\n"), ("2>&-", b"out\n", b""), ("2>/dev/full", b"out\n", b""), ("<&- >&- 2>&-", b"", b"")],
+)
+def test_streams_that_are_closed_or_full_take_no_files_place_and_change_no_result(tmp_path, closed, out, err):
+    """A file opened while stdout is closed would get its number, and what a library prints would be written into it."""
+    body = f"""
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        click.echo("out")
+        click.echo("said", err=True)
+        assert file.fileno() > 2
+        file.write("whole")"""
+    command = [sys.executable, "-c", PROGRAM.format(body=body.strip())]
+    done = subprocess.run(["bash", "-c", f'"$@" {closed}', "-", *command], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+    assert (tmp_path / "file").read_text() == "whole"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_unwind(number, code):
     body = """
@@ -220,6 +238,14 @@ def test_module_forms_are_the_same_commands(module, verb):
     assert texts[0].split("\n")[1:] == texts[1].split("\n")[1:]
     assert f"python -m {module} " in texts[0].split("\n")[0]
     assert f"tmexport {verb} " in texts[1].split("\n")[0]
+
+
+def test_python_m_tmexport_is_tmexport():
+    forms = [[sys.executable, "-m", "tmexport"], [sys.executable, "-c", "from tmexport.cli import main; main()"]]
+    texts = [
+        subprocess.run([*form, "gguf", "--help"], cwd=ROOT, capture_output=True, check=True).stdout for form in forms
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(("setting", "code"), [("OMP_NUM_THREADS=abc", 2), ("OMP_SCHEDULE=x", 2), ("OMP_NUM_THREADS=2", 0), ("KMP_AFFINITY=abc", 0)])  # fmt: skip

@@ -131,7 +131,7 @@ def _metadata(key, value):
         (_external("m.onnx", length=10**12), "is 1000000000000 bytes at 0 of m.onnx; expected 2320 within its"),
         (_external("m.onnx", offset="x"), "is damaged"),
         (lambda m: m.ClearField("metadata_props"), "has no tmexport metadata"),
-        (_metadata("tmexport.version", "2"), "format version '2'; this release reads 1; install a newer tmexport"),
+        (_metadata("tmexport.version", "3"), "format version '3'; this release reads 1 and 2; install a newer tmexport"),
         (_metadata("tmexport.config", "{"), "the tmexport metadata is damaged"),
         (_metadata("tmexport.config", "[" * 100_000), "the tmexport metadata is damaged"),
         (_metadata("tmexport.config", json.dumps(CONFIG | {"num_hidden_layers": 10**9})), "n_layer is 1000000000"),

@@ -140,7 +140,7 @@ def test_files_that_are_not_ours(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [
-    ("tmexport.version", "2", "format version '2'; this release reads 1"),
+    ("tmexport.version", "3", "format version '3'; this release reads 1 and 2"),
     ("tmexport.config", "{", "metadata is damaged"),
     ("tmexport.config", '{"model_type": "mamba2"}', "hidden_size is missing"),
     ("tmexport.form", "fast", "form is 'fast'"),

@@ -137,7 +137,7 @@ def test_the_state_grows_in_steps_up_to_the_context(files):
     model.prefill(state, IDS)
     shapes = {name: array.shape for name, array in state.arrays.items()}
     assert shapes == {"k": (3, STEP, 2, 64), "v": (3, STEP, 2, 64)}
-    assert state.copy().arrays["k"].shape == (3, len(IDS), 2, 64)
+    assert state.resized(len(IDS)).arrays["k"].shape == (3, len(IDS), 2, 64)
     assert need(open_gguf(files[0] / "llama.gguf"), "exact").states == 2 * 3 * 512 * 2 * 64 * 4  # a context of 512
     with pytest.raises(UsageError, match="the text has 520 tokens, but the model was made for 512"):
         model.prefill(state, [1] * 480)

@@ -21,6 +21,7 @@ from runtime_ref.serve.prefix_cache import PrefixCache, read_snapshot
 from runtime_ref.serve.scheduler import Failed, Read, Scheduler, Work
 from runtime_ref.serve.vocabulary import Vocabulary
 from runtime_ref.tokenizer import Tokenizer
+from tests.runtime_ref.test_speculative import built
 from tests.serve.running import Server
 
 VOCAB = 3840
@@ -132,6 +133,40 @@ def test_sizes_are_kept_and_the_least_used_leaves(model, tmp_path):
     assert nothing.find(TOKENS) is None
     smaller = cache_of(model, tmp_path, size=2 * one)
     assert smaller.held[1] <= 2 * one
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+def test_what_grows_is_shared_by_the_snapshots_of_a_text(tmp_path, profile):
+    """Attention's keys and values are kept once; who goes on where they end does so in place, any other in a copy."""
+    model = built("hybrid", profile)
+    ids = [int(t) for t in np.random.default_rng(4).integers(0, 300, 60)]
+    cache = PrefixCache(model.new_state(), 300, "a model", 10**9, tmp_path)
+    state = model.new_state()
+    for start in (0, 20, 40):
+        cache.put(ids[: start + 20], state, model.prefill(state, ids[start : start + 20]))
+    growing = [state.arrays[name] for name in state.growing]
+    constant = state.nbytes - sum(array.nbytes for array in growing)
+    assert cache.held[0] == 3 * (constant + 4 * 300) + sum(array.nbytes for array in growing)
+    first, second, earlier = (cache.find([*ids[:length], 299]) for length in (60, 60, 40))
+    assert [hit.length for hit in (first, second, earlier)] == [60, 60, 40]
+    for hit, more, shares in (
+        (first, [7, 8], True),
+        (second, [9], False),
+        (earlier, [1, 2, 3], False),
+        (first, [4], True),
+    ):
+        logits = model.prefill(hit.state, more)
+        assert all(np.shares_memory(hit.state.arrays[name], state.arrays[name]) == shares for name in state.growing)
+        text = [*ids[: hit.length], *([7, 8] if more == [4] else []), *more]
+        assert sha(logits) == sha(cold(model, text)[1])
+    cache.close()
+    restarted = PrefixCache(model.new_state(), 300, "a model", 10**9, tmp_path)
+    for length in (60, 40, 20):  # as they were put, whatever was written behind them
+        hit = restarted.find([*ids[:length], 299])
+        wanted = cold(model, ids[:length])
+        assert (hit.length, sha(hit.logits)) == (length, sha(wanted[1]))
+        assert sha(model.prefill(hit.state, [5, 6])) == sha(model.prefill(wanted[0], [5, 6]))
+    restarted.close()
 
 
 class Recording(Choice):

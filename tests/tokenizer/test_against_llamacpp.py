@@ -32,6 +32,23 @@ def test_random_features(tmp_path):
     assert {"refused", "warned", "equal"} == {verdict for verdict, _ in verdicts}
 
 
+@pytest.mark.parametrize("kept", ["no token of two characters", "every token"])
+def test_a_vocabulary_without_merges(tmp_path, kept):
+    """llama.cpp wants a merge: the one that is written changes nothing."""
+    raw = json.loads(trained(1))
+    raw["model"]["merges"] = []
+    if kept != "every token":
+        raw["model"]["vocab"] = {t: i for i, t in enumerate(t for t in raw["model"]["vocab"] if len(t) == 1)}
+        raw["added_tokens"] = []
+    (tmp_path / "t.json").write_text(json.dumps(raw))
+    exported = export_tokenizer(tmp_path / "t.json", mamba2_model(d_model=64, n_layer=1, vocab_size=700))
+    (merge,) = exported.metadata["tokenizer.ggml.merges"]
+    ours = parse_tokenizer(exported.text, "t.json")
+    with LlamaTokenizer(exported.metadata) as theirs:
+        texts = [*SCRIPTS, merge, merge.replace(" ", ""), 3 * merge.replace(" ", "")]
+        assert first_difference(texts, lambda text: ours.encode(text).ids, theirs.tokenize) is None
+
+
 @pytest.mark.parametrize(("steps", "ignore_merges"), NAMES, ids=NAMES.values())
 def test_every_way_of_splitting_in_every_script_and_back_from_the_keys(tmp_path, steps, ignore_merges):
     raw = json.loads(trained(1))

@@ -22,6 +22,12 @@ def template(*single):
     return {"type": "TemplateProcessing", "single": list(single), "pair": [TEXT, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": special}  # fmt: skip
 
 
+def stands_for(token, index):
+    found = template(END, TEXT)
+    found["special_tokens"]["<|endoftext|>"] |= {"ids": [index], "tokens": [token]}
+    return found
+
+
 def export(folder, change=lambda raw: None, config=CONFIG):
     path = train_tokenizer(folder / "tokenizer.json")
     raw = json.loads(path.read_text())
@@ -55,6 +61,9 @@ def test_the_tables_hold_every_field_that_the_tokenizers_library_writes(tmp_path
         (lambda raw: raw["model"].update(ignore_merges=True), "llama.cpp does the opposite"),
         (lambda raw: raw.update(post_processor=template(END, END, TEXT)), "at most one token before the text"),
         (lambda raw: raw["model"]["merges"].append(raw["model"]["merges"][0]), "twice"),
+        (lambda raw: raw.update(post_processor=template(END, {"Sequence": {"id": "B", "type_id": 0}})), "fails at any text with it"),
+        (lambda raw: raw.update(post_processor=stands_for("<|endoftext|>", 7)), "gives '<|endoftext|>' the id 7; the vocabulary gives it 0"),
+        (lambda raw: raw.update(post_processor=stands_for("<s>", 700)), "gives '<s>' the id 700; the vocabulary gives it None"),
         (added(id=505), "expected ids without a gap"),
         (added(content="a\0b"), "a GGUF cannot hold it"),
     ],

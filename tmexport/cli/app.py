@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -39,7 +40,7 @@ def outcome(command: Command, name: str, args: list[str]) -> int:
     """Run a click command; its exit code. What went wrong is said in one line on stderr."""
     try:
         code = _invoke(command, name, args)
-        _flush()
+        sys.stdout.flush()
     except BaseException as error:
         return _report(error)
     return code
@@ -65,10 +66,40 @@ def _prepare() -> None:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, _ending(code))
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a cp1252 terminal has no omega
     warnings.showwarning = _warn
+
+
+class _Stderr(io.TextIOWrapper):
+    """Stderr, which may be full or a closed pipe: a remark that cannot be made does not end the command."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def _open_streams() -> None:
+    """Nothing is said where stdout or stderr is closed; but no file that is opened later may take their place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    real = sys.__stderr__
+    if real is None:
+        sys.stderr = _Stderr(os.fdopen(2, "wb", closefd=False), "utf-8", line_buffering=True)
+    elif sys.stderr is real:  # no test's
+        sys.stderr = _Stderr(real.buffer, real.encoding, line_buffering=True)
 
 
 def _ending(code: int) -> Callable[..., NoReturn]:
@@ -80,11 +111,6 @@ def _ending(code: int) -> Callable[..., NoReturn]:
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     _say("warning: " + one_line(str(message).strip().split("\n")[0]))
-
-
-def _flush() -> None:
-    if sys.stdout is not None:
-        sys.stdout.flush()
 
 
 def _report(error: BaseException) -> int:
@@ -101,7 +127,7 @@ def _report(error: BaseException) -> int:
         _silence_stdout()
         return 1
     with contextlib.suppress(OSError, ValueError):
-        _flush()  # what was said so far, before the reason why there is no more
+        sys.stdout.flush()  # what was said so far, before the reason why there is no more
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         _say(str(error) or "interrupted; no file was left half written")
         return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,12 +22,17 @@ from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from tmexport.extras import import_with
 
+if TYPE_CHECKING:
+    from tmexport.onnx.names import ModelInfo
+
 
 @click.command(context_settings=HELP)
 @click.argument("checkpoint", type=PATH)
 @click.argument("output", type=PATH)
 @click.option("--ops", "form", type=click.Choice(["ort", "portable", "custom"]), default="ort", show_default=True,
               help="ort: onnxruntime's 2-bit kernels. portable: standard operators only. custom: ours, as functions.")  # fmt: skip
+@click.option("--type", "projections", type=click.Choice(["auto", "f16", "f32"]), default="auto", show_default=True,
+              help="Of the projections. auto: the codes that they are, or exactly ternary values.")  # fmt: skip
 @onnx_embedding_option
 @click.option("--opset", type=int, help="Version of ai.onnx. Default: the oldest that works (15; 23 for ort).")
 @click.option("--io-names", type=click.Choice(["tmexport", "genai"]), default="tmexport", show_default=True,
@@ -41,6 +47,7 @@ def onnx(
     checkpoint: Path,
     output: Path,
     form: str,
+    projections: str,
     embedding_type: str,
     opset: int | None,
     io_names: str,
@@ -50,7 +57,7 @@ def onnx(
     no_tokenizer: bool,
     as_json: bool,
 ) -> None:
-    """Export CHECKPOINT (a ternary one, or a dense one whose projections are exactly ternary) to OUTPUT, an ONNX file.
+    """Export CHECKPOINT (of low-bit weights, or a dense one whose projections are exactly ternary) to OUTPUT, an ONNX file.
 
     OUTPUT's config and tokenizer are written beside it (model.config.json, model.tokenizer.json).
 
@@ -70,7 +77,7 @@ def onnx(
     source = open_checkpoint(checkpoint, round_scales)
     if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
         raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
-    graph = build_graph(source, form, EMBEDDINGS[embedding_type], opset, io_names, logits)
+    graph = build_graph(source, form, EMBEDDINGS[embedding_type], opset, io_names, logits, projections)
     path = None if no_tokenizer else tokenizer or source.tokenizer
     codec = None if path is None else export_tokenizer(path, source.config, source.path)
     for sentence in codec.sentences() if codec else ():
@@ -85,5 +92,16 @@ def onnx(
                                "embedding_type": embedding_type, "group_size": graph.info.group_size, "opset": opsets,
                                "ir_version": graph.skeleton.ir_version, "nodes": len(graph.skeleton.graph.node)}))  # fmt: skip
     else:
-        click.echo(f"{output}: {result.n_bytes / 1e6:.1f} MB, {form}, group size {graph.info.group_size}")
+        click.echo(f"{output}: {result.n_bytes / 1e6:.1f} MB, {form}, {_weights(graph.info)}")
         click.echo("beside it: " + ", ".join(f.name for f in result.files[1:]))
+
+
+def _weights(info: ModelInfo) -> str:
+    """How the projections are stored, in words."""
+    forms = {s.kind for s in info.weights.values()} or {info.dense_type}
+    size = info.group_size
+    return (
+        f"group size {size}"
+        if forms == {"ternary"}
+        else " and ".join(sorted(forms)) + (f", group size {size}" if size else "")
+    )

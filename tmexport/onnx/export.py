@@ -57,7 +57,7 @@ def describe(graph: Graph) -> dict[str, Any]:
     """The configuration written beside the file: dimensions, and every input and output with its shape."""
     info = graph.info
     state = [
-        {"input": s.past, "output": s.present, "shape": ["batch", *s.shape], "dtype": "float32", "initial": 0.0}
+        {"input": s.past, "output": s.present, "shape": s.dims("past"), "dtype": "float32", "initial": 0.0}
         for s in model_states(info.config, info.io_names)
     ]
     return {

@@ -11,13 +11,13 @@ from onnx import TensorProto, helper
 import tmexport
 from tmexport.checkpoint import Checkpoint
 from tmexport.errors import UsageError
-from tmexport.model import Model
+from tmexport.model import Block, Branch, Model
 from tmexport.onnx import weights as w
-from tmexport.onnx.branches import MODULES, branch_module
+from tmexport.onnx.branches import branch_module
 from tmexport.onnx.builder import Builder, Initializer
-from tmexport.onnx.forms import Custom, Ort, Portable, head_operator
+from tmexport.onnx.forms import Custom, Ort, Portable
 from tmexport.onnx.functions import function_protos
-from tmexport.onnx.names import DOMAIN, DOMAIN_VERSION, MICROSOFT, ModelInfo, block_states
+from tmexport.onnx.names import DOMAIN, DOMAIN_VERSION, MICROSOFT, GraphState, ModelInfo, block_states, layer_of
 
 _WRITERS = {"ort": Ort, "portable": Portable, "custom": Custom}
 
@@ -38,16 +38,18 @@ def build_graph(
     opset: int | None = None,
     io_names: str = "tmexport",
     logits: str = "all",
+    projections: str = "auto",
 ) -> Graph:
     """Decide everything about the file; weights are read only as far as is needed to know their group size.
 
     Args:
-        checkpoint: whose projections are exactly ternary.
+        checkpoint: whose projections are codes, or exactly ternary.
         form: one of names.FORMS.
         embedding_type: one of names.EMBEDDING_TYPES, for the embedding and an untied head.
         opset: of ai.onnx; None is the oldest that works.
         io_names: one of names.IO_NAMES.
         logits: "all", or "last" for those of the last position only, [batch, 1, vocab].
+        projections: "auto", their codes (and fp16 for those that are dense beside codes); or one of names.DENSE_TYPES for all.
 
     Raises:
         NotTernaryError: a projection is not exactly ternary.
@@ -56,28 +58,28 @@ def build_graph(
     config = checkpoint.config
     _check_branches(config)
     opset = _checked_opset(form, opset)
-    group_size = w.projections_group_size(checkpoint)
-    info = ModelInfo(config, form, group_size, embedding_type, io_names, logits)
+    weights = w.stored_forms(checkpoint, projections != "auto", embedding_type)
+    dense_type = "f16" if projections == "auto" else projections
+    info = ModelInfo(config, form, weights, embedding_type, io_names, logits, dense_type)
     initializers = _weights(checkpoint, info)
 
     b = Builder()
-    writer = _WRITERS[form](b, config, group_size)
+    writer = _WRITERS[form](b, info)
     embedding, final_norm, head = (
         name for name, _ in (config.names.embedding, config.names.final_norm, config.names.head)
     )
     layers = [_initializer_names(config, number) for number in range(config.n_layer)]
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "time"])]
     outputs = [_float("logits", ["batch", "time" if logits == "all" else 1, config.vocab_size])]
-    hidden = writer.embed("input_ids", embedding, embedding_type)
+    hidden = _scaled(b, writer.embed("input_ids", embedding, embedding_type), config.embedding_multiplier)
     b.annotate(hidden, ("batch", "time", config.d_model))
     normed = writer.norm(hidden, layers[0]["norm"])
     for number, block in enumerate(config.blocks):
         b.scope = f"layers.{number}."
-        states = block_states(block, number, io_names)
-        inputs += [_float(state.past, ["batch", *state.shape]) for state in states.values()]
-        outputs += [_float(state.present, ["batch", *state.shape]) for state in states.values()]
-        (branch,) = block.branches
-        out = branch_module(branch.kind).WRITERS[form](writer, branch, normed, layers[number], states)
+        states = block_states(block, layer_of(config, number), io_names)
+        inputs += [_float(state.past, state.dims("past")) for state in states.values()]
+        outputs += [_float(state.present, state.dims("positions")) for state in states.values()]
+        out = _scaled(b, _block(writer, form, block, normed, layers[number], states), block.multiplier)
         if number + 1 < config.n_layer:
             hidden, normed = writer.add_norm(hidden, out, layers[number + 1]["norm"])
         elif logits == "last":
@@ -87,22 +89,40 @@ def build_graph(
         else:
             hidden, normed = writer.add_norm(hidden, out, final_norm)
     b.scope = ""
-    writer.head(normed, embedding if config.tie_embeddings else head, embedding_type)
+    weight, divisor = embedding if config.tie_embeddings else head, config.logits_divisor
+    if divisor == 1.0:
+        writer.head(normed, weight, embedding_type, "logits")
+    else:
+        b.op("Div", writer.head(normed, weight, embedding_type, ""), b.scalar(divisor), out="logits")
 
     skeleton = _model(b, info, opset, inputs, outputs)
     return Graph(skeleton, initializers + b.constants, info)
 
 
+def _block(
+    writer: Portable, form: str, block: Block, normed: str, names: dict[str, str], states: dict[str, GraphState]
+) -> str:
+    """The sum of a block's branches."""
+    total = ""
+    for branch in block.branches:
+        out = branch_module(branch.kind).WRITERS[form](writer, branch, normed, names, states)
+        total = writer.b.op("Add", total, out) if total else out
+    return total
+
+
+def _scaled(b: Builder, x: str, multiplier: float) -> str:
+    return x if multiplier == 1.0 else b.op("Mul", x, b.scalar(multiplier))
+
+
 def _check_branches(config: Model) -> None:
-    """Raises UsageError for what no form writes: branches without a module, several in a block, multipliers."""
-    kinds = [branch.kind for block in config.blocks for branch in block.branches]
-    unknown = next((kind for kind in kinds if kind not in MODULES), None)
-    if unknown is not None:
-        raise UsageError(
-            f"the model has {unknown} layers, which ONNX has not yet; expected {' or '.join(MODULES)} alone; use `tmexport gguf`"
-        )
-    if any(len(block.branches) != 1 or block.multiplier != 1.0 for block in config.blocks):
-        raise UsageError("the model has several branches in a block, or multipliers, which ONNX has not yet")
+    """Raises UsageError for what no form writes: branches without a module, two of a kind that differ (functions have one body)."""
+    found: dict[str, Branch] = {}
+    for branch in (branch for block in config.blocks for branch in block.branches):
+        branch_module(branch.kind)
+        if found.setdefault(branch.kind, branch) != branch:
+            raise UsageError(
+                f"the model has {branch.kind} layers of two shapes, which ONNX has not yet; use `tmexport gguf`"
+            )
 
 
 def _checked_opset(form: str, opset: int | None) -> int:
@@ -123,13 +143,13 @@ def _weights(checkpoint: Checkpoint, info: ModelInfo) -> list[Initializer]:
     tensors: list[Initializer] = []
     for tensor in info.config.tensors.values():
         name, shape = tensor.hf, tensor.shape
-        if name in info.config.projections:
-            ternary = w.ternary_nbits if info.form == "ort" else w.ternary_plain
-            tensors += ternary(checkpoint, name, shape, info.group_size)
-        elif not tensor.low_bit:
+        if not tensor.low_bit:
             tensors.append(w.small(checkpoint, tensor))
-        elif info.embedding_type != "q8":
-            tensors += w.embedding_dense(checkpoint, name, shape, w.F16 if info.embedding_type == "f16" else w.F32)
+        elif (stored := info.weights.get(tensor.role)) is not None:
+            tensors += (w.coded_nbits if info.form == "ort" else w.coded_plain)(checkpoint, name, shape, stored)
+        elif tensor.block is not None or info.embedding_type != "q8":
+            kind = info.dense_type if tensor.block is not None else info.embedding_type
+            tensors += w.dense(checkpoint, name, shape, w.F16 if kind == "f16" else w.F32)
         else:
             tensors += (w.embedding_nbits if info.form == "ort" else w.embedding_q8_0)(checkpoint, name, shape)
     return tensors
@@ -145,9 +165,9 @@ def _model(b: Builder, info: ModelInfo, opset: int, inputs: list, outputs: list)
         opsets.append(helper.make_opsetid(MICROSOFT, 1))
     if info.form == "custom":
         opsets.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-        functions = function_protos(info.config, head_operator(info.embedding_type), opset)
         branches = {branch.kind: branch for block in info.config.blocks for branch in block.branches}
-        functions[1:1] = [f for kind, branch in branches.items() for f in branch_module(kind).functions(branch, opset)]
+        bodies = [f for kind, branch in branches.items() for f in branch_module(kind).functions(branch, opset)]
+        functions = function_protos(info, bodies, opset)
     model = helper.make_model(
         graph,
         functions=functions,

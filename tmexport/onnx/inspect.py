@@ -11,8 +11,9 @@ import onnx
 
 from tmexport.inspect import Summary, TensorSummary
 from tmexport.onnx.names import OnnxError
-from tmexport.onnx.verify import data_file, load_onnx, stored_array
-from tmexport.onnx.weights import initializer_name
+from tmexport.onnx.verify import load_onnx
+from tmexport.onnx.verify_weights import data_file, stored_array
+from tmexport.onnx.weights import LAYOUTS, initializer_name
 
 _ZERO_CODES = np.array([sum(byte >> shift & 3 == 1 for shift in (0, 2, 4, 6)) for byte in range(256)])  # by byte
 
@@ -33,13 +34,16 @@ def inspect_onnx(path: Path, on_tensor: Callable[[str, int], None]) -> Summary:
             raise OnnxError(f"{path}: has no {found}; the file is damaged, or not the model its metadata describes")
         kinds = [_type_name(stored[part].data_type) for part in parts]
         kind, zero_ratio = kinds[0], None
-        if name in info.config.projections:
+        form = info.weights.get(tensor.role)
+        if form is not None and len(parts) == 1:
+            raise OnnxError(f"{path}: {found} is {kinds[0]}; expected {form.kind} codes and scales")
+        if form is not None and LAYOUTS[form.kind].bits == 2:
             codes = stored_array(stored[parts[0]], path)
-            if len(parts) == 1 or codes.dtype != np.uint8 or codes.size * 4 != math.prod(shape):
+            if codes.dtype != np.uint8 or codes.size * 4 != math.prod(shape):
                 raise OnnxError(f"{path}: {found} is {kinds[0]} {list(codes.shape)}; expected four codes a byte of {list(shape)}")  # fmt: skip
             kind, zero_ratio = f"2-bit + {kinds[1]}", float(_ZERO_CODES[codes].sum() / math.prod(shape))
         elif len(parts) == 2:
-            kind = f"8-bit + {kinds[1]}"
+            kind = f"{LAYOUTS[form.kind].bits if form else 8}-bit + {kinds[1]}"
         size = sum(_n_bytes(stored.pop(part)) for part in parts)
         tensors.append(TensorSummary(found, shape, kind, size, zero_ratio))
         on_tensor(name, len(info.config.tensors))

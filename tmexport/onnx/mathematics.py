@@ -15,6 +15,9 @@ FOREVER = np.iinfo(np.int64).max  # the end of a Slice that has none
 # byte -> its four codes as fp32, lowest bits first (the checkpoint's packing)
 CODE_TABLE = np.stack([(np.arange(256) >> shift & 3).astype(np.float32) - 1 for shift in (0, 2, 4, 6)], axis=1)
 
+# byte -> its two codes, lowest bits first
+INT4_TABLE = np.stack([(np.arange(256) >> shift & 15).astype(np.float32) - 8 for shift in (0, 4)], axis=1)
+
 
 def silu(b: Builder, x: str) -> str:
     return b.op("Mul", x, b.op("Sigmoid", x))
@@ -32,6 +35,13 @@ def unpack_ternary(b: Builder, codes: str, scales: str, group_shape: str) -> str
     grouped = b.op("Reshape", table, group_shape)
     scaled = b.op("Mul", grouped, b.op("Unsqueeze", scales, b.ints(2)))
     return b.op("Reshape", scaled, b.ints(0, -1))
+
+
+def unpack_int4(b: Builder, codes: str, scales: str) -> str:
+    """codes uint8 [n, k/2], scales fp32 [n, k/32] -> fp32 [n, k]."""
+    table = b.op("Gather", b.const(INT4_TABLE), b.op("Cast", codes, to=TensorProto.INT32), axis=0)
+    grouped = b.op("Reshape", table, b.ints(0, -1, 32))
+    return b.op("Reshape", b.op("Mul", grouped, b.op("Unsqueeze", scales, b.ints(2))), b.ints(0, -1))
 
 
 def matmul(b: Builder, x: str, weight: str, out: str = "") -> str:

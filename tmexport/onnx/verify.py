@@ -7,24 +7,17 @@ that this release writes for the model, so that a right weight in a wrong place 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from tmexport.checkpoint import Checkpoint
-from tmexport.errors import CheckpointError, NotTernaryError
-from tmexport.files import file_in
-from tmexport.model import ModelTensor
-from tmexport.model.spec import NEG_EXP
+from tmexport.errors import NotTernaryError
 from tmexport.onnx.graph import build_graph
-from tmexport.onnx.names import ModelInfo, OnnxError, config_path, info_from_metadata, tokenizer_path
-from tmexport.onnx.weights import initializer_name
+from tmexport.onnx.names import ModelInfo, OnnxError, config_path, info_from_metadata, projection_roles, tokenizer_path
+from tmexport.onnx.verify_weights import compare_codes, compare_small, compare_values, stored_array
 from tmexport.tokenizer.gguf import export_tokenizer
-from tmexport.types import first_true
 from tmexport.verify import Difference, Report
 
 _NOT_COMPARED = {"chunk_size", "bos_token_id", "eos_token_id"}  # of training code, and of the tokenizer
@@ -64,14 +57,14 @@ def verify_onnx(
     difference = _compare_config(checkpoint, info) or _compare_graph(checkpoint, path, model, info, stored)
     n_ternary = n_codes = n_scales = n_other = 0
     for name, tensor in checkpoint.config.tensors.items() if difference is None else ():
-        if name in checkpoint.config.projections:
-            difference, codes, scales = _compare_ternary(checkpoint, path, stored, info, name)
+        if tensor.role in info.weights:
+            difference, codes, scales = compare_codes(checkpoint, path, stored, info, name)
             n_ternary, n_codes, n_scales = n_ternary + 1, n_codes + codes, n_scales + scales
         elif tensor.low_bit:
-            difference = _compare_embedding(checkpoint, path, stored, info, name)
+            difference = compare_values(checkpoint, path, stored, info, tensor)
             n_other += 1
         else:
-            difference = _compare_small(checkpoint, path, stored, tensor)
+            difference = compare_small(checkpoint, path, stored, tensor)
             n_other += 1
         if difference is not None:
             break
@@ -91,12 +84,16 @@ def _compare_graph(
     checkpoint: Checkpoint, path: Path, model: onnx.ModelProto, info: ModelInfo, stored: dict[str, onnx.TensorProto]
 ) -> Difference | None:
     opset = next((o.version for o in model.opset_import if not o.domain), 0)
+    dense = set(info.weights).isdisjoint(projection_roles(info.config))
+    projections = info.dense_type if dense else "auto"
     try:
-        graph = build_graph(checkpoint, info.form, info.embedding_type, opset, info.io_names, info.logits)
+        graph = build_graph(checkpoint, info.form, info.embedding_type, opset, info.io_names, info.logits, projections)
     except NotTernaryError as error:
         return Difference("checkpoint", None, None, "exactly ternary projections", str(error))
     if info.group_size != graph.info.group_size:
         return Difference("group_size", None, None, str(graph.info.group_size), str(info.group_size))
+    if info.weights != graph.info.weights:
+        return Difference("weights", None, None, str(dict(graph.info.weights)), str(dict(info.weights)))
     expected = graph.skeleton
     for what in ("node", "input", "output", "value_info"):
         want, have = getattr(expected.graph, what), getattr(model.graph, what)
@@ -150,126 +147,6 @@ def _short(proto: object) -> str:
     except UnicodeDecodeError:  # protobuf before 5 does not show a damaged string
         text = repr(getattr(proto, "SerializeToString", bytes)())
     return " ".join(text.split())[:120]
-
-
-def stored_array(tensor: onnx.TensorProto, path: Path) -> np.ndarray:
-    """A weight of the file `path`, from the file itself or from the data file beside it; only this one is read.
-
-    Raises:
-        OnnxError: it is damaged, or in a file that is not there or not beside the model.
-    """
-    try:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            return _external(tensor, path)
-        return numpy_helper.to_array(tensor)
-    except (OnnxError, CheckpointError):
-        raise
-    except Exception as error:  # numpy_helper raises what numpy does when the bytes do not fit the shape
-        raise OnnxError(f"{path}: {tensor.name} is damaged: {' '.join(str(error).split())}") from None
-
-
-def data_file(tensor: onnx.TensorProto, path: Path) -> Path:
-    """The second file that holds a weight; it must be in the model's folder, for the model may be a stranger's.
-
-    Raises:
-        OnnxError, CheckpointError: it is elsewhere, or not there.
-    """
-    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-    if location in ("", ".", "..") or "/" in location or "\\" in location:
-        raise OnnxError(f"{path}: {tensor.name} lies in {location!r}; expected a file beside the model")
-    return file_in(path.parent, location)
-
-
-def _external(tensor: onnx.TensorProto, path: Path) -> np.ndarray:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    file = data_file(tensor, path)
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
-    offset, length = int(place.get("offset", 0)), int(place.get("length", -1))
-    size, needed = file.stat().st_size, math.prod(tensor.dims) * dtype.itemsize
-    if min(tensor.dims, default=0) < 0 or length != needed or not 0 <= offset <= size - needed:
-        raise OnnxError(
-            f"{path}: {tensor.name} is {length} bytes at {offset} of {file.name}; expected {needed} within its {size}"
-        )
-    return np.fromfile(file, dtype, math.prod(tensor.dims), offset=offset).reshape(tuple(tensor.dims))
-
-
-def _get(path: Path, stored: dict[str, onnx.TensorProto], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A stored weight; `shape` may be any with the same number of values in the same order."""
-    array = stored_array(stored[name], path)
-    if array.dtype != np.dtype(dtype) or array.size != int(np.prod(shape, dtype=np.int64)):
-        raise OnnxError(f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {dtype} {list(shape)}")
-    return array.reshape(shape)
-
-
-def _compare_ternary(
-    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], info: ModelInfo, name: str
-) -> tuple[Difference | None, int, int]:
-    expected = checkpoint.codes(name)
-    n, k = expected.shape
-    packed = _get(path, stored, f"{name}.codes", "u1", (n, k // 4))
-    codes = np.stack([packed >> 2 * i & 3 for i in range(4)], axis=2).reshape(n, k).view(np.int8) - 1
-    differs = codes != expected.codes
-    if differs.any():
-        row, column = first_true(differs)
-        want = f"code {expected.codes[row, column]} in column {column}"
-        return Difference(name, row, column // expected.group_size, want, f"{codes[row, column]}"), 0, 0
-    stored_scales = stored[f"{name}.scales"]
-    count = int(np.prod(stored_scales.dims, dtype=np.int64))
-    dtype = "<f4" if info.form == "ort" else "<f2"
-    scales = _get(path, stored, f"{name}.scales", dtype, (n, max(1, count // n)))
-    # Both sides at one value a run of 64 weights, in fp32 (fp16 to fp32 is exact), whichever group is the wider one.
-    wanted = np.repeat(expected.scales.astype(np.float32), expected.group_size // 64, axis=1)
-    found = np.repeat(scales.astype(np.float32), k // 64 // scales.shape[1], axis=1)
-    if wanted.shape != found.shape:
-        return Difference(name, None, None, f"{wanted.size} scales", f"{found.size}"), 0, 0
-    differs = wanted.view(np.uint32) != found.view(np.uint32)
-    if differs.any():
-        row, run = first_true(differs)
-        place = (row, run * 64 // expected.group_size)
-        return Difference(name, *place, f"scale {wanted[row, run]!r}", f"{found[row, run]!r}"), 0, 0
-    return None, codes.size, scales.size
-
-
-def _compare_small(
-    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], tensor: ModelTensor
-) -> Difference | None:
-    expected, name = checkpoint.dense(tensor.hf).astype(np.float32, copy=False), initializer_name(tensor)
-    if tensor.transform == NEG_EXP:
-        expected = (-np.exp(expected.astype(np.float64))).astype(np.float32)
-    found = _get(path, stored, name, "<f4", expected.shape)
-    return _first_difference(name, expected, found, expected.view(np.uint32) == found.view(np.uint32))
-
-
-def _compare_embedding(
-    checkpoint: Checkpoint, path: Path, stored: dict[str, onnx.TensorProto], info: ModelInfo, name: str
-) -> Difference | None:
-    expected = checkpoint.dense(name).astype(np.float32, copy=False)
-    if info.embedding_type == "f32":
-        found = _get(path, stored, name, "<f4", expected.shape)
-        return _first_difference(name, expected, found, expected.view(np.uint32) == found.view(np.uint32))
-    if info.embedding_type == "f16":
-        found = _get(path, stored, name, "<f2", expected.shape)
-        return _first_difference(name, expected, found, expected.astype(np.float16) == found)
-    n, k = expected.shape
-    if info.form == "ort":
-        codes = _get(path, stored, f"{name}.codes", "u1", (n, k // 64, 64)).astype(np.float32) - 128
-        scales = _get(path, stored, f"{name}.scales", "<f4", (n, k // 64, 1))
-    else:
-        codes = _get(path, stored, f"{name}.codes", "i1", (n, k // 32, 32)).astype(np.float32)
-        scales = _get(path, stored, f"{name}.scales", "<f2", (n, k // 32, 1)).astype(np.float32)
-    found = (codes * scales).reshape(n, k)
-    # Half a step of the block, and the roundings of the scale (fp16: 2**-11 of it, or half of the smallest subnormal).
-    largest = np.abs(expected).reshape(codes.shape).max(axis=2)
-    bound = largest / 127 / 2 * np.float32(1.0001) + (largest * 2.0**-11 + 2.0**-24 * 127 if info.form != "ort" else 0)
-    ok = np.abs(expected - found) <= np.repeat(bound, codes.shape[2], axis=1)
-    return _first_difference(name, expected, found, ok)
-
-
-def _first_difference(name: str, expected: np.ndarray, found: np.ndarray, ok: np.ndarray) -> Difference | None:
-    if ok.all():
-        return None
-    place = first_true(~ok)
-    return Difference(name, place[0], None, f"{expected[place]!r} at {list(place)}", f"{found[place]!r}")
 
 
 def _written_without_tokenizer(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from tmexport.gguf.names import gguf_values
 from tmexport.model import ModelTensor
 from tmexport.model.spec import NEG_EXP
 from tmexport.onnx.builder import Initializer
-from tmexport.types import GGMLType, encode_values, scales_per_block
+from tmexport.quantization import Stored
+from tmexport.types import KINDS, GGMLType, encode_values, scales_per_block
+from tmexport.types.blocks import pack_nibbles
 from tmexport.types.ternary import pack_codes
 
 ORT_BLOCK = (
@@ -24,19 +27,44 @@ _ROWS_AT_ONCE = 1024
 F32, F16, U8, I8 = (np.dtype(t) for t in ("<f4", "<f2", "u1", "i1"))
 
 
-def projections_group_size(checkpoint: Checkpoint) -> int:
-    """The widest group that every projection allows, as `tmexport gguf` finds it.
+def stored_forms(checkpoint: Checkpoint, dense: bool, embedding_type: str) -> dict[str, Stored]:
+    """How the matrices of each role are written that are codes and scales; ternary ones in the widest groups that all allow.
+
+    As in a GGUF: a role that is dense in a checkpoint where others are codes stays dense.
+
+    Args:
+        checkpoint: whose matrices.
+        dense: write the projections as values, whatever they are.
+        embedding_type: "q8" writes an embedding that is int8 or int4 as the codes it is.
 
     Raises:
-        NotTernaryError: a projection is not exactly ternary.
+        NotTernaryError: the checkpoint is dense, and a projection is not exactly ternary.
     """
+    names: dict[str, list[str]] = {}
+    for name in () if dense else checkpoint.config.projections:
+        names.setdefault(checkpoint.config.tensors[name].role, []).append(name)
+    has_codes = any(checkpoint.kind(found[0]) is not None for found in names.values())
+    forms = {}
+    for role, found in names.items():
+        kind = checkpoint.kind(found[0])
+        if kind is not None or not has_codes:
+            kind = kind or "ternary"
+            forms[role] = Stored(kind, _group_size(checkpoint, found, kind))
+    for tensor in checkpoint.config.tensors.values():
+        form = checkpoint.form(tensor.hf)
+        if tensor.block is None and embedding_type == "q8" and form is not None and KINDS[form.kind].in_blocks:
+            forms[tensor.role] = Stored("int8", form.group_size)  # an int4 code is one of int8 too
+    return forms
+
+
+def _group_size(checkpoint: Checkpoint, names: list[str], kind: str) -> int:
     try:
-        return shared_group_size(checkpoint, checkpoint.config.projections)
+        return shared_group_size(checkpoint, names, kind)
     except ScaleError:
         raise
     except NotTernaryError as error:
         raise NotTernaryError(
-            f"{error}; train it with `python -m qat.train`: ONNX holds ternary weights only"
+            f"{error}; train it with `python -m qat.train`, or export it as it is with --type f16"
         ) from None
 
 
@@ -49,36 +77,69 @@ def small(checkpoint: Checkpoint, tensor: ModelTensor) -> Initializer:
     """A vector or a convolution's weight in fp32; A_log as a = -exp(A_log), rounded once from fp64 (as in the GGUF)."""
 
     def make() -> np.ndarray:
-        return gguf_values(tensor, _finite(checkpoint, tensor.hf))
+        return gguf_values(replace(tensor, rotated=None), _finite(checkpoint, tensor.hf))  # no rows of ours interleave
 
     return Initializer(initializer_name(tensor), F32, tensor.shape, make)
 
 
-def ternary_plain(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], group_size: int) -> list[Initializer]:
-    """codes uint8 [n, k/4] in the checkpoint's packing and scales fp16 [n, k/group_size]."""
+def coded_plain(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], stored: Stored) -> list[Initializer]:
+    """codes in the checkpoint's packing (two bits for a binary one, int8 for an int8 one) and scales fp16 [n, k / group]."""
     n, k = shape
+    layout = LAYOUTS[stored.kind]
     return [
-        Initializer(f"{name}.codes", U8, (n, k // 4), lambda: pack_codes(checkpoint.codes(name).codes)),
-        Initializer(f"{name}.scales", F16, (n, k // group_size), lambda: _scales(checkpoint, name, group_size)),
-    ]
+        Initializer(f"{name}.codes", layout.dtype, (n, k // layout.per_byte), lambda: layout.pack(_codes(checkpoint, name))),
+        Initializer(f"{name}.scales", F16, (n, k // stored.group_size), lambda: _scales(checkpoint, name, stored.group_size)),
+    ]  # fmt: skip
 
 
-def ternary_nbits(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], group_size: int) -> list[Initializer]:
-    """MatMulNBits' B uint8 [n, k/block, block/4] and scales fp32 [n, k/block], block = min(group_size, 128)."""
+def coded_nbits(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], stored: Stored) -> list[Initializer]:
+    """MatMulNBits' B uint8 [n, k / block, block * bits / 8] and scales fp32 [n, k / block], block = min(group size, 128)."""
     n, k = shape
-    block = min(group_size, ORT_BLOCK)
-    packed = (n, k // block, block // 4)
+    layout, block = LAYOUTS[stored.kind], min(stored.group_size, ORT_BLOCK)
+    packed = (n, k // block, block // layout.per_byte)
     return [
-        Initializer(f"{name}.codes", U8, packed, lambda: pack_codes(checkpoint.codes(name).codes).reshape(packed)),
+        Initializer(f"{name}.codes", U8, packed, lambda: _unsigned(layout, _codes(checkpoint, name)).reshape(packed)),
         Initializer(f"{name}.scales", F32, (n, k // block), lambda: _scales(checkpoint, name, block).astype(F32)),
     ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the codes of a kind lie in a file: pack makes uint8 or int8 of them, per_byte a byte; bits: of MatMulNBits, whose
+    codes are unsigned.
+    """
+
+    bits: int
+    dtype: np.dtype
+    pack: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def per_byte(self) -> int:
+        return 8 // self.bits
+
+
+LAYOUTS = {
+    "ternary": Layout(2, U8, pack_codes),
+    "binary": Layout(2, U8, pack_codes),  # -1 and 1: a byte holds four of them too
+    "int4": Layout(4, U8, pack_nibbles),
+    "int8": Layout(8, I8, np.ascontiguousarray),
+}
+
+
+def _unsigned(layout: Layout, codes: np.ndarray) -> np.ndarray:
+    """The codes as MatMulNBits takes them: zero is 1 of two bits, 8 of four, 128 of eight."""
+    return layout.pack(codes) if layout.dtype == U8 else codes.view(U8) ^ U8.type(128)
+
+
+def _codes(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return checkpoint.codes(name).codes
 
 
 def _scales(checkpoint: Checkpoint, name: str, block: int) -> np.ndarray:
     return np.ascontiguousarray(scales_per_block(checkpoint.codes(name), block, name))
 
 
-def embedding_dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: np.dtype) -> list[Initializer]:
+def dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: np.dtype) -> list[Initializer]:
     """The matrix in fp16 or fp32."""
 
     def make() -> np.ndarray:

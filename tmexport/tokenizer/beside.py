@@ -11,17 +11,22 @@ from typing import Any
 from tmexport.errors import CheckpointError, TokenizerError
 from tmexport.files import file_in, read_text
 
+_MORE = "additional_chat_templates"  # of transformers 5
 _LARGEST = 2**24  # a tokenizer_config.json repeats the added tokens, and the template
 
 
 @dataclass(frozen=True)
 class Beside:
-    """templates: name -> Jinja text ("" is the default one). ends: ids in order. bos, eos: tokens by their content."""
+    """templates: name -> Jinja text ("" is the default one). ends: ids in order. bos, eos: tokens by their content.
+
+    settings: what tokenizer_config.json says.
+    """
 
     templates: dict[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
     bos: str | None = None
     eos: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def read_beside(model: Path, tokenizer: Path) -> Beside:
@@ -34,7 +39,9 @@ def read_beside(model: Path, tokenizer: Path) -> Beside:
     ends: list[int] = []
     for name in ("config.json", "generation_config.json"):
         ends += [i for i in _ids(model, name) if i not in ends]
-    return Beside(_templates(tokenizer, settings), tuple(ends), _content(settings, "bos_token"), _content(settings, "eos_token"))  # fmt: skip
+    named = _json(tokenizer, "special_tokens_map.json") | settings
+    bos, eos = (_content(named, key) for key in ("bos_token", "eos_token"))
+    return Beside(_templates(tokenizer, settings), tuple(ends), bos, eos, settings)
 
 
 def _ids(folder: Path, name: str) -> list[int]:
@@ -46,13 +53,14 @@ def _ids(folder: Path, name: str) -> list[int]:
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """chat_template.jinja, or else what tokenizer_config.json says: a text, or a list of named ones."""
+    """chat_template.jinja and additional_chat_templates/NAME.jinja, or else tokenizer_config.json's: a text, or named ones."""
+    more = sorted((folder / _MORE).glob("*.jinja"))
+    templates = {path.stem: _text(folder, f"{_MORE}/{path.name}") or "" for path in more}
     text = _text(folder, "chat_template.jinja")
     found = settings.get("chat_template") if text is None else text
     if found is None:
-        return {}
+        return templates
     entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
-    templates = {}
     for entry in entries:
         name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(template, str):

@@ -136,17 +136,30 @@ def _template(features: Features, value: dict[str, Any], what: str) -> None:
     names: list[str | None] = []
     for piece in value["single"]:
         if "Sequence" in piece:
+            if piece["Sequence"].get("id") != "A":  # the library panics at the first text
+                raise _Refused(f"{what} a template whose single text is {piece['Sequence'].get('id')!r}; expected 'A'")
             names.append(None)
         else:
             token = piece["SpecialToken"]["id"]
             if token not in value["special_tokens"]:
                 raise _Refused(f"{what} a template with {token!r}, which its special_tokens do not have")
-            names += value["special_tokens"][token]["tokens"]
+            names += _tokens_of(features, value["special_tokens"][token], what)
     before, _, after = _around(names)
     known = names.count(None) == 1 and len(before) <= 1 and len(after) <= 1
     if not known or features.before is not None or features.after is not None:
         raise _Refused(f"{what} a template that adds {names}; expected at most one token before the text and one after it")  # fmt: skip
     features.before, features.after = (before or [None])[0], (after or [None])[0]
+
+
+def _tokens_of(features: Features, entry: dict[str, Any], what: str) -> list[str]:
+    """What a special token of a template stands for: the library takes its ids, a GGUF its tokens."""
+    ids = features.raw["model"]["vocab"] | {a["content"]: a["id"] for a in features.raw.get("added_tokens") or []}
+    for token, index in zip(entry["tokens"], entry["ids"], strict=False):
+        if ids.get(token) != index:
+            raise _Refused(f"{what} a template that gives {token[:40]!r} the id {index}; the vocabulary gives it {ids.get(token)}")  # fmt: skip
+    if len(entry["tokens"]) != len(entry["ids"]):
+        raise _Refused(f"{what} a template with {len(entry['tokens'])} tokens and {len(entry['ids'])} ids for them")
+    return entry["tokens"]
 
 
 def _around(names: list[str | None]) -> tuple[list[str | None], None, list[str | None]]:

@@ -15,6 +15,7 @@ from tmexport.tokenizer.beside import Beside, read_beside
 from tmexport.tokenizer.features import Features, read_features
 from tmexport.tokenizer.names import ENDS, NO_END
 from tmexport.tokenizer.parse import parse_tokenizer, read_tokenizer
+from tmexport.tokenizer.settings import differences
 from tmexport.tokenizer.splits import BY_NAME, GPT2, as_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # llama.h, enum llama_token_type
@@ -60,13 +61,15 @@ def _export(path: Path, model: Model, folder: Path) -> ExportedTokenizer:
     tokenizer = parse_tokenizer(text, str(path))
     raw = json.loads(text)
     model_raw = raw.get("model")
-    if not isinstance(model_raw, dict) or model_raw.get("type") != "BPE" or not isinstance(model_raw.get("vocab"), dict):  # fmt: skip
-        found = model_raw.get("type") if isinstance(model_raw, dict) else model_raw
+    if not isinstance(model_raw, dict) or type(tokenizer.model).__name__ != "BPE" or not isinstance(model_raw.get("vocab"), dict):  # fmt: skip
+        found = type(tokenizer.model).__name__
         raise TokenizerError(f"{path}: the model is {found!r}; expected a byte-level BPE (GPT-2 or GPT-NeoX style)")
     ids = _ids(path, raw, model)
     features = read_features(text, str(path))
     _check_ids(path, ids, tokenizer.get_vocab(with_added_tokens=True))
     beside = read_beside(folder, path.parent)
+    added = (features.before is not None, features.after is not None)
+    features.warnings += differences(beside.settings, features.raw, added)
     metadata = _vocabulary(features, ids, model.vocab_size)
     metadata |= _special(features, ids, model, beside)
     for name, template in beside.templates.items():
@@ -107,7 +110,7 @@ def _vocabulary(features: Features, ids: dict[str, int], rows: int) -> dict[str,
     for content, index in ids.items():
         tokens[index] = content
         types[index] = NORMAL if content not in added else CONTROL if added[content].get("special") else USER_DEFINED
-    merges = features.raw["model"].get("merges") or []
+    merges = features.raw["model"].get("merges") or [_no_merge(ids)]
     # GPT-NeoX's own file has this token; it splits as GPT-2 does, and llama.cpp has a name for it
     pre = "olmo" if features.steps == (GPT2,) and ids.get("<|padding|>") == 1 else features.pre
     return {
@@ -117,6 +120,12 @@ def _vocabulary(features: Features, ids: dict[str, int], rows: int) -> dict[str,
         _KEY + "token_type": types,
         _KEY + "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
     }
+
+
+def _no_merge(ids: dict[str, int]) -> str:
+    """A merge that changes no text, for llama.cpp, which wants one: its result is no token, so that its parts come out."""
+    single = [token for token in ids if len(token) == 1 and token.isascii()]
+    return next((f"{left} {right}" for left in single for right in single if left + right not in ids), "[ P")
 
 
 def _padding(index: int, ids: dict[str, int]) -> str:
@@ -135,6 +144,9 @@ def _special(features: Features, ids: dict[str, int], model: Model, beside: Besi
     end = ids.get("<|endoftext|>", model.eos_token_id)
     ends = [model.eos_token_id] if model.eos_token_id is not None else []
     ends += [i for i in beside.ends if i not in ends and i < model.vocab_size]
+    beyond = [i for i in beside.ends if i >= model.vocab_size]
+    if beyond:
+        features.warnings.append(f"the end token {beyond[0]} is left out; the model has {model.vocab_size} embeddings")
     if not ends and (named := ids.get(beside.eos or "", end)) is not None:
         ends = [named]
     if features.after is not None:  # llama.cpp adds eos

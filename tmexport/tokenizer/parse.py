@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from tmexport.errors import TokenizerError
 from tmexport.files import read_text
+from tmexport.library_errors import lines_on_stderr
 from tmexport.tokenizer.splits import PATTERNS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 LARGEST_TOKENIZER = 2**26  # the largest in use have 30 MB
+_TRIAL = "a b\u00e9"  # a template can be one that no text gets through
 _COMPONENTS = {"BPE", "ByteLevel", "Split", "Digits", "Sequence", "TemplateProcessing", "String", "SpecialToken"}
 _COMPONENTS |= {"NFC", "NFD", "NFKC", "NFKD"}
 
@@ -58,13 +60,24 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
         if len(text) > LARGEST_TOKENIZER:
             raise ValueError(f"has more than {LARGEST_TOKENIZER} characters")
         json.loads(text, object_hook=check)
-        tokenizer = Tokenizer.from_str(text)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        if getattr(tokenizer.model, "dropout", None) is not None:
-            tokenizer.model.dropout = None
+        with lines_on_stderr():  # where it panics: an error as well
+            tokenizer = Tokenizer.from_str(text)
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            if getattr(tokenizer.model, "dropout", None) is not None:
+                tokenizer.model.dropout = None
+            _try(tokenizer, where)
         return tokenizer
     except (TokenizerError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the library raises bare Exceptions, and its panics are BaseExceptions
         raise TokenizerError(f"{where}: is not a tokenizer.json the tokenizers library can load: {error}") from None
+
+
+def _try(tokenizer: Tokenizer, where: str) -> None:
+    try:
+        tokenizer.encode(_TRIAL)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise TokenizerError(f"{where}: the tokenizers library fails at any text with it: {error}") from None

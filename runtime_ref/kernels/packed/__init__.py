@@ -2,14 +2,15 @@
 output row. Rows are filled up to a multiple of 16 with zero codes and zero scales.
 
 A file has the arrays of its kind (a NamedTuple), PACK (from a plain matrix, by its class) and, from the blocks of a GGUF tensor without decoding
-to one byte a weight, CODES and VALUES (by GGUF type). The blocks are checked on the way as `tmexport.types` checks them.
+to one byte a weight, CODES and VALUES (by GGUF type). The blocks are checked on the way as `tmexport.types` checks them, some rows
+at a time, by numpy: compiled loops are no faster, and would have to be compiled before the first token.
 `kernels.kinds` puts the files together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from tmexport.errors import GGUFError
 from tmexport.types import GGMLType
 
 ROWS = 16
+_PART = 256 << 10  # bytes of blocks at a time
 
 Wanted = list[tuple[tuple[int, ...], Any]]  # the shape and the dtype of each array
 
@@ -87,3 +89,43 @@ def blank(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     array = aligned(shape, np.dtype(dtype))
     array[-1] = 0
     return array
+
+
+_FIELDS = {
+    GGMLType.TQ1_0: np.dtype([("q", "<u4", 13), ("d", "<u2")]),
+    GGMLType.TQ2_0: np.dtype([("q", "<u4", 16), ("d", "<u2")]),
+    GGMLType.Q2_0: np.dtype([("d", "<u2"), ("q", "<u4", 4)]),
+    GGMLType.Q1_0: np.dtype([("d", "<u2"), ("q", "u1", 16)]),
+    GGMLType.Q4_0: np.dtype([("d", "<u2"), ("q", "<u4", 4)]),
+    GGMLType.Q8_0: np.dtype([("d", "<u2"), ("q", "<u4", 8)]),
+}
+
+
+class Blocks(NamedTuple):
+    """Of some rows: data uint32 or uint8 [rows, blocks, numbers of a block], scales' bits uint16 [blocks, rows]."""
+
+    data: np.ndarray
+    scales: np.ndarray
+
+    def turned(self) -> np.ndarray:
+        """A copy of the data [numbers of a block, blocks, rows]."""
+        return np.ascontiguousarray(self.data.transpose(2, 1, 0))
+
+
+def parts(blocks: np.ndarray, kind: GGMLType) -> Iterator[tuple[int, Blocks]]:
+    """Some rows at a time, few enough for the processor's cache, and the number of the first one."""
+    rows = max(1, _PART // (ROWS * max(1, blocks.shape[1]))) * ROWS
+    for at in range(0, len(blocks), rows):
+        part = blocks[at : at + rows].view(_FIELDS[kind])
+        yield at, Blocks(part["q"], np.ascontiguousarray(part["d"].T))
+
+
+def put(values: np.ndarray, at: int, tiles: np.ndarray) -> None:
+    """values [steps of a block, blocks, rows], from row `at` (a multiple of 16), in tiles [n / 16, all steps, 16]."""
+    steps, blocks, rows = values.shape
+    first, whole = at // ROWS, rows // ROWS
+    by_block = tiles.reshape(len(tiles), blocks, steps, ROWS)
+    tiled = values[:, :, : whole * ROWS].reshape(steps, blocks, whole, ROWS)
+    by_block[first : first + whole] = tiled.transpose(2, 1, 0, 3)
+    if rows % ROWS:
+        by_block[first + whole, :, :, : rows % ROWS] = values[:, :, whole * ROWS :].transpose(1, 0, 2)

@@ -10,14 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime_ref.kernels.cache import cached
-from runtime_ref.kernels.packed import ROWS, Reader, Wanted, blank, filled_codes, finite, tiled
+from runtime_ref.kernels.packed import ROWS, Reader, Wanted, blank, filled_codes, finite, parts, put, tiled
 from runtime_ref.reference.blocks import BlockMatrix
 from tmexport.types import GGMLType
 
-# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
-
-_compiled = cached(nogil=True)
+_NIBBLES = np.uint32(0x0F0F0F0F)
 
 
 class PackedQ8(NamedTuple):
@@ -63,51 +60,26 @@ def pack(matrix: BlockMatrix) -> PackedQ8 | PackedQ4:
 
 def _q8(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedQ8:
     tiles = -(-len(blocks) // ROWS)
-    packed = PackedQ8(blank((tiles, k // 4, ROWS, 4), np.int8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-    _unpack_q8(blocks, packed.codes.view(np.uint8), packed.scales)
-    finite(packed.scales, name)
-    return packed
+    codes, scales = blank((tiles, k // 4, ROWS), np.uint32), np.zeros((tiles, k // 32, ROWS), np.uint16)
+    for at, part in parts(blocks, kind):
+        put(part.data.transpose(2, 1, 0), at, codes)
+        put(part.scales[None], at, scales)
+    finite(scales, name)
+    return PackedQ8(codes.view(np.int8).reshape(tiles, k // 4, ROWS, 4), scales)
 
 
 def _q4(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedQ4:
     tiles = -(-len(blocks) // ROWS)
-    packed = PackedQ4(blank((tiles, k // 8, ROWS, 4), np.uint8), np.zeros((tiles, k // 32, ROWS), np.uint16))
-    packed.codes[-1] = 0x88
-    _unpack_q4(blocks, packed.codes, packed.scales)
-    finite(packed.scales, name)
-    return packed
-
-
-@_compiled
-def _unpack_q8(blocks, codes, scales):
-    for r in range(blocks.shape[0]):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(scales.shape[1]):
-            base = block * 34
-            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
-            for step in range(8):
-                target = codes[tile, block * 8 + step, lane]
-                at = base + 2 + 4 * step
-                target[0], target[1], target[2], target[3] = row[at], row[at + 1], row[at + 2], row[at + 3]
-
-
-@_compiled
-def _unpack_q4(blocks, codes, scales):
-    columns = np.empty(32, np.uint8)
-    for r in range(blocks.shape[0]):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(scales.shape[1]):
-            base = block * 18
-            scales[tile, block, lane] = np.uint16(row[base]) | np.uint16(np.uint16(row[base + 1]) << np.uint16(8))
-            for at in range(16):
-                columns[at] = row[base + 2 + at] & np.uint8(15)
-                columns[at + 16] = row[base + 2 + at] >> np.uint8(4)
-            for step in range(4):
-                for j in range(4):
-                    first = 8 * step + j
-                    codes[tile, block * 4 + step, lane, j] = columns[first] | np.uint8(
-                        columns[first + 4] << np.uint8(4)
-                    )
+    codes, scales = blank((tiles, k // 8, ROWS), np.uint32), np.zeros((tiles, k // 32, ROWS), np.uint16)
+    codes[-1] = 0x88888888
+    for at, part in parts(blocks, kind):
+        w = part.turned()  # low nibbles: columns 0..15, high ones: 16..31
+        low = (w[::2] & _NIBBLES) | (w[1::2] & _NIBBLES) << np.uint32(4)
+        high = (w[::2] >> np.uint32(4) & _NIBBLES) | (w[1::2] & ~_NIBBLES)
+        put(np.concatenate([low, high]), at, codes)
+        put(part.scales[None], at, scales)
+    finite(scales, name)
+    return PackedQ4(codes.view(np.uint8).reshape(tiles, k // 8, ROWS, 4), scales)
 
 
 PACK = {BlockMatrix: pack}

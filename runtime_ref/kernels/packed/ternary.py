@@ -11,16 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime_ref.kernels.cache import cached
-from runtime_ref.kernels.packed import ROWS, Reader, Wanted, blank, filled_codes, tiled
+from runtime_ref.kernels.packed import ROWS, Blocks, Reader, Wanted, blank, filled_codes, parts, put, tiled
 from runtime_ref.reference.ternary import TernaryMatrix
 from tmexport.errors import GGUFError
 from tmexport.types import GGMLType, decode_codes
 from tmexport.types.base import INFINITE_BITS, SCALE_BITS
 
-# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
-
-_compiled = cached(nogil=True)
+_NIBBLES, _LOW_BITS = np.uint32(0x0F0F0F0F), np.uint32(0x55555555)
+# dwords uint32 [of a block, blocks, rows], and whether all codes are valid
+Words = Callable[[Blocks], tuple[np.ndarray, bool]]
 
 
 class PackedTernary(NamedTuple):
@@ -49,16 +48,14 @@ def pack(matrix: TernaryMatrix) -> PackedTernary:
     return PackedTernary(np.ascontiguousarray(packed.transpose(0, 2, 1, 3)), tiled(matrix.scales))
 
 
-def _reader(unpack: Callable[[np.ndarray, np.ndarray, np.ndarray], bool]) -> Reader:
-    """`unpack(blocks, codes uint32 [n/16, k/16, 16], scales)` fills both; False if something in the blocks is not allowed."""
-
+def _reader(words: Words) -> Reader:
     def read(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedTernary:
         assert group is not None
         tiles = -(-len(blocks) // ROWS)
         codes = blank((tiles, k // 16, ROWS), np.uint32)
         codes[-1] = 0x55555555  # rows beyond the last: code 0
         scales = np.zeros((tiles, k // group, ROWS), np.uint16)
-        if not unpack(blocks, codes, scales):
+        if not all([_put_rows(part, words, at, codes, scales) for at, part in parts(blocks, kind)]):
             found, _ = decode_codes(blocks, kind, k, name)  # says which row and block
             if np.abs(found).max(initial=0) > 1:
                 raise GGUFError(
@@ -70,162 +67,98 @@ def _reader(unpack: Callable[[np.ndarray, np.ndarray, np.ndarray], bool]) -> Rea
     return read
 
 
-@_compiled
-def _word(row, at):
-    return (
-        np.uint32(row[at])
-        | np.uint32(row[at + 1]) << np.uint32(8)
-        | np.uint32(row[at + 2]) << np.uint32(16)
-        | np.uint32(row[at + 3]) << np.uint32(24)
-    )
+def _put_rows(blocks: Blocks, words: Words, at: int, codes: np.ndarray, scales: np.ndarray) -> bool:
+    """Some rows' blocks, from row `at`, in their places; False if codes or scales are not allowed."""
+    found, ok = words(blocks)
+    put(found, at, codes)
+    bits = blocks.scales.reshape(scales.shape[1], -1, blocks.scales.shape[1])  # [groups, blocks of a group, rows]
+    put(bits[None, :, 0], at, scales)
+    allowed = (bits == 0) | ((bits >= SCALE_BITS) & (bits < INFINITE_BITS))  # `types.base.bad_scales`
+    return bool(ok and allowed.all() and (bits == bits[:, :1]).all())
 
 
-@_compiled
-def _put_scale(row, at, scales, tile, lane, block, blocks):
-    """Store the fp16 at row[at:] as the scale of its group; False if it is not allowed, or differs inside the group."""
-    bits = np.uint16(row[at]) | np.uint16(np.uint16(row[at + 1]) << np.uint16(8))
-    if bits != 0 and (bits < SCALE_BITS or bits >= INFINITE_BITS):  # `types.base.bad_scales`
-        return False
-    per_group = blocks // scales.shape[1]
-    if block % per_group == 0:
-        scales[tile, block // per_group, lane] = bits
-        return True
-    return scales[tile, block // per_group, lane] == bits
+def _swap(high: np.ndarray, low: np.ndarray, distance: int, mask: int) -> None:
+    """The bits of `high` in the mask, moved up by a distance, and those of `low` in the mask trade places."""
+    changed = (high >> np.uint32(distance) ^ low) & np.uint32(mask)
+    low ^= changed
+    high ^= changed << np.uint32(distance)
 
 
-@_compiled
-def _tq2(blocks, codes, scales):
-    n, count = blocks.shape[0], codes.shape[1] // 16
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 66
-            seen = np.uint32(0)
-            for step in range(16):
-                at = base + 32 * (step // 8) + 16 * (step % 2)
-                shift = np.uint32(2 * (step % 8 // 2))
-                word = np.uint32(0)
-                for i in range(4):
-                    fields = (_word(row, at + 4 * i) >> shift) & np.uint32(0x03030303)
-                    word |= fields << np.uint32(2 * i)
-                codes[tile, block * 16 + step, lane] = word
-                seen |= word & (word >> np.uint32(1)) & np.uint32(0x55555555)
-            ok &= seen == 0 and _put_scale(row, base + 64, scales, tile, lane, block, count)
-    return ok
+def _joined(fields: np.ndarray) -> np.ndarray:
+    """Four dwords of bytes 0..3 [..., 4, blocks, rows] as one of four such fields a byte."""
+    f = [fields[..., i, :, :] for i in range(4)]
+    return f[0] | f[1] << np.uint32(2) | f[2] << np.uint32(4) | f[3] << np.uint32(6)
 
 
-@_compiled
-def _q2(blocks, codes, scales):
-    n, count = blocks.shape[0], codes.shape[1] // 4
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 18
-            seen = np.uint32(0)
-            for step in range(4):
-                source = _word(row, base + 2 + 4 * step)  # byte i: columns 4i.., 2 bits each; transposed below
-                word = np.uint32(0)
-                for i in range(4):
-                    byte = (source >> np.uint32(8 * i)) & np.uint32(0xFF)
-                    spread = (byte | byte << np.uint32(12)) & np.uint32(0x000F000F)
-                    spread = (spread | spread << np.uint32(6)) & np.uint32(0x03030303)
-                    word |= spread << np.uint32(2 * i)
-                codes[tile, block * 4 + step, lane] = word
-                seen |= word & (word >> np.uint32(1)) & np.uint32(0x55555555)
-            ok &= seen == 0 and _put_scale(row, base, scales, tile, lane, block, count)
-    return ok
+def _tq2(blocks: Blocks) -> tuple[np.ndarray, bool]:
+    """In each half of 128 columns, byte m has columns m, m + 32, m + 64 and m + 96."""
+    w = blocks.turned()
+    ok = not (w & w >> np.uint32(1) & _LOW_BITS).any()  # both bits of a field: no code
+    w = w.reshape(2, 2, 4, *w.shape[1:])
+    # fields and dwords trade places: what was field s of dword i becomes field i of dword s
+    for distance, mask, pairs in ((2, 0x33333333, ((0, 1), (2, 3))), (4, 0x0F0F0F0F, ((0, 2), (1, 3)))):
+        for i, j in pairs:
+            _swap(w[:, :, i], w[:, :, j], distance, mask)
+    return w.transpose(0, 2, 1, 3, 4).reshape(16, *w.shape[3:]), ok
 
 
-def _base3_table() -> np.ndarray:
-    """For every byte, its five base-3 digits in bytes 0..4 of a uint64; byte 7 is 1 if no encoder writes that byte."""
-    table = np.zeros(256, np.uint64)
-    for byte in range(256):
-        digits = [byte * 3**p % 256 * 3 // 256 for p in range(5)]
-        value = sum(d * 3 ** (4 - p) for p, d in enumerate(digits))
-        packed = sum(d << (8 * p) for p, d in enumerate(digits))
-        table[byte] = packed | ((-(-value * 256 // 243) != byte) << 56)
-    return table
+def _q2(blocks: Blocks) -> tuple[np.ndarray, bool]:
+    """Byte i has columns 4 i .. 4 i + 3, lowest bits first; transposed, byte j has columns j, j + 4, j + 8, j + 12."""
+    w = blocks.turned()
+    ok = not (w & w >> np.uint32(1) & _LOW_BITS).any()
+    for distance, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):
+        changed = (w ^ w >> np.uint32(distance)) & np.uint32(mask)
+        w ^= changed ^ changed << np.uint32(distance)
+    return w, ok
 
 
-_BASE3 = _base3_table()
+def _tq1(blocks: Blocks) -> tuple[np.ndarray, bool]:
+    """Base 3, the most significant of a byte's five digits first; the last four bytes have four, and a 0."""
+    w = blocks.turned()
+    ok = _WRITTEN[w.view(np.uint8)].all() and _WRITTEN_FOUR[w[12].view(np.uint8)].all()
+    steps = np.zeros((16, *w.shape[1:]), np.uint32)
+    rest = w.view(np.uint8)
+    for place in range(5):
+        digit = ((rest > 85).view(np.uint8) + (rest > 170).view(np.uint8)).view("<u4")
+        words = _joined(digit[:12].reshape(3, 4, *w.shape[1:]))
+        steps[2 * place], steps[2 * place + 1], steps[10 + place] = words
+        if place < 4:
+            steps[15] |= digit[12] << np.uint32(2 * place)
+        rest = rest + rest + rest
+    return steps, bool(ok)
 
 
-@_compiled
-def _tq1_by(blocks, codes, scales, table):
-    n, count = blocks.shape[0], codes.shape[1] // 16
-    digits = np.empty(256, np.uint32)
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 54
-            bad = np.uint64(0)
-            for at in range(52):
-                entry = table[row[base + at]]
-                bad |= entry >> np.uint64(56)
-                if at >= 48:  # four digits, padded with a 0
-                    bad |= (entry >> np.uint64(32)) & np.uint64(3)
-                first, stride, held = (
-                    (at, 32, 5) if at < 32 else (160 + at - 32, 16, 5) if at < 48 else (240 + at - 48, 4, 4)
-                )
-                for position in range(held):
-                    digits[first + position * stride] = np.uint32((entry >> np.uint64(8 * position)) & np.uint64(3))
-            for step in range(16):
-                word = np.uint32(0)
-                for i in range(4):
-                    for j in range(4):
-                        word |= digits[16 * step + 4 * i + j] << np.uint32(8 * j + 2 * i)
-                codes[tile, block * 16 + step, lane] = word
-            ok &= bad == 0 and _put_scale(row, base + 52, scales, tile, lane, block, count)
-    return ok
-
-
-@_compiled
-def _q1(blocks, codes, scales):
+def _q1(blocks: Blocks) -> tuple[np.ndarray, bool]:
     """Signs, a bit each: the codes -1 and 1 are stored as 0 and 2."""
-    n, count = blocks.shape[0], codes.shape[1] // 8
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 18
-            for step in range(8):
-                word = np.uint32(0)
-                for half in range(2):
-                    byte = np.uint32(row[base + 2 + 2 * step + half])
-                    for bit in range(8):
-                        column = 8 * half + bit
-                        place = np.uint32(8 * (column % 4) + 2 * (column // 4) + 1)
-                        word |= ((byte >> np.uint32(bit)) & np.uint32(1)) << place
-                codes[tile, block * 8 + step, lane] = word
-            ok &= _put_scale(row, base, scales, tile, lane, block, count)
-    return ok
+    data = blocks.turned()
+    return _SIGNS[data[::2]] | _SIGNS[data[1::2]] << np.uint32(4), True
 
 
-@_compiled
-def _q4_ternary(blocks, codes, scales):
-    """Ternary codes with 8 added, in nibbles."""
-    n, count = blocks.shape[0], codes.shape[1] // 2
-    ok = True
-    for r in range(n):
-        tile, lane, row = r // 16, r % 16, blocks[r]
-        for block in range(count):
-            base = block * 18
-            for step in range(2):  # columns 0..15 are the low nibbles, 16..31 the high ones
-                word = np.uint32(0)
-                for column in range(16):
-                    code = (np.uint32(row[base + 2 + column]) >> np.uint32(4 * step)) & np.uint32(15)
-                    ok &= 7 <= code <= 9
-                    word |= ((code - np.uint32(7)) & np.uint32(3)) << np.uint32(8 * (column % 4) + 2 * (column // 4))
-                codes[tile, block * 2 + step, lane] = word
-            ok &= _put_scale(row, base, scales, tile, lane, block, count)
-    return ok
+def _q4_ternary(blocks: Blocks) -> tuple[np.ndarray, bool]:
+    """Ternary codes with 8 added, in nibbles: columns 0..15 the low ones, 16..31 the high ones."""
+    w = blocks.turned()
+    codes = np.stack([w & _NIBBLES, w >> np.uint32(4) & _NIBBLES]).view(np.uint8) - np.uint8(7)
+    return _joined(codes.view("<u4")), bool((codes <= 2).all())
 
 
-def _tq1(blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> bool:
-    return _tq1_by(blocks, codes, scales, _BASE3)
+def _written() -> tuple[np.ndarray, np.ndarray]:
+    """For every byte, whether encoders write it for five digits, and for four and a 0."""
+    five, four = np.zeros(256, bool), np.zeros(256, bool)
+    for value in range(243):
+        byte = -(-value * 256 // 243)
+        five[byte], four[byte] = True, value % 3 == 0
+    return five, four
+
+
+def _signs() -> np.ndarray:
+    """For every byte, its bits as the codes of 8 columns of a dword."""
+    columns, values = np.arange(8), np.arange(256)
+    places = 8 * (columns % 4) + 2 * (columns // 4) + 1
+    return ((values[:, None] >> columns & 1) << places).sum(axis=1).astype(np.uint32)
+
+
+_WRITTEN, _WRITTEN_FOUR = _written()
+_SIGNS = _signs()
 
 
 PACK = {TernaryMatrix: pack}

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from tmexport.errors import UsageError
 
-MODULES = {"mamba1": "tmexport.onnx.branches.mamba1", "mamba2": "tmexport.onnx.branches.mamba2"}
+MODULES = {kind: f"tmexport.onnx.branches.{kind}" for kind in ("mamba1", "mamba2", "attention", "swiglu")}
 
 
 def branch_module(kind: str) -> ModuleType:

@@ -58,7 +58,7 @@ def custom(form: Custom, c: Mamba2, x: str, weights: Mapping[str, str], state: M
     projected = form.product(x, weights["in_proj"])
     outputs = (form.b.name(SCAN_OUTPUTS[0]), state["conv"].present, state["ssm"].present)
     inputs = _scan_inputs(form, projected, weights, state)
-    y = form.b.ops("SelectiveScan", *inputs, outputs=outputs, domain=DOMAIN, profile=PROFILE)[0]
+    y = form.b.ops(_operator(c), *inputs, outputs=outputs, domain=DOMAIN, profile=PROFILE)[0]
     return form.product(y, weights["out_proj"])
 
 
@@ -66,7 +66,13 @@ def _scan_inputs(
     form: Portable, projected: str, weights: Mapping[str, str], state: Mapping[str, GraphState]
 ) -> tuple[str, ...]:
     past = (projected, state["conv"].past, state["ssm"].past)
-    return (*past, *(weights[role] for role in _VECTORS), form.epsilon)
+    vectors = (*past, *(weights[role] for role in _VECTORS if role in weights))
+    return (*vectors, form.epsilon) if "gate_norm" in weights else vectors
+
+
+def _operator(c: Mamba2) -> str:
+    """The custom form's; without a norm it takes neither weight nor epsilon."""
+    return "SelectiveScan" if c.gate_norm else "GatedScan"
 
 
 def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping[str, GraphState]) -> str:
@@ -95,6 +101,8 @@ def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping
     d = b.op("Expand", b.op("Unsqueeze", weights["d"], b.ints(1)), b.ints(heads, c.headdim))
     y = b.op("Add", outputs[0], b.op("Mul", x, b.op("Reshape", d, b.ints(c.d_inner))))  # D is spread out at load
     gated = b.op("Mul", y, silu(b, z))
+    if not c.gate_norm:
+        return form.product(gated, weights["out_proj"])
     if c.n_groups == 1:
         return form.product(form.norm(gated, weights["gate_norm"]), weights["out_proj"])
     parts = b.op("Reshape", gated, b.ints(0, 0, c.n_groups, -1))
@@ -109,8 +117,9 @@ WRITERS = {"portable": portable, "custom": custom, "ort": ort}
 def functions(c: Mamba2, opset: int) -> list[onnx.FunctionProto]:
     """The bodies of the custom form's operators that this branch alone uses."""
     b = Builder(in_function=True)
-    selective_scan(b, c, SCAN_INPUTS, SCAN_OUTPUTS)
-    return [function("SelectiveScan", SCAN_INPUTS, SCAN_OUTPUTS, b, opset, ("profile",))]
+    inputs = SCAN_INPUTS if c.gate_norm else SCAN_INPUTS[:-2]
+    selective_scan(b, c, inputs, SCAN_OUTPUTS)
+    return [function(_operator(c), inputs, SCAN_OUTPUTS, b, opset, ("profile",))]
 
 
 def selective_scan(
@@ -122,10 +131,11 @@ def selective_scan(
     """Everything of a mixer between its two projections, without a loop (arXiv 2405.21060, section 6, listing 1).
 
     projected [B, T, d_in_proj] (z, x, B, C, dt), past_conv [B, C, K-1], past_ssm [B, H, N, P] -> the three `outputs`:
-    gated and normalised y [B, T, d_inner], present_conv, present_ssm. `inputs` stand in the order of SCAN_INPUTS. Time is cut into chunks of min(T, 64) positions,
+    gated and normalised y [B, T, d_inner], present_conv, present_ssm. `inputs` stand in the order of SCAN_INPUTS, whose last two
+    belong to the norm. Time is cut into chunks of min(T, 64) positions,
     padded with steps that change nothing (dt = 0); a chunk is a product of matrices, and so are the steps between chunks.
     """
-    projected, past_conv, past_ssm, conv_weight, conv_bias, dt_bias, a, d, norm_weight, eps = inputs
+    projected, past_conv, past_ssm, conv_weight, conv_bias, dt_bias, a, d, *norm = inputs
     y_out, present_conv, present_ssm = outputs
     groups, per_group, bc = c.n_groups, c.n_heads // c.n_groups, c.n_groups * c.d_state
     z, xbc, dt = b.ops(
@@ -178,7 +188,10 @@ def selective_scan(
     y = b.op("Add", inside, b.op("Mul", b.op("MatMul", ct, starts), b.op("Exp", total)))
     y = b.op("Add", b.op("Transpose", y, perm=order), b.op("Mul", x, b.op("Reshape", d, by_head)))
     y = b.op("Slice", b.op("Reshape", y, b.ints(0, -1, c.d_inner)), b.ints(0), time, one)
-    gated_norm(b, c, y, z, norm_weight, eps, y_out)
+    if norm:
+        gated_norm(b, c, y, z, norm[0], norm[1], y_out)
+    else:
+        b.op("Mul", y, silu(b, z), out=y_out)
 
 
 def _causal_decay(b: Builder, rows: str, columns: str, size: str) -> str:

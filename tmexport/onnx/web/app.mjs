@@ -49,18 +49,23 @@ async function load() {
   tokenizer = new Tokenizer(await (await download("model.tokenizer.json")).json(), {});
   const bytes = await downloadWithProgress("model.onnx");
   element("size").textContent = megabytes(bytes.length);
-  element("state").textContent = megabytes(4 * config.state.reduce((sum, s) => sum + elements(s), 0));
+  showState(newState());
   status("Preparing the model");
   session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
   element("go").disabled = false;
   status("Ready");
 }
 
-const dims = (entry) => entry.shape.map((d) => (d === "batch" ? 1 : d));
+// The state before the first token: keys and values of attention have no positions yet.
+const dims = (entry) => entry.shape.map((d) => (d === "batch" ? 1 : d === "past" ? 0 : d));
 const elements = (entry) => dims(entry).reduce((a, b) => a * b, 1);
 
 function newState() {
   return config.state.map((s) => new ort.Tensor("float32", new Float32Array(elements(s)), dims(s)));
+}
+
+function showState(state) {
+  element("state").textContent = megabytes(4 * state.reduce((sum, tensor) => sum + tensor.data.length, 0));
 }
 
 // Feed ids; returns the logits of the last position and the next state.
@@ -118,6 +123,7 @@ async function generate() {
       pending = 0;
     }
     element("position").textContent = ids.length + tokens.length;
+    showState(state);
     if (token === config.model.eos_token_id || tokens.length >= count) break;
     ({ logits, state } = await step([token], state));
     element("rate").textContent = ((1000 * tokens.length) / (performance.now() - time)).toFixed(1);
