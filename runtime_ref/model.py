@@ -286,7 +286,7 @@ class Model:
     ) -> Job:
         """tokens int64 [sequences * length], addresses uint64 [arrays, sequences], logits [sequences or all tokens, vocab]."""
         past, room = (np.array(values, np.int64) for values in ([s.tokens for s in states], [s.room for s in states]))
-        width = -(-int(room.max()) // 16) * 16 + 16
+        width = 16 * (-(-int(room.max()) // 16) * 16 + 16)
         if self._scores.shape[0] != self.threads or self._scores.shape[1] < width:
             self._scores = np.zeros((self.threads, width), np.float32)
         shape = (len(tokens), len(tokens) // length, length, len(logits))

@@ -46,9 +46,11 @@ def train(
     resume: bool = False,
     cache: Path | None = None,
     hooks: Sequence[Hook] = (),
+    shape: Model | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; returns a summary. Without a teacher, a full-precision model is trained from nothing.
 
+    `shape`: what that model is made of, in place of the recipe's Mamba-2; its vocabulary is the tokenizer's.
     `hooks` are called after every step, besides those of every run (qat/train/hooks.py).
 
     Raises:
@@ -70,7 +72,9 @@ def train(
     except OSError as error:
         raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
-        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache")
+        run = _prepare(
+            recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache", shape
+        )
     try:
         summary = fit(run, resume, hooks)
     finally:
@@ -91,6 +95,7 @@ def _prepare(
     tokenizer: Path | None,
     accelerator: Accelerator,
     cache: Path,
+    shape: Model | None,
 ) -> Run:
     """Models, tokens and batches of a run."""
     teacher_model = None
@@ -98,7 +103,7 @@ def _prepare(
         if recipe.align_steps:
             raise UsageError("align_steps needs a teacher; remove it, or give --teacher")
         tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
-        config = _config_of(recipe, tokenizer)
+        config = _with_vocabulary(shape or config_of(recipe), tokenizer)
     else:
         checkpoint = open_checkpoint(teacher)
         if kinds := {form.kind for form in checkpoint.coded.values()}:
@@ -127,7 +132,7 @@ def _prepare(
         teacher_model.to(accelerator.device)
         run.teacher_cache = open_teacher_cache(recipe, teacher_model, batches, stream.key, cache)
     if held_out:
-        run.held_out = _first_tokens(documents_in(held_out, tokenizer, config), recipe.eval_tokens, tokenizer)
+        run.held_out = first_tokens(documents_in(held_out, tokenizer, config), recipe.eval_tokens, tokenizer)
     return run
 
 
@@ -163,15 +168,15 @@ def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | No
     return path
 
 
-def _config_of(recipe: Recipe, tokenizer: Path) -> Model:
+def _with_vocabulary(shape: Model, tokenizer: Path) -> Model:
     from tokenizers import Tokenizer
 
     known = Tokenizer.from_file(str(tokenizer))
     eos = known.token_to_id(END_OF_TEXT)
-    return replace(config_of(recipe), vocab_size=known.get_vocab_size(), bos_token_id=eos, eos_token_id=eos)
+    return replace(shape, vocab_size=known.get_vocab_size(), bos_token_id=eos, eos_token_id=eos)
 
 
-def _first_tokens(documents: Sequence[Document], count: int, tokenizer: Path) -> list[Document]:
+def first_tokens(documents: Sequence[Document], count: int, tokenizer: Path) -> list[Document]:
     """About `count` tokens, an equal share from the beginning of every document, and the bytes of their text."""
     from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Causal attention (`reference.attention`): a head of a token is one piece of work, which passes over the positions three times."""
+"""Causal attention (`reference.attention`): the phases of a layer; attend.py has what computes its heads."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime_ref.arithmetic import RecurrentState
+from runtime_ref.arithmetic import Fp16, Fp32
+from runtime_ref.kernels.attend import LANES, MOST_WIDTH, attend_heads, attend_tokens
 from runtime_ref.kernels.barrier import share
-from runtime_ref.kernels.compiled import inlined, kernel, made_for, stack
+from runtime_ref.kernels.compiled import inlined, kernel, made_for
 from runtime_ref.kernels.layers import Layer, sixteens
-from runtime_ref.kernels.math import vector_exp
 from runtime_ref.kernels.phases import DT, MID, PROJ, Rows, quantize_rows
 from runtime_ref.kernels.program import Step
-from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
-from runtime_ref.kernels.states import load_state, store_state
-from runtime_ref.kernels.vector import address, load, peek, poke, splat, store, tree_sum, tree_sums
+from runtime_ref.kernels.states import store_state
+from runtime_ref.kernels.vector import address, load
+from tmexport.errors import GGUFError
 from tmexport.model.branches.attention import Attention
 from tmexport.model.rope import NEAR, context_limit, rope_tables
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
-ZERO = np.float32(0.0)
+FEWEST_TOKENS = 4  # of a text; below, most of 16 lanes would be idle
 
 
 class Turn(NamedTuple):
@@ -54,7 +54,7 @@ class Attend(NamedTuple):
 
 
 @made_for
-def turn_rows(kept_as: RecurrentState) -> Any:
+def turn_rows(kept_as: Fp32 | Fp16) -> Any:
     """Biases, RoPE of queries and keys, and the row's keys and values into the state."""
 
     @inlined
@@ -68,8 +68,8 @@ def turn_rows(kept_as: RecurrentState) -> Any:
             add_bias(s.dt[r], a.v_bias)
             if a.far.shape[0]:
                 far, near = a.far[position // NEAR], a.near[position % NEAR]
-                turn(s.proj[r], a.heads, a.width, far, near)
-                turn(s.mid[r], a.kv_heads, a.width, far, near)
+                turn(s.proj[r], a.heads, a.width, far, near, job.scores[tid])
+                turn(s.mid[r], a.kv_heads, a.width, far, near, job.scores[tid])
             row = (a.index * job.room[q] + position) * keys * kept_as.width
             k_at, v_at = np.int64(job.states[a.slot, q]) + row, np.int64(job.states[a.slot + 1, q]) + row
             for i in range(0, keys, 16):
@@ -86,96 +86,78 @@ def add_bias(row, bias):
 
 
 @kernel
-def turn(row, heads, width, far, near):
-    """RoPE of the heads of one row; the angle's cosine and sine are made in fp64 and rounded once."""
+def turn(row, heads, width, far, near, angles):
+    """RoPE of the heads of one row; `angles`: room for the cosines and sines, which are made in fp64 and rounded once."""
     half = width // 2
     for i in range(half):
-        cos = np.float32(far[i] * near[i] - far[half + i] * near[half + i])
-        sin = np.float32(far[half + i] * near[i] + far[i] * near[half + i])
-        for head in range(heads):
-            at = head * width + i
-            first, second = row[at], row[at + half]
-            row[at] = first * cos - second * sin
-            row[at + half] = second * cos + first * sin
+        angles[i] = np.float32(far[i] * near[i] - far[half + i] * near[half + i])
+        angles[half + i] = np.float32(far[half + i] * near[i] + far[i] * near[half + i])
+    for at in range(0, heads * width, width):
+        for i in range(half):
+            cos, sin, first, second = angles[i], angles[half + i], row[at + i], row[at + half + i]
+            row[at + i] = first * cos - second * sin
+            row[at + half + i] = second * cos + first * sin
 
 
 @made_for
-def attend_rows(kept_as: RecurrentState) -> Any:
-    """The heads of every row, into s.wide; those that read the same keys one after another."""
+def attend_rows(kept_as: Fp32 | Fp16) -> Any:
+    """The heads of every row, into s.wide: those of a row that read the same keys together."""
 
     @inlined
     def body(tid, threads, job, a):
-        keys, group = a.kv_heads * a.width, a.heads // a.kv_heads
-        low, high = share(job.rows * a.heads, tid, threads)
-        for piece in range(low, high):
-            head, r = piece // job.rows, piece % job.rows
-            q = r // job.length
-            count = job.past[q] + r % job.length + 1
-            start = (a.index * job.room[q] * keys + head // group * a.width) * kept_as.width
-            k_at, v_at = np.int64(job.states[a.slot, q]) + start, np.int64(job.states[a.slot + 1, q]) + start
-            query, out = address(job.s.proj[r]) + 4 * head * a.width, address(job.s.wide[r]) + 4 * head * a.width
-            attend(kept_as, query, k_at, v_at, out, job.scores[tid], count, a.width, keys, np.float32(a.scale))
+        attend_each(kept_as, tid, threads, job, a)
+
+    return body
+
+
+@made_for
+def attend_many(kept_as: Fp32 | Fp16) -> Any:
+    """As `attend_rows`; of texts of several tokens, 16 at a time."""
+
+    @inlined
+    def body(tid, threads, job, a):
+        if job.length < FEWEST_TOKENS:
+            attend_each(kept_as, tid, threads, job, a)
+        else:
+            attend_sixteens(kept_as, tid, threads, job, a)
 
     return body
 
 
 @kernel
-def attend(kept_as, query, k_at, v_at, out, scores, count, width, keys, scale):
-    """One head of one token: `width` values at `out` from the query and `count` positions, `keys` values apart."""
-    step = keys * kept_as.width
-    sums_at, whole = stack(1024), count // 16 * 16
-    largest = np.float32(-np.inf)
-    for first in range(0, count, 16):
-        for lane in range(16):
-            total = splat(ZERO)
-            if first + lane < count:
-                at = k_at + (first + lane) * step
-                for i in range(0, width, 16):
-                    total = total + peek(query + 4 * i) * load_state(kept_as, at + i * kept_as.width)
-            poke(sums_at + 64 * lane, total)
-        store(scores, first, tree_sums(floats_at(sums_at, 256)) * splat(scale))
-        for lane in range(min(16, count - first)):
-            score = scores[first + lane]
-            largest = score if score > largest else largest
-    lanes = splat(ZERO)
-    for first in range(0, whole, 16):
-        e = vector_exp(load(scores, first) - splat(largest))
-        store(scores, first, e)
-        lanes = lanes + e
-    if whole < count:
-        store(scores, whole, vector_exp(load(scores, whole) - splat(largest)))
-        for i in range(count, whole + 16):
-            scores[i] = ZERO
-        lanes = lanes + load(scores, whole)
-    total = splat(tree_sum(lanes))
-    for first in range(0, count, 16):
-        store(scores, first, load(scores, first) / total)
-    i = 0
-    while i + 64 <= width:
-        values = v_at + i * kept_as.width
-        y0, y1, y2, y3 = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
-        for position in range(count):
-            p, at = splat(scores[position]), values + position * step
-            y0 = y0 + p * load_state(kept_as, at)
-            y1 = y1 + p * load_state(kept_as, at + 16 * kept_as.width)
-            y2 = y2 + p * load_state(kept_as, at + 32 * kept_as.width)
-            y3 = y3 + p * load_state(kept_as, at + 48 * kept_as.width)
-        poke(out + 4 * i, y0)
-        poke(out + 4 * i + 64, y1)
-        poke(out + 4 * i + 128, y2)
-        poke(out + 4 * i + 192, y3)
-        i += 64
-    while i < width:
-        values, y0 = v_at + i * kept_as.width, splat(ZERO)
-        for position in range(count):
-            y0 = y0 + splat(scores[position]) * load_state(kept_as, values + position * step)
-        poke(out + 4 * i, y0)
-        i += 16
+def attend_each(kept_as, tid, threads, job, a):
+    keys, group = a.kv_heads * a.width, a.heads // a.kv_heads
+    piece, high = share(job.rows * a.heads, tid, threads)
+    while piece < high:
+        r, head = piece // a.heads, piece % a.heads
+        q = r // job.length
+        together = min(high - piece, group - head % group, LANES)
+        start = (a.index * job.room[q] * keys + head // group * a.width) * kept_as.width
+        k_at, v_at = np.int64(job.states[a.slot, q]) + start, np.int64(job.states[a.slot + 1, q]) + start
+        query, out = address(job.s.proj[r]) + 4 * head * a.width, address(job.s.wide[r]) + 4 * head * a.width
+        count, scores = job.past[q] + r % job.length + 1, job.scores[tid]
+        attend_heads(kept_as, together, query, k_at, v_at, out, scores, count, a.width, keys, np.float32(a.scale))
+        piece += together
+
+
+@kernel
+def attend_sixteens(kept_as, tid, threads, job, a):
+    keys, group, parts = a.kv_heads * a.width, a.heads // a.kv_heads, -(-job.length // LANES)
+    low, high = share(job.sequences * a.heads * parts, tid, threads)
+    for piece in range(low, high):
+        q, head, part = piece // (a.heads * parts), piece // parts % a.heads, piece % parts
+        start = (a.index * job.room[q] * keys + head // group * a.width) * kept_as.width
+        k_at, v_at = np.int64(job.states[a.slot, q]) + start, np.int64(job.states[a.slot + 1, q]) + start
+        first, last = q * job.length + part * LANES, q * job.length + min(part * LANES + LANES, job.length)
+        rows, wide, least = job.s.proj[first:last], job.s.wide[first:last], job.past[q] + part * LANES + 1
+        attend_tokens(kept_as, head, rows, wide, k_at, v_at, job.scores[tid], least, a.width, keys, np.float32(a.scale))
 
 
 def check(branch: Attention) -> None:
     """Raises GGUFError for dimensions that the kernels do not compute."""
     sixteens("head_dim", branch.head_dim)
+    if branch.head_dim > MOST_WIDTH:
+        raise GGUFError(f"head_dim is {branch.head_dim}; this runtime needs at most {MOST_WIDTH}")
 
 
 def room(branch: Attention) -> Room:
@@ -194,17 +176,18 @@ def steps(layer: Layer) -> list[Step]:
     Raises:
         GGUFError: damaged tensors, or types that the kernels do not compute.
     """
-    c, small, none, kept_as = layer.branch, layer.small, np.zeros(0, np.float32), layer.preset.state
+    c, small, none, kept_as = layer.branch, layer.small, np.zeros(0, np.float32), layer.preset.cache
     q_bias, k_bias, v_bias = (small.get(f"{name}_bias", none) for name in "qkv")
     tables = (np.zeros((0, 0)), np.zeros((0, 0)))
     if c.rope_theta is not None:
         tables = rope_tables(c.rope_theta, c.head_dim, context_limit(layer.source.config.context_length))
     turned = Turn(c.n_heads, c.n_kv_heads, c.head_dim, *tables, q_bias, k_bias, v_bias, layer.slot, layer.index)
+    attended = Attend(c.n_heads, c.n_kv_heads, c.head_dim, c.scale, layer.slot, layer.index)
     out = layer.matrix("o_proj")
     return [
         *layer.normed_products({"q_proj": PROJ, "k_proj": MID, "v_proj": DT}),
         Step(turn_rows(kept_as), turned),
-        Step(attend_rows(kept_as), Attend(c.n_heads, c.n_kv_heads, c.head_dim, c.scale, layer.slot, layer.index)),
+        Step(attend_rows(kept_as), attended, attend_many(kept_as)),
         Step(quantize_rows(layer.preset.activations), Rows(out.k, out.block)),
         *layer.output(out, small.get("o_bias")),
     ]

@@ -34,7 +34,8 @@ class Job(NamedTuple):
 
     wanted: rows of logits, which are all, or the last of each text; tokens int64 [rows]; states uint64 [arrays, sequences]:
     the addresses of each text's arrays; logits fp32 [wanted, vocab]; past, room int64 [sequences]: tokens read before, and
-    positions that the arrays have which grow; scores fp32 [threads, positions and up to 16]: of one head of one token.
+    positions that the arrays have which grow; scores fp32 [threads, 16 times positions and up to 16 more]:
+    of 16 heads of one token, or one head of 16.
     """
 
     rows: int

@@ -279,12 +279,25 @@ def tree_sums(typingctx, array):
 
 @intrinsic
 def largest(typingctx, vector):
-    """The largest lane of an I32."""
+    """The largest lane of an I32 or an F32."""
 
     def codegen(context, builder, sig, args):
-        return tree_of(builder, args[0], lambda a, b: builder.select(builder.icmp_signed(">", a, b), a, b))
+        compare = builder.icmp_signed if vector.element == "i32" else builder.fcmp_ordered
+        return tree_of(builder, args[0], lambda a, b: builder.select(compare(">", a, b), a, b))
 
-    return types.int32(I32), codegen
+    return vector.scalar(vector), codegen
+
+
+@intrinsic
+def only_from(typingctx, vector, lane, other):
+    """An F32 whose lanes before number `lane` (an int32) are replaced by the scalar `other`."""
+
+    def codegen(context, builder, sig, args):
+        numbers = ir.Constant(I32.llvm, list(range(LANES)))
+        beyond = builder.icmp_signed(">=", numbers, splatted(builder, args[1], LANES))
+        return builder.select(beyond, args[0], splatted(builder, args[2], LANES))
+
+    return F32(F32, types.int32, types.float32), codegen
 
 
 @intrinsic
