@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from runtime_ref.arithmetic import Preset, StateArray
+from runtime_ref.arithmetic import Fp32, Preset, StateArray
 from runtime_ref.errors import StateError
 from tmexport.files import atomic_write
 from tmexport.model import Model as Config
@@ -29,9 +29,8 @@ def branch_state_arrays(branch: Branch, preset: Preset) -> list[StateArray]:
     """The arrays of one branch's state, under the names of its table."""
     result: list[StateArray] = []
     for spec in branch.states():
-        fp32 = (StateArray(spec.name, spec.shape, np.dtype(np.float32)),)
-        kept = preset.state.arrays(spec.name, spec.shape) if spec.recurrent or spec.grows else fp32
-        result += [array._replace(grows=spec.grows) for array in kept]
+        kept_as = preset.state if spec.recurrent else preset.cache if spec.grows else Fp32()
+        result += [array._replace(grows=spec.grows) for array in kept_as.arrays(spec.name, spec.shape)]
     return result
 
 

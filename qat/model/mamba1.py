@@ -9,7 +9,9 @@ sequences, because every channel has decays of its own and nothing can be a prod
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,7 @@ class Mamba1Mixer(BranchModule):
     """A Mamba-1 mixer, [batch, time, d_model] -> the same shape. `eps` is not used: it has no norm; `depth`: blocks."""
 
     fresh_state = Mamba1State
+    scan: Callable[..., tuple[Tensor, Any]] | None = None  # None: `selective_scan`
 
     def __init__(self, config: Mamba1, eps: float, depth: int) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class Mamba1Mixer(BranchModule):
         dt, b, c = self.x_proj(x).split([config.dt_rank, config.d_state, config.d_state], -1)
         dt = F.softplus((dt @ self.dt_proj.weight.t()).float() + self.dt_proj.bias)
         a = -torch.exp(self.A_log.float())
-        y, last = selective_scan(x, dt, a, b, c, self.D.float(), state.ssm if state else None)
+        y, last = (self.scan or selective_scan)(x, dt, a, b, c, self.D.float(), state.ssm if state else None)
         if state is not None:
             state.conv, state.ssm = recent, last
         return self.out_proj((y * F.silu(z.float())).to(hidden.dtype))

@@ -7,7 +7,7 @@ mamba_ssm. The scan is in ssd.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,7 @@ class Mamba2Mixer(BranchModule):
 
     fresh_state = Mamba2State
     norms_before: Mapping[str, str | None] = {"in_proj": None, "out_proj": "norm"}
+    scan: Callable[..., tuple[Tensor, Any]] | None = None  # None: the one for the device
 
     def __init__(self, config: Mamba2, eps: float, depth: int) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class Mamba2Mixer(BranchModule):
         xbc, recent = self.conv1d(xbc, state.conv if state else None)
         x, b, c = xbc.split([config.d_inner, bc, bc], -1)
         x = x.unflatten(-1, (config.n_heads, config.headdim))
-        y, last = choose_scan(hidden.device)(
+        y, last = (self.scan or choose_scan(hidden.device))(
             x,
             F.softplus(dt.float() + self.dt_bias),
             -torch.exp(self.A_log.float()),
@@ -173,6 +174,20 @@ class Mamba2Mixer(BranchModule):
         if state is not None:
             state.conv, state.ssm = recent, last
         return self.out_proj(self.norm(self.scanned(y).flatten(-2), z))
+
+    def mixing(self, hidden: Tensor) -> Tensor:
+        """[i, j] of a head is what x at j adds to y at i: C_i . B_j exp(sum of dt A between) dt_j, and D where i = j."""
+        config = self.config
+        bc = config.n_groups * config.d_state
+        _, xbc, dt = self.in_proj(hidden).split([config.d_inner, config.conv_dim, config.n_heads], -1)
+        _, b, c = self.conv1d(xbc)[0].split([config.d_inner, bc, bc], -1)
+        b, c = (m.float().unflatten(-1, (config.n_groups, config.d_state)).transpose(1, 2) for m in (b, c))
+        step = F.softplus(dt.float() + self.dt_bias).transpose(1, 2)  # [batch, heads, time]
+        decay = (step * -torch.exp(self.A_log.float())[:, None]).cumsum(-1)
+        future = torch.ones(dt.shape[1], dt.shape[1], dtype=torch.bool, device=dt.device).triu(1)
+        ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf).exp()
+        products = (c @ b.mT).repeat_interleave(config.n_heads // config.n_groups, 1)
+        return products * ratio * step[..., None, :] + torch.diag_embed(self.D.float()[:, None].expand(-1, dt.shape[1]))
 
     def operations(self, seq_len: int) -> int:
         """Multiplications and additions a token, forward, on a GPU, of the scan and the convolution (not of its matrices)."""

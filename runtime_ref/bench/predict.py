@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime_ref.arithmetic import Fp16, Fp32, Int8, Int16, preset_of
+from runtime_ref.arithmetic import Fp16, Fp32, Int8, Int8Rows, Int16, preset_of
 from runtime_ref.kernels.scratch import CHUNK
 from runtime_ref.memory import resident_bytes
 from tmexport.gguf.export import low_bit_types, tensor_layout
@@ -30,7 +30,7 @@ TABLES = {Int16: 1.25, Int8: 2.30}  # the same by tables of sums, where the kern
 HEAD = {GGMLType.Q8_0: 0.45, GGMLType.Q4_0: 0.45, GGMLType.F16: 0.25, GGMLType.F32: 0.25, GGMLType.BF16: 0.25}
 # ... relative to `elements`:
 STATE_PER_PRODUCT = 0.054  # `elements` of a machine of which only `macs` is known
-STATE = {Fp32: 1.0, Fp16: 0.70}  # an element of a state
+STATE = {Fp32: 1.0, Fp16: 0.70, Int8Rows: 0.70}  # an element of a state
 CONVOLUTION, NORM, QUANTIZE = 11.6, 2.8, 2.2  # elements' time for one channel, one value, one value
 # A byte of state written costs more than one read; taken from a token of the 370m model (profile exact).
 STATE_PASSES = 2.5

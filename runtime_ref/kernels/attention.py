@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime_ref.arithmetic import RecurrentState
+from runtime_ref.arithmetic import Fp16, Fp32
 from runtime_ref.kernels.attend import LANES, MOST_WIDTH, attend_heads, attend_tokens
 from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import inlined, kernel, made_for
@@ -54,7 +54,7 @@ class Attend(NamedTuple):
 
 
 @made_for
-def turn_rows(kept_as: RecurrentState) -> Any:
+def turn_rows(kept_as: Fp32 | Fp16) -> Any:
     """Biases, RoPE of queries and keys, and the row's keys and values into the state."""
 
     @inlined
@@ -100,7 +100,7 @@ def turn(row, heads, width, far, near, angles):
 
 
 @made_for
-def attend_rows(kept_as: RecurrentState) -> Any:
+def attend_rows(kept_as: Fp32 | Fp16) -> Any:
     """The heads of every row, into s.wide: those of a row that read the same keys together."""
 
     @inlined
@@ -111,7 +111,7 @@ def attend_rows(kept_as: RecurrentState) -> Any:
 
 
 @made_for
-def attend_many(kept_as: RecurrentState) -> Any:
+def attend_many(kept_as: Fp32 | Fp16) -> Any:
     """As `attend_rows`; of texts of several tokens, 16 at a time."""
 
     @inlined
@@ -176,7 +176,7 @@ def steps(layer: Layer) -> list[Step]:
     Raises:
         GGUFError: damaged tensors, or types that the kernels do not compute.
     """
-    c, small, none, kept_as = layer.branch, layer.small, np.zeros(0, np.float32), layer.preset.state
+    c, small, none, kept_as = layer.branch, layer.small, np.zeros(0, np.float32), layer.preset.cache
     q_bias, k_bias, v_bias = (small.get(f"{name}_bias", none) for name in "qkv")
     tables = (np.zeros((0, 0)), np.zeros((0, 0)))
     if c.rope_theta is not None:

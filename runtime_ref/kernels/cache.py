@@ -56,7 +56,7 @@ def cached(about: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..
 def source_digest() -> int:
     """A digest of the kernels' source, part of every file's name: Numba itself looks at one file at a time only."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    for path in (*sorted(_PACKAGE.rglob("*.py")), _PACKAGE.parent / "arithmetic.py"):  # its constants are compiled in
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:7], "little")
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime_ref.arithmetic import Activations, RecurrentState
+from runtime_ref.arithmetic import REFRESH, Activations, RecurrentState
 from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import inlined, kernel, made_for, stack
 from runtime_ref.kernels.convolution import Convolution, convolve_rows
@@ -17,8 +17,23 @@ from runtime_ref.kernels.phases import DT, MID, PROJ, Rows, quantize_rows
 from runtime_ref.kernels.program import Span, Step
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
-from runtime_ref.kernels.states import load_state, store_state
-from runtime_ref.kernels.vector import load, poke, splat, store, tree_sums
+from runtime_ref.kernels.states import (
+    AREA,
+    INVERSE,
+    OLD,
+    UNIT,
+    advance_rows,
+    begin_rows,
+    end_rows,
+    faded,
+    in_unit,
+    load_state,
+    scales_after,
+    slowest_of,
+    store_state,
+    top_of,
+)
+from runtime_ref.kernels.vector import load, peek, poke, splat, store, tree_sums
 from tmexport.model.branches.mamba1 import Mamba1
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
@@ -34,11 +49,12 @@ class Slice(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """a (= -exp(A_log)) fp32 [d_inner, N]; d, dt_bias [d_inner]; rank: of dt, before B and C in s.mid; slot, index: of the
+    """a (= -exp(A_log)) fp32 [d_inner, N]; slowest: its largest of each channel, or [0]; d, dt_bias [d_inner]; rank: of dt, before B and C in s.mid; slot, index: of the
     state.
     """
 
     a: np.ndarray
+    slowest: np.ndarray
     d: np.ndarray
     dt_bias: np.ndarray
     rank: int
@@ -84,40 +100,59 @@ def dt_rows(activations: Activations) -> Any:
 def scan_rows(kept_as: RecurrentState) -> Any:
     """Every channel of every text, 16 at a time."""
 
+    further = scales_after(kept_as)
+
     @inlined
     def body(tid, threads, job, a):
         channels, n = a.a.shape
         low, high = share(channels // 16, tid, threads)
         for q in range(job.sequences):
-            states = np.int64(job.states[a.slot, q]) + a.index * channels * n * kept_as.width
+            first = a.index * channels
+            states = np.int64(job.states[a.slot, q]) + first * n * kept_as.width
+            scales = np.int64(job.states[a.slot + further, q]) + 4 * first
             for sixteen in range(low, high):
-                scan_channels(kept_as, a, job.s, states, q * job.length, job.length, 16 * sixteen)
+                scan_channels(kept_as, a, job.s, states, scales, job.past[q], q * job.length, job.length, 16 * sixteen)
 
     return body
 
 
 @kernel
-def scan_channels(kept_as, a, s, states, first, rows, base):
-    """The recurrence of the channels base..base + 16 over `rows` consecutive tokens, and the gate.
+def scan_channels(kept_as, a, s, states, scales, past, first, rows, base):
+    """The recurrence of the channels base..base + 16 over `rows` consecutive tokens, the first at position `past`, and the gate.
 
-    states: the address of the states [channels, N] of all channels, which are updated.
+    states: the address of the states [channels, N] of all channels, which are updated; scales: of their scales, if they have them.
     """
     channels, n = a.a.shape
-    sums_at = stack(1024)
+    row_bytes = n * kept_as.width
+    states, scales, sums_at, area = states + base * row_bytes, scales + 4 * base, stack(1024), stack(AREA)
+    dt_at, steps_at = stack(64), stack(64)
+    dt, steps = floats_at(dt_at, 16), floats_at(steps_at, 16)
+    olds, inverses = floats_at(area + OLD, 16), floats_at(area + INVERSE, 16)
     for r in range(first, first + rows):
+        position = past + r - first
+        if r == first or position % REFRESH == 0:
+            begin_rows(kept_as, area, states, scales, n, position)
+        for lane in range(16):
+            dt[lane] = softplus(s.dt[r, base + lane] + a.dt_bias[base + lane])
+        slowest = slowest_of(kept_as, peek(dt_at), a.slowest, base)
+        top_b = top_of(kept_as, s.mid[r], a.rank, n)
+        poke(steps_at, advance_rows(kept_as, area, slowest, peek(dt_at) * load(s.xbc[r], base), top_b))
         for lane in range(16):
             channel = base + lane
-            x, dt = s.xbc[r, channel], softplus(s.dt[r, channel] + a.dt_bias[channel])
-            step, fade, total = splat(dt * x), splat(dt), splat(ZERO)
+            step, fade, total = splat(steps[lane]), splat(dt[lane]), splat(ZERO)
+            old, inverse = splat(olds[lane]), splat(inverses[lane])
             for i in range(0, n, 16):
-                at = states + (channel * n + i) * kept_as.width
-                h = load_state(kept_as, at) * vector_exp(fade * load(a.a[channel], i))
+                at = states + lane * row_bytes + i * kept_as.width
+                decay = vector_exp(fade * load(a.a[channel], i))
+                h = load_state(kept_as, at) * faded(kept_as, decay, old, inverse)
                 h = h + step * load(s.mid[r, a.rank : a.rank + n], i)
                 store_state(kept_as, at, h)
                 total = total + h * load(s.mid[r, a.rank + n : a.rank + 2 * n], i)
             poke(sums_at + 64 * lane, total)
-        y = tree_sums(floats_at(sums_at, 256)) + load(a.d, base) * load(s.xbc[r], base)
+        y = in_unit(kept_as, tree_sums(floats_at(sums_at, 256)), peek(area + UNIT))
+        y = y + load(a.d, base) * load(s.xbc[r], base)
         store(s.wide[r], base, y * vector_silu(load(s.proj[r], channels + base)))
+        end_rows(kept_as, area, scales)
 
 
 def check(branch: Mamba1) -> None:
@@ -144,7 +179,8 @@ def steps(layer: Layer) -> list[Step]:
     """
     c, small, activations = layer.branch, layer.small, layer.preset.activations
     x_proj, dt_proj, out = (layer.matrix(role) for role in ("x_proj", "dt_proj", "out_proj"))
-    scan = Scan(small["a"], small["d"], small["dt_bias"], c.dt_rank, layer.slot + 1, layer.index)
+    slowest = small["a"].max(axis=1) if scales_after(layer.preset.state) else np.zeros(0, np.float32)
+    scan = Scan(small["a"], slowest, small["d"], small["dt_bias"], c.dt_rank, layer.slot + 1, layer.index)
     convolution = Convolution(small["conv_weight"], small["conv_bias"], 0, layer.slot, layer.index)
     read = [Span(MID, 0, c.dt_rank + 2 * c.d_state), Span(DT, 0, c.d_inner)]
     return [

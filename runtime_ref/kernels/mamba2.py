@@ -9,9 +9,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from runtime_ref.arithmetic import Activations, RecurrentState
+from runtime_ref.arithmetic import REFRESH, Activations, RecurrentState
 from runtime_ref.kernels.barrier import share
-from runtime_ref.kernels.compiled import inlined, made_for, stack
+from runtime_ref.kernels.compiled import inlined, kernel, made_for, stack
 from runtime_ref.kernels.convolution import Convolution, convolve_rows
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
 from runtime_ref.kernels.layers import Layer, sixteens
@@ -22,13 +22,28 @@ from runtime_ref.kernels.phases import PROJ, Rows, quantize_rows
 from runtime_ref.kernels.program import Span, Step
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.scratch import Room
-from runtime_ref.kernels.states import STORED
+from runtime_ref.kernels.states import (
+    AREA,
+    FORMATS,
+    INVERSE,
+    OLD,
+    UNIT,
+    advance_rows,
+    begin_rows,
+    end_rows,
+    faded,
+    in_unit,
+    scales_after,
+    top_of,
+)
 from runtime_ref.kernels.tiles import F32, Code
 from runtime_ref.kernels.vector import (
     LANES,
     address,
     ask_for_line,
     load,
+    peek,
+    poke,
     splat,
     splatted,
     store,
@@ -38,54 +53,54 @@ from tmexport.model.branches.mamba2 import Mamba2
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
-TOKENS = 8  # whose channels' state stays in registers
+TOKENS = REFRESH  # whose channels' state stays in registers
 AHEAD = 8192  # bytes of state to ask for in advance, when every byte is read for one token
 _VECTOR = 4 * LANES
 SUMS = TOKENS * 16 * _VECTOR  # bytes: the sums of 16 channels for that many tokens
-STEPS = 4 * TOKENS  # bytes: a number for each of them
+STEPS = 3 * 4 * TOKENS  # bytes: three numbers for each of them
+VECTORS = _VECTOR * TOKENS
 
 
 @intrinsic
-def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, decay, dt, tokens, sums):
+def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, b_at, c_at, fades, steps, tokens, sums):
     """Two neighbouring channels of a head over `tokens` consecutive tokens, from an address each.
 
     h: the first channel's state, n elements, the second's behind it; read once, updated in registers, written once. xbc: the
-    first token's row, `stride` bytes a row, in which x_at, b_at and c_at are the bytes before the first channel's x, and
-    before B and C. decay, dt: fp32 [tokens]. sums: fp32 [tokens][16 channels][16 lanes], of which the two channels' are set.
+    first token's row, `stride` bytes a row, in which b_at and c_at are the bytes before B and C. fades, steps: fp32 [tokens][16
+    channels], from the two channels'. sums: fp32 [tokens][16 channels][16 lanes], of which the two channels' are set.
     The state is rounded to its format after every token; the sums read it before.
     """
-    stored = STORED[kept_as.instance_class]
+    form = FORMATS[kept_as.instance_class]
     widths = PRIMITIVES[isa.instance_class].scan
-    sig = types.void(isa, kept_as, *[types.int64] * 11)
+    sig = types.void(isa, kept_as, *[types.int64] * 10)
 
     def codegen(context, builder, sig, args):
         code, b = Code(builder), builder
-        h_at, n, row_bytes, count = code.pointer(args[2]), args[3], args[5], args[11]
-        rows, decay_at, dt_at, sums_at = (code.pointer(args[i]) for i in (4, 9, 10, 12))
-        wide, kept = ir.VectorType(F32, LANES), ir.VectorType(stored, LANES)
-        size = 4 if stored is F32 else 2
-        channels = (h_at, code.at(h_at, b.mul(n, code.i64(size))))
+        h_at, n, row_bytes, count = code.pointer(args[2]), args[3], args[5], args[10]
+        rows, fades_at, steps_at, sums_at = (code.pointer(args[i]) for i in (4, 8, 9, 11))
+        wide = ir.VectorType(F32, LANES)
+        channels = (h_at, code.at(h_at, b.mul(n, code.i64(form.width))))
         once = b.icmp_signed("==", count, code.i64(1))
 
         def part(start, width):
             """`width` vectors of both channels, from element `start`."""
             places = [
-                [code.at(channel, b.mul(b.add(start, code.i64(LANES * i)), code.i64(size))) for i in range(width)]
+                code.at(channel, b.mul(b.add(start, code.i64(LANES * i)), code.i64(form.width)))
                 for channel in channels
+                for i in range(width)
             ]
             with b.if_then(once):
-                for place in [place for channel in places for place in channel][:: 4 // size]:
+                for place in places[:: 4 // form.width]:
                     ask_for_line(b, code.at(place, AHEAD), level=2)
-            h = [code.load(place, kept, size) for channel in places for place in channel]
+            h = [form.load(code, place) for place in places]
             beginning = b.icmp_signed("==", start, code.i64(0))
 
             def token(t, h):
-                row = code.at(rows, b.mul(t, row_bytes))
-                four = b.mul(t, code.i64(4))
-                fade = splatted(b, code.load(code.at(decay_at, four), F32, 4), LANES)
-                step = code.load(code.at(dt_at, four), F32, 4)
-                x = code.at(row, args[6])
-                inputs = [splatted(b, b.fmul(step, code.load(code.at(x, 4 * i), F32, 4)), LANES) for i in range(2)]
+                row, vector = code.at(rows, b.mul(t, row_bytes)), b.mul(t, code.i64(_VECTOR))
+                fade, step = (
+                    [splatted(b, code.load(code.at(code.at(at, vector), 4 * i), F32, 4), LANES) for i in range(2)]
+                    for at in (fades_at, steps_at)
+                )
                 target = code.at(sums_at, b.mul(t, code.i64(16 * _VECTOR)))
                 lanes = [
                     b.select(beginning, ir.Constant(wide, None), code.load(code.at(target, _VECTOR * i), wide, 4))
@@ -94,20 +109,19 @@ def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, dec
                 following = list(h)
                 for i in range(width):
                     offset = b.mul(b.add(start, code.i64(LANES * i)), code.i64(4))
-                    b_part, c_part = (code.load(code.at(code.at(row, args[k]), offset), wide, 4) for k in (7, 8))
+                    b_part, c_part = (code.load(code.at(code.at(row, args[k]), offset), wide, 4) for k in (6, 7))
                     for channel in range(2):
-                        old = h[channel * width + i]
-                        old = old if stored is F32 else b.fpext(old, wide)
-                        new = b.fadd(b.fmul(old, fade), b.fmul(inputs[channel], b_part))
+                        old = form.opened(b, h[channel * width + i])
+                        new = b.fadd(b.fmul(old, fade[channel]), b.fmul(step[channel], b_part))
                         lanes[channel] = b.fadd(lanes[channel], b.fmul(new, c_part))
-                        following[channel * width + i] = new if stored is F32 else b.fptrunc(new, kept)
+                        following[channel * width + i] = form.rounded(b, new)
                 for i in range(2):
                     code.store(lanes[i], code.at(target, _VECTOR * i))
                 return following
 
             h = code.loop(count, h, token)
-            for value, place in zip(h, [place for channel in places for place in channel], strict=True):
-                code.store(value, place, size)
+            for value, place in zip(h, places, strict=True):
+                form.store(code, value, place)
 
         start = code.i64(0)
         for width in widths:
@@ -127,37 +141,51 @@ def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, x_at, b_at, c_at, dec
     return sig, codegen
 
 
-@inlined
-def scan_head(isa, kept_as, a, s, states, first, rows, head):
-    """The recurrence of one head over `rows` consecutive tokens, and the gate.
+@kernel
+def scan_head(isa, kept_as, a, s, states, scales, past, first, rows, head):
+    """The recurrence of one head over `rows` consecutive tokens, the first at position `past` of its text, and the gate.
 
-    a: a Scan; states: the address of the head's state [P, N], which is updated.
+    a: a Scan; states: the address of the head's state [P, N], which is updated; scales: of its rows' scales, if it has them.
     """
     n, width, base = a.d_state, a.headdim, head * a.headdim
     group = head // (a.n_heads // a.n_groups)
     d_inner = a.n_heads * a.headdim
-    b_at = 4 * (d_inner + group * n)
+    b_first = d_inner + group * n
+    b_at = 4 * b_first
     c_at = b_at + 4 * a.n_groups * n
     dt_at, bias, rate = 2 * d_inner + 2 * a.n_groups * n + head, a.dt_bias[head], a.a[head]
-    skip, stride, channel_bytes = splat(a.d[head]), s.xbc.strides[0], n * kept_as.width
-    sums_at, dt_row, decay_row = stack(SUMS), stack(STEPS), stack(STEPS)
-    dt, decay = floats_at(dt_row, TOKENS), floats_at(decay_row, TOKENS)
-    for start in range(0, rows, TOKENS):
-        r, count = first + start, min(TOKENS, rows - start)
+    skip, stride, row_bytes = splat(a.d[head]), s.xbc.strides[0], n * kept_as.width
+    sums_at, area, fades, steps, units = stack(SUMS), stack(AREA), stack(VECTORS), stack(VECTORS), stack(VECTORS)
+    of_tokens = floats_at(stack(STEPS), 3 * TOKENS)
+    dt, decay, top_b = of_tokens[:TOKENS], of_tokens[TOKENS : 2 * TOKENS], of_tokens[2 * TOKENS :]
+    start = 0
+    while start < rows:  # in steps that end where a format may look at its rows
+        r, count = first + start, min(TOKENS - (past + start) % TOKENS, rows - start)
         for t in range(count):
             dt[t] = softplus(s.proj[r + t, dt_at] + bias)
             decay[t] = exp(dt[t] * rate)
+            top_b[t] = top_of(kept_as, s.xbc[r + t], b_first, n)
         xbc = address(s.xbc[r])
         for p in range(0, width, 16):
-            for channel in range(p, p + 16, 2):
+            begin_rows(kept_as, area, states + p * row_bytes, scales + 4 * p, n, past + start)
+            for t in range(count):
+                fade = splat(decay[t])
+                step = advance_rows(kept_as, area, fade, splat(dt[t]) * load(s.xbc[r + t], base + p), top_b[t])
+                poke(steps + _VECTOR * t, step)
+                poke(fades + _VECTOR * t, faded(kept_as, fade, peek(area + OLD), peek(area + INVERSE)))
+                poke(units + _VECTOR * t, peek(area + UNIT))
+            end_rows(kept_as, area, scales + 4 * p)
+            for channel in range(0, 16, 2):
                 _scan_pair(
-                    isa, kept_as, states + channel * channel_bytes, n, xbc, stride, 4 * (base + channel), b_at, c_at,
-                    decay_row, dt_row, count, sums_at + (channel - p) * _VECTOR,
+                    isa, kept_as, states + (p + channel) * row_bytes, n, xbc, stride, b_at, c_at,
+                    fades + 4 * channel, steps + 4 * channel, count, sums_at + channel * _VECTOR,
                 )  # fmt: skip
             for t in range(count):
                 at = base + p
-                y = tree_sums(floats_at(sums_at + 16 * _VECTOR * t, 256)) + skip * load(s.xbc[r + t], at)
+                y = in_unit(kept_as, tree_sums(floats_at(sums_at + 16 * _VECTOR * t, 256)), peek(units + _VECTOR * t))
+                y = y + skip * load(s.xbc[r + t], at)
                 store(s.wide[r + t], at, y * vector_silu(load(s.proj[r + t], at)))
+        start += count
 
 
 class Scan(NamedTuple):
@@ -187,14 +215,17 @@ class GateNorm(NamedTuple):
 def scan_rows(isa: Isa, kept_as: RecurrentState) -> Any:
     """Every head of every text."""
 
+    further = scales_after(kept_as)
+
     @inlined
     def body(tid, threads, job, a):
         low, high = share(a.n_heads, tid, threads)
-        head_bytes = a.headdim * a.d_state * kept_as.width
         for q in range(job.sequences):
-            states = np.int64(job.states[a.slot, q]) + a.index * a.n_heads * head_bytes
             for head in range(low, high):
-                scan_head(isa, kept_as, a, job.s, states + head * head_bytes, q * job.length, job.length, head)
+                row = (a.index * a.n_heads + head) * a.headdim
+                states = np.int64(job.states[a.slot, q]) + row * a.d_state * kept_as.width
+                scales = np.int64(job.states[a.slot + further, q]) + 4 * row
+                scan_head(isa, kept_as, a, job.s, states, scales, job.past[q], q * job.length, job.length, head)
 
     return body
 

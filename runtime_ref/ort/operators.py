@@ -232,7 +232,7 @@ def _compiled(digest: int) -> tuple[Callable[..., Any], ...]:
             for p in range(scan.headdim):
                 for n in range(scan.d_state):
                     ssm[h, p, n] = past_ssm[h, n, p]
-            scan_head(isa, state, scan, s, address(ssm[h]), 0, rows, h)
+            scan_head(isa, state, scan, s, address(ssm[h]), 0, 0, 0, rows, h)
             for n in range(scan.d_state):
                 for p in range(scan.headdim):
                     present_ssm[h, n, p] = ssm[h, p, n]

@@ -18,8 +18,10 @@ def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float) -> np.ndarray:
-    """What attention adds for the normed x [d]; state: k and v [T - 1, G, D] in the preset's format, which grow by one position."""
+def mix(
+    weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float, position: int
+) -> np.ndarray:
+    """What attention adds for the normed x [d]; state: k and v [T - 1, G, D] in the preset's cache format, which grow by one position."""
     c, m, v = weights.branch, weights.matrices, weights.vectors
     assert isinstance(c, Attention)
 
@@ -29,13 +31,13 @@ def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], pre
 
     q, k, value = (projected(name).reshape(-1, c.head_dim) for name in ("q", "k", "v"))
     if c.rope_theta is not None:
-        cos, sin = angles(c.rope_theta, c.head_dim, len(state["k"]))
+        cos, sin = angles(c.rope_theta, c.head_dim, position)
         q, k = turn(q, cos, sin), turn(k, cos, sin)
     for name, row in (("k", k), ("v", value)):
         stored = np.concatenate([state[name], np.zeros((1, *row.shape), state[name].dtype)])
-        preset.state.write((stored[-1],), row)
+        stored[-1] = row
         state[name] = stored
-    keys, values = (preset.state.read((state[name],)) for name in ("k", "v"))
+    keys, values = (preset.cache.read(state[name]) for name in ("k", "v"))
 
     out, shared = np.empty_like(q), c.n_heads // c.n_kv_heads
     for head in range(c.n_heads):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime_ref.arithmetic import Preset
+from runtime_ref.arithmetic import Preset, Row
 from runtime_ref.reference.convolution import convolve
 from runtime_ref.reference.functions import exp, silu, softplus, sum16
 from runtime_ref.reference.products import matmul
@@ -12,7 +12,9 @@ from runtime_ref.weights import BranchWeights
 from tmexport.model.branches.mamba1 import Mamba1
 
 
-def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float) -> np.ndarray:
+def mix(
+    weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float, position: int
+) -> np.ndarray:
     """What the mixer adds for the normed x [d]; state: conv fp32 [K-1, C] and ssm [C, N] in the preset's format, updated."""
     c, m, v = weights.branch, weights.matrices, weights.vectors
     assert isinstance(c, Mamba1)
@@ -21,9 +23,9 @@ def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], pre
     low, b, cc = np.split(matmul(m["x_proj"], x_in, preset.activations), [c.dt_rank, c.dt_rank + c.d_state])
     dt = softplus(matmul(m["dt_proj"], low, preset.activations) + v["dt_bias"])
 
-    stored = (state["ssm"],)
-    h = preset.state.read(stored) * exp(dt[:, None] * v["a"])
-    h = h + (dt * x_in)[:, None] * b[None, :]
-    preset.state.write(stored, h)  # y below reads h before this rounding
-    y = sum16(h * cc[None, :]) + v["d"] * x_in
+    _, *stored = state.values()
+    slowest = exp(dt * v["a"].max(axis=1))
+    row = Row(exp(dt[:, None] * v["a"]), slowest, dt * x_in, b[None, :], position)
+    h, unit = preset.state.advance(stored, row)
+    y = sum16(h * cc[None, :]) * unit + v["d"] * x_in
     return matmul(m["out_proj"], y * silu(z), preset.activations)

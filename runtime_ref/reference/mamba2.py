@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime_ref.arithmetic import Preset
+from runtime_ref.arithmetic import Preset, Row
 from runtime_ref.reference.convolution import convolve
 from runtime_ref.reference.functions import exp, rms_norm, silu, softplus, sum16
 from runtime_ref.reference.products import matmul
@@ -12,8 +12,10 @@ from runtime_ref.weights import BranchWeights
 from tmexport.model.branches.mamba2 import Mamba2
 
 
-def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float) -> np.ndarray:
-    """What the mixer adds for the normed x [d]; state: conv fp32 [K-1, C] and ssm [H, P, N] in the preset's format, updated."""
+def mix(
+    weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float, position: int
+) -> np.ndarray:
+    """What the mixer adds for the normed x [d]; state: conv fp32 [K-1, C], and ssm [H, P, N] in the preset's format, updated."""
     c, m, v = weights.branch, weights.matrices, weights.vectors
     assert isinstance(c, Mamba2)
     heads, width, n, groups = c.n_heads, c.headdim, c.d_state, c.n_groups
@@ -27,11 +29,10 @@ def mix(weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], pre
 
     dt = softplus(dt + v["dt_bias"])
     decay = exp(dt * v["a"])
-    stored = (state["ssm"],)
-    h = preset.state.read(stored) * decay[:, None, None]
-    h = h + (dt[:, None] * x_in)[:, :, None] * b[:, None, :]
-    preset.state.write(stored, h)  # y below reads h before this rounding
-    y = sum16(h * cc[:, None, :]) + v["d"][:, None] * x_in
+    _, *stored = state.values()
+    row = Row(decay[:, None, None], decay[:, None], dt[:, None] * x_in, b[:, None, :], position)
+    h, unit = preset.state.advance(stored, row)
+    y = sum16(h * cc[:, None, :]) * unit + v["d"][:, None] * x_in
 
     gated = y.reshape(-1) * silu(z)
     if c.gate_norm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,13 @@ BRANCHES: dict[str, Any] = {  # a file a kind: mix
     "swiglu": swiglu,
 }
 
-ReferenceState = list[
-    dict[str, np.ndarray]
-]  # of each branch, in the model's order: its arrays by the names of its table
+
+@dataclass
+class ReferenceState:
+    """Of each branch, in the model's order: its arrays by the names of its table; tokens: how many were read."""
+
+    branches: list[dict[str, np.ndarray]]
+    tokens: int = 0
 
 
 class ReferenceModel:
@@ -38,22 +43,23 @@ class ReferenceModel:
             for branch in block.branches:
                 arrays = branch_state_arrays(branch, self.preset)
                 found.append({a.name: np.zeros((0, *a.shape) if a.grows else a.shape, a.dtype) for a in arrays})
-        return found
+        return ReferenceState(found)
 
     def step(self, state: ReferenceState, token: int) -> np.ndarray:
         """Logits fp32 [vocab] after `token`; the state is updated in place."""
         w, c, eps = self.weights, self.weights.config, self.weights.config.rms_eps
-        states = iter(state)
+        states = iter(state.branches)
         with np.errstate(over="ignore", invalid="ignore"):
             x = scaled(w.embedding.row(token), c.embedding_multiplier)
             for block, described in zip(w.blocks, c.blocks, strict=True):
                 normed = rms_norm(x, block.norm, eps)
                 total: np.ndarray | None = None
                 for branch in block.branches:
-                    out = BRANCHES[branch.branch.kind].mix(branch, normed, next(states), self.preset, eps)
+                    out = BRANCHES[branch.branch.kind].mix(branch, normed, next(states), self.preset, eps, state.tokens)
                     total = out if total is None else total + out
                 assert total is not None
                 x = x + scaled(total, described.multiplier)
+            state.tokens += 1
             logits = matmul(w.head, rms_norm(x, w.norm_f, eps), self.preset.activations)
             return logits if c.logits_divisor == 1.0 else logits / np.float32(c.logits_divisor)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.predict import (
     STATE_PER_PRODUCT,
     Speeds,
@@ -69,7 +70,7 @@ def check(path: Path, speeds: list[Speeds]) -> list[dict]:
     from runtime_ref.model import Model
 
     work, rows = work_of_file(open_gguf(path)), []
-    for profile in ("exact", "fast"):
+    for profile in PRESETS:
         model = Model.load(path, profile, 1)
         model.compile()
         for speed in speeds:
@@ -173,7 +174,7 @@ def main(
             {"machine": machine, "model": name, "profile": profile} | predicted(work, profile, speeds)
             for machine, speeds in machines.items()
             for name, work in works.items()
-            for profile in ("exact", "fast")
+            for profile in PRESETS
         ]
         for row in rows:
             click.echo(f"{row['machine']:<26} {row['model']:<12} {row['profile']:<6} predicted: decode "

@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 import runtime_ref.model
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import SETS, select
 from runtime_ref.kernels.kinds import pack
@@ -41,7 +42,7 @@ CORES = {
     "znver4": "avx512tables",
     "alderlake": "avxvnni",
 }
-PROFILES = ("exact", "fast")
+PROFILES = tuple(PRESETS)
 PROMPT, DECODED = 40, 8
 
 

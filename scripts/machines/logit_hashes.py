@@ -21,6 +21,7 @@ import click
 import llvmlite.binding as llvm
 import numpy as np
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import available
 from runtime_ref.model import Model
@@ -54,7 +55,7 @@ def measure(source: Source, profile: str, isa: str) -> str:
     digest = logits_digest(model)
     model.close()
     seconds = f"{ready - start:.1f} s to build and compile, {time.perf_counter() - ready:.1f} s to run"
-    click.echo(f"{isa:12} {profile:5} {digest[:16]}  {seconds}", err=True)
+    click.echo(f"{isa:12} {profile:7} {digest[:16]}  {seconds}", err=True)
     return digest
 
 
@@ -70,7 +71,7 @@ def logit_hashes(model_path: Path) -> None:
     wanted = os.environ.get("RUNTIME_REF_ISA", "").strip().lower()
     sets = [wanted] if wanted else available()
     source = gguf_source(model_path)
-    hashes = {profile: {isa: measure(source, profile, isa) for isa in sets} for profile in ("exact", "fast")}
+    hashes = {profile: {isa: measure(source, profile, isa) for isa in sets} for profile in PRESETS}
     agree = all(len(set(found.values())) == 1 for found in hashes.values())
     result = {
         "agree": agree,

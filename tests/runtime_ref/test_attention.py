@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qat.ptq.making import make
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import available
 from runtime_ref.memory import check_memory, need
@@ -57,7 +58,7 @@ def test_every_family_is_here():
     assert set(NAMES) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("profile", PRESETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_have_the_specifications_bits(files, name, profile):
     path = files[0] / f"{name}.gguf"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench import svg
 from runtime_ref.bench.cli import bench
 from runtime_ref.bench.report import page
@@ -49,7 +50,7 @@ def ran(gguf):
 def test_rows_agree_with_the_latencies_they_come_from(ran):
     result, _ = ran
     rows = {(row["test"], row["profile"], row["threads"]): row for row in result["rows"]}
-    assert set(rows) == {(t, p, n) for t in ("pp8", "tg5") for p in ("exact", "fast") for n in (1, 2)}
+    assert set(rows) == {(t, p, n) for t in ("pp8", "tg5") for p in PRESETS for n in (1, 2)}
     for (test, _, _), row in rows.items():
         if test == "pp8":
             assert row["latencies_ms"] is None
@@ -72,7 +73,7 @@ def test_bytes_per_token_by_hand(ran):
     small = 4 * (c.n_layer * (c.d_model + 5 * m.conv_dim + 3 * m.n_heads + m.d_inner) + c.d_model)
     for row in result["rows"]:
         if row["test"] == "tg5":
-            width = 4 if row["profile"] == "exact" else 2
+            width = {"exact": 4, "fast": 2, "compact": 1 + 4 / m.d_state}[row["profile"]]
             state = c.n_layer * (3 * m.conv_dim * 4 + m.d_inner * m.d_state * width)
             assert row["bytes_per_token"] == projections + head + small + 2 * state
 
@@ -82,7 +83,7 @@ def test_everything_asked_for_is_there(ran, gguf):
     assert result["file_bytes"] == gguf.stat().st_size
     assert (result["type"], result["embedding_type"]) == ("TQ2_0", "Q8_0")
     assert {s["bytes"] for s in result["file_sizes"]} >= {result["file_bytes"]}
-    for profile in ("exact", "fast"):
+    for profile in PRESETS:
         assert set(result["load"][profile]) == {"load_s", "compile_s", "first_token_s"}
         assert list(result["depth_ms"][profile]) == ["0", "16"]
         assert list(result["chunk_tokens_per_second"][profile]) == ["1", "8"]
@@ -154,7 +155,7 @@ def test_the_page_stands_alone(ran):
 def test_the_pictures_are_svg_that_fits(ran):
     _, text = ran
     pictures = [ElementTree.fromstring(part) for part in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
-    assert len(pictures) == 4 + 4  # a histogram for each tg row; depth, chunks, memory, sizes
+    assert len(pictures) == 2 * len(PRESETS) + 4  # a histogram for each tg row; depth, chunks, memory, sizes
     for picture in pictures:
         _, _, width, height = map(float, picture.get("viewBox").split())
         for mark in picture.iter(f"{SVG}text"):
@@ -242,7 +243,7 @@ def test_compare_refuses_what_cannot_be_compared(ran, tmp_path, content, message
     [
         ([], "missing MODEL.gguf"),
         (["m.gguf", "--compare", "a", "b"], "cannot time m.gguf as well"),
-        (["m.gguf", "--profile", "quick"], "'quick'; expected exact or fast"),
+        (["m.gguf", "--profile", "quick"], "'quick'; expected exact"),
         (["m.gguf", "--workloads", "chat,tea"], "'chat,tea'; expected chat or document or stream"),
         (["m.gguf", "-t", "0"], "too small"),
         (["m.gguf", "-t", "5000"], "more than 1024 threads"),

@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.model import Model
 from runtime_ref.state import State
 from runtime_ref.weights import memory_source
@@ -30,7 +31,7 @@ def model_of(*branches):
     return replace(CONFIG, blocks=tuple(Block((branch,)) for branch in branches))
 
 
-@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("profile", PRESETS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bits_of_the_specification(name, profile):
     config = model_of(*MODELS[name])
@@ -55,7 +56,7 @@ def test_a_type_for_each_layer():
             (shape,) = (s.shape for s in mixer(CONFIG).tensors() if s.role == spec)
             named[f"blk.{i}.{part}.weight"] = matrix(rng, *shape, kind)
     src = memory_source(config, named)
-    for profile in ("exact", "fast"):
+    for profile in PRESETS:
         model = Model(src, profile, 1)
         assert all_logits(model, TOKENS).tobytes() == reference_logits(src, profile, TOKENS).tobytes()
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.model import Model
 from runtime_ref.weights import memory_source
 from tests.runtime_ref.small import CONFIG, TOKENS, all_logits, reference_logits, sha, source, tensors
@@ -31,7 +32,7 @@ def test_kernels_equal_the_specification(profile, body, embedding, head):
     assert sha(all_logits(Model(src, profile, 1), TOKENS)) == sha(want)
 
 
-@pytest.fixture(scope="module", params=["exact", "fast"])
+@pytest.fixture(scope="module", params=PRESETS)
 def case(request):
     """A model on 2 threads, and the logits of the specification."""
     src = source()
@@ -54,7 +55,7 @@ def test_any_split_of_the_prompt_gives_the_same_bits(case, parts):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("profile", PRESETS)
 def test_any_number_of_threads_gives_the_same_bits(profile, threads):
     src = source()
     assert sha(all_logits(Model(src, profile, threads), TOKENS)) == sha(reference_logits(src, profile, TOKENS))
@@ -92,7 +93,7 @@ def test_a_saved_state_continues_with_the_same_bits(case, tmp_path):
     assert sha(model.prefill(loaded, TOKENS[6:])) == sha(want[-1])
 
 
-@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("profile", PRESETS)
 @pytest.mark.parametrize("kind", ["zeros", "negative zeros", "denormal", "huge", "outlier"])
 def test_adversarial_activations_equal_the_specification(kind, profile):
     src = source(embedding="f32")

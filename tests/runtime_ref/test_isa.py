@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numba import config
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels import cpu, isa
 from runtime_ref.model import Model
 from tests.runtime_ref.small import TOKENS, all_logits, reference_logits, sha, source
@@ -11,7 +12,7 @@ from tmexport.errors import UsageError
 
 
 @pytest.mark.parametrize("name", isa.available())
-@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("profile", PRESETS)
 def test_every_set_of_this_cpu_equals_the_specification(name, profile, monkeypatch):
     monkeypatch.setenv("RUNTIME_REF_ISA", name)
     src = source()
@@ -116,7 +117,7 @@ def test_extreme_sums_equal_the_specification_with_every_set(monkeypatch):
     src.matrix("token_embd.weight").values[:] = -1.0
     for layer in range(2):
         src.matrix(f"blk.{layer}.ssm_in.weight").codes[:] = 1
-    want = {profile: sha(reference_logits(src, profile, TOKENS[:3])) for profile in ("exact", "fast")}
+    want = {profile: sha(reference_logits(src, profile, TOKENS[:3])) for profile in PRESETS}
     for name in isa.available():
         monkeypatch.setenv("RUNTIME_REF_ISA", name)
         for profile, expected in want.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.kernels.isa import available
 from runtime_ref.reference import ReferenceModel
@@ -50,7 +51,7 @@ def test_every_set_has_the_specification_s_digest(gguf, monkeypatch):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["agree"]
     assert found["model_sha256"] == hashlib.sha256(gguf.read_bytes()).hexdigest()
-    assert found["hashes"] == {p: dict.fromkeys(available(), specified_digest(gguf, p)) for p in ("exact", "fast")}
+    assert found["hashes"] == {p: dict.fromkeys(available(), specified_digest(gguf, p)) for p in PRESETS}
 
 
 def test_two_sets_that_disagree_end_with_code_1(gguf, monkeypatch):

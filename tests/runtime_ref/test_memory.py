@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.sizes import file_sizes
 from runtime_ref.generate import generate
 from runtime_ref.memory import check_memory, need, parse_size
@@ -58,7 +59,7 @@ def test_weights_are_those_of_a_loaded_model(tmp_path, kind, embedding, group):
     source = open_checkpoint(write_small(tmp_path / "c", group_size=group))
     plan_export(source, kind, embedding).write(tmp_path / "m.gguf", lambda t: None)
     gguf = open_gguf(tmp_path / "m.gguf")
-    for profile in ("exact", "fast"):
+    for profile in PRESETS:
         model = Model.load(tmp_path / "m.gguf", profile, 1)
         untied = sum(array.nbytes for array in model._built.embedding.packed)  # decoding reads one row of it
         own = need(gguf, profile, states=3)
@@ -73,6 +74,7 @@ def test_the_real_shape_by_hand_and_by_what_was_measured(tmp_path):
     small = 48 * 4 * (2048 + 4352 * 4 + 4352 + 3 * 64 + 4096) + 4 * 2048
     assert need(gguf, "exact").weights == projections + head + small
     assert need(gguf, "exact").states == 48 * (3 * 4352 + 4096 * 128) * 4
+    assert need(gguf, "compact").states == 48 * (3 * 4352 * 4 + 4096 * (128 + 4))
     # the most memory a process had that loaded it and decoded (docs/benchmarks.md), with the kernels compiled
     for profile, measured in (("exact", 705e6), ("fast", 645e6)):
         assert measured <= need(gguf, profile).total <= 1.2 * measured
@@ -90,7 +92,7 @@ def test_the_refusal_names_a_type_that_fits(tmp_path):
     assert need(smaller, "exact").total <= limit
     assert check_memory(path, own, "exact").total == own
     with pytest.raises(
-        TmexportError, match=r"the least, TQ2_0 with a Q4_0 embedding and --profile fast, needs \d+ MB$"
+        TmexportError, match=r"the least, TQ2_0 with a Q4_0 embedding and --profile compact, needs \d+ MB$"
     ):
         check_memory(path, 10**8, "exact")
     with pytest.raises(

@@ -109,9 +109,10 @@ def test_a_state_of_another_model_or_profile_is_refused(model, tmp_path):
     other.new_state().save(tmp_path / "state")
     with pytest.raises(StateError, match="was saved with the model"):
         model.load_state(tmp_path / "state")
-    Model(source(), "fast", 1).new_state().save(tmp_path / "state")
-    with pytest.raises(StateError, match="was saved with the profile fast"):
-        model.load_state(tmp_path / "state")
+    for profile in ("fast", "compact"):
+        Model(source(), profile, 1).new_state().save(tmp_path / "state")
+        with pytest.raises(StateError, match=f"was saved with the profile {profile}"):
+            model.load_state(tmp_path / "state")
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "truncated", "safetensors without our name"])

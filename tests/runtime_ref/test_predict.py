@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench import predict
 from runtime_ref.bench.predict import Speeds, decode_seconds, prefill_seconds, work_of, work_of_file
 from runtime_ref.bench.rates import ternary_rate
@@ -32,7 +33,7 @@ def test_the_work_of_the_1_3b_shape_by_hand():
     assert WORK.state_elements == 48 * 4096 * 128
 
 
-@pytest.mark.parametrize(("profile", "width"), [("exact", 4), ("fast", 2)])
+@pytest.mark.parametrize(("profile", "width"), [("exact", 4), ("fast", 2), ("compact", 1)])
 def test_a_slow_memory_costs_its_bytes(profile, width):
     speeds = Speeds(1e9, NEVER, NEVER)
     moved = WORK.body_bytes + WORK.head_bytes + 2.5 * width * WORK.state_elements
@@ -104,7 +105,7 @@ def test_the_script_predicts_what_the_formula_says():
     for row in rows:
         assert row["decode"] == pytest.approx(1 / decode_seconds(WORK, row["profile"], speeds))
         assert row["prefill"] == pytest.approx(1 / prefill_seconds(WORK, row["profile"], speeds))
-    assert [row["profile"] for row in rows] == ["exact", "fast"]
+    assert [row["profile"] for row in rows] == list(PRESETS)
 
 
 def test_the_table_in_the_documentation_is_the_script_s():

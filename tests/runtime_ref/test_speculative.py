@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.command import DEMO_MODEL
 from runtime_ref.errors import NumericsError
 from runtime_ref.model import Model
@@ -42,7 +43,7 @@ def built(kind, profile="exact", threads=1):
     return Model(memory_source(config, tensors(config, "ternary64")), profile, threads)
 
 
-@pytest.fixture(scope="module", params=[(kind, profile) for kind in KINDS for profile in ("exact", "fast")], ids=str)
+@pytest.fixture(scope="module", params=[(kind, profile) for kind in KINDS for profile in PRESETS], ids=str)
 def run(request):
     """A model; the state after a prompt; 30 greedy tokens behind it, the logits after each, and the last state."""
     model = built(*request.param, threads=2)
@@ -154,7 +155,7 @@ class Counting:
         return self._model.advance(state, token, draft, take)
 
 
-@pytest.fixture(scope="module", params=["exact", "fast"])
+@pytest.fixture(scope="module", params=PRESETS)
 def demo(request):
     return Model.load(DEMO_MODEL, request.param, 2)
 

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.command import DEMO_MODEL
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
@@ -28,7 +29,7 @@ VOCAB = 3840
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(1, VOCAB, 1400)]
 
 
-@pytest.fixture(scope="module", params=["exact", "fast"])
+@pytest.fixture(scope="module", params=PRESETS)
 def model(request):
     return Model.load(DEMO_MODEL, request.param, 1)
 
