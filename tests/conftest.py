@@ -17,6 +17,7 @@ SLOW = (
     "cli/test_documents.py",
     "cli/test_generate.py",
     "cli/test_kernel_cache.py",
+    "cli/test_other_systems.py",
     "hostile/test_hostile_commands.py",
     "hostile/test_hostile_fuzz.py",
     "hostile/test_hostile_gguf.py::test_many_tiny",

@@ -46,7 +46,7 @@ def is_x86() -> bool:
 
 
 def _is_arm64() -> bool:
-    return platform.machine() in ("aarch64", "arm64")
+    return platform.machine().lower() in ("aarch64", "arm64")  # Windows says ARM64
 
 
 @functools.cache
