@@ -5,7 +5,7 @@ VENV ?= .venv
 DEMO_OUT ?= demo_out
 DEMO_ARGS ?=
 TEST_ARGS ?=
-QUICK = -m "not slow and not peer and not network"
+QUICK = -n auto --dist loadfile -m "not slow and not peer and not network"
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 # pyenv puts names on the path that run nothing unless they are chosen: look into its folders first.
 PYENV = $(subst $(eval) ,:,$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin))

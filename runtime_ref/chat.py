@@ -24,14 +24,11 @@ from types import FrameType
 import click
 import numpy as np
 
-from runtime_ref.arithmetic import DEFAULT, PRESETS
-from runtime_ref.arithmetic import HELP as PRESET_HELP
-from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal
-from runtime_ref.loading import load_gguf
+from runtime_ref.command import DEMO_MODEL, for_terminal, profile_option, sampling_options
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.serve.choice import Choice
-from runtime_ref.serve.vocabulary import Vocabulary
+from runtime_ref.serve.vocabulary import Vocabulary, load_speaker
 from runtime_ref.speculative import Drafts
 from runtime_ref.state import State
 from runtime_ref.template import ChatTemplate, Message, needed_template
@@ -121,21 +118,15 @@ class Conversation:
 @click.option("--system", help="What the model is told before the conversation.")
 @click.option("--chat-template", type=PATH, help="A jinja file. Default: the template in the file.")
 @click.option("-n", "--count", type=click.IntRange(1), default=512, show_default=True, help="The most tokens of an answer.")  # fmt: skip
-@click.option("--temperature", type=float, default=0.7, show_default=True, help="0: always the most likely token.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens of this total probability.")  # fmt: skip
-@click.option("--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 keeps all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random choice.")
+@sampling_options(temperature=0.7)
 @threads_option
-@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=PRESET_HELP)
+@profile_option
 def chat(
     model_path: Path,
     system: str | None,
     chat_template: Path | None,
     count: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
+    sampling: Sampling,
     threads: int | None,
     profile: str,
 ) -> None:
@@ -152,14 +143,9 @@ def chat(
       tmexport chat model.gguf --system "Answer in one sentence."
       echo "How is the Union?" | tmexport chat model.gguf --temperature 0
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
     template = needed_template(model_path, chat_template)
-    loaded = load_gguf(model_path, profile, threads, None, need_text=True)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    assert isinstance(model, Model)
-    assert tokenizer is not None
-    compile_kernels(model)
-    conversation = Conversation(model, Vocabulary(tokenizer, model.config.vocab_size), template, loaded.stop)
+    model, vocabulary, ends = load_speaker(model_path, profile, threads)
+    conversation = Conversation(model, vocabulary, template, ends)
     conversation.reset(system)
     if sys.stdin is None:
         raise UsageError("stdin is closed; chat reads what is typed, or a pipe")

@@ -26,9 +26,7 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
-from runtime_ref.arithmetic import DEFAULT, PRESETS
-from runtime_ref.arithmetic import HELP as PRESET_HELP
-from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal
+from runtime_ref.command import DEMO_MODEL, compile_kernels, for_terminal, profile_option, sampling_options
 from runtime_ref.loading import Loaded, load_gguf, load_onnx
 from runtime_ref.memory import MemorySize, check_memory
 from runtime_ref.prompt import read_prompt
@@ -46,14 +44,9 @@ _GGUF_ONLY = ("profile", "load_state", "save_state", "max_memory", "chat", "chat
 @click.option("--prompt-file", type=PATH, help="A UTF-8 file that holds the text to continue.")
 @click.option("--tokens", "token_ids", metavar="IDS", help="The prompt as token ids: 1,2,3. For a file without a tokenizer.")  # fmt: skip
 @click.option("-n", "--count", type=click.IntRange(1), default=64, show_default=True, help="Tokens to make.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the most likely token.")
-@click.option(
-    "--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens of this total probability."
-)
-@click.option("--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 keeps all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random choice.")
+@sampling_options(temperature=0.0)
 @threads_option
-@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=PRESET_HELP)
+@profile_option
 @click.option("--kernels", is_flag=True, help="Compute an ONNX file of the custom form with the runtime's own bit-exact arithmetic.")  # fmt: skip
 @click.option("--tokenizer", "tokenizer_path", type=PATH,
               help="A tokenizer.json. Default: the one in or beside the file, or else the file's own vocabulary.")  # fmt: skip
@@ -73,10 +66,7 @@ def generate(
     prompt_file: Path | None,
     token_ids: str | None,
     count: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
+    sampling: Sampling,
     threads: int | None,
     profile: str,
     kernels: bool,
@@ -105,7 +95,6 @@ def generate(
         raise UsageError("--kernels is for an ONNX file; a GGUF always runs with the runtime's own kernels")
     if chat_template is not None and not chat:
         raise UsageError("--chat-template is for --chat")
-    sampling = Sampling(temperature, top_k, top_p, seed)
     text = read_prompt(prompt, prompt_file, token_ids)
     if max_memory is not None:
         check_memory(model_path, max_memory, profile, states=5 if load_state or save_state else 2)

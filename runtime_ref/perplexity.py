@@ -20,8 +20,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from runtime_ref.arithmetic import DEFAULT, HELP, PRESETS
-from runtime_ref.command import compile_kernels
+from runtime_ref.command import compile_kernels, profile_option
 from runtime_ref.model import Model
 from runtime_ref.sampling import log_probabilities
 from runtime_ref.tokenizer import Tokenizer
@@ -55,7 +54,7 @@ def end_of_text(model: Model, tokenizer: Tokenizer) -> int | None:
 @click.option("--tokenizer", "tokenizer_path", type=click.Path(path_type=Path),
               help="A tokenizer.json. Default: the one in the file, or else the file's own vocabulary.")  # fmt: skip
 @threads_option
-@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=HELP)
+@profile_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def perplexity(
     model_path: Path, text_path: Path, tokenizer_path: Path | None, threads: int | None, profile: str, as_json: bool

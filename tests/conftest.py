@@ -17,6 +17,7 @@ SLOW = (
     "cli/test_documents.py",
     "cli/test_generate.py",
     "cli/test_kernel_cache.py",
+    "cli/test_other_systems.py",
     "hostile/test_hostile_commands.py",
     "hostile/test_hostile_fuzz.py",
     "hostile/test_hostile_gguf.py::test_many_tiny",
@@ -44,6 +45,14 @@ SLOW = (
     "serve/",
     "test_zero_shot.py",
 )
+# Of those, what `make quick` runs all the same: the specification, and the kernels of both presets against it; their compiled
+# code is shared with every other test.
+QUICK = (
+    "runtime_ref/test_reference.py",
+    "runtime_ref/test_equal.py::test_kernels_equal_the_specification[exact-ternary256",
+    "runtime_ref/test_equal.py::test_kernels_equal_the_specification[fast-ternary256",
+    "runtime_ref/test_equal.py::test_any_number_of_threads_gives_the_same_bits",
+)
 PEER = (
     "onnx/",
     "runtime_ref/test_runtime_llamacpp.py",
@@ -62,6 +71,7 @@ PEER = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         where = item.nodeid.removeprefix("tests/")
-        for mark, places in ((pytest.mark.slow, SLOW), (pytest.mark.peer, PEER)):
-            if where.startswith(places):
-                item.add_marker(mark)
+        if where.startswith(SLOW) and not where.startswith(QUICK):
+            item.add_marker(pytest.mark.slow)
+        if where.startswith(PEER):
+            item.add_marker(pytest.mark.peer)

@@ -7,7 +7,6 @@ bandwidth measured in the same run.
 from __future__ import annotations
 
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -147,13 +146,17 @@ def time_chunks(model: Model, chunks: Sequence[int], on_progress: Progress = lam
 
 
 def peak_rss() -> int:
-    """The most memory this process has had, in bytes; on Linux since the last `reset_peak`."""
+    """The most memory this process has had, in bytes; on Linux since the last `reset_peak`; 0 on Windows, which was not tried."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         found = None
     if found:
         return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -25,6 +25,8 @@ def features() -> set[str]:
     """
     if config.CPU_FEATURES is None:
         found = {name for name, has in llvm.get_host_cpu_features().items() if has}
+        if not config.ENABLE_AVX:  # NUMBA_ENABLE_AVX=0: Numba then compiles for the host without these
+            found = {name for name in found if not name.startswith("avx")}
         if _hwcap() & HWCAP_ASIMDDP and _core_is_known():
             found.add("dotprod")  # LLVM 22 does not look for it: a core's name implies it
     else:
@@ -44,7 +46,7 @@ def is_x86() -> bool:
 
 
 def _is_arm64() -> bool:
-    return platform.machine() in ("aarch64", "arm64")
+    return platform.machine().lower() in ("aarch64", "arm64")  # Windows says ARM64
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from llvmlite import ir
@@ -72,7 +73,7 @@ def _pointer(element: types.Type) -> Any:
 
 
 # Gives the core to another thread: what a barrier does when there are more threads than cores.
-sched_yield = types.ExternalFunction("sched_yield", types.int32())
+sched_yield = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
 
 pointer_f32 = _pointer(types.float32)
 pointer_u16 = _pointer(types.uint16)

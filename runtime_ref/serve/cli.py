@@ -7,25 +7,22 @@ curl http://127.0.0.1:8080/v1/completions -H "Content-Type: application/json" -d
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from pathlib import Path
 
 import click
 import uvicorn
 
-from runtime_ref.arithmetic import DEFAULT, PRESETS
-from runtime_ref.arithmetic import HELP as PRESET_HELP
-from runtime_ref.command import DEMO_MODEL, compile_kernels
-from runtime_ref.loading import load_gguf
+from runtime_ref.command import DEMO_MODEL, profile_option
 from runtime_ref.memory import MemorySize
-from runtime_ref.model import Model
 from runtime_ref.serve.app import Limits, Service, application
 from runtime_ref.serve.bodies import Bodies
 from runtime_ref.serve.metrics import Metrics
 from runtime_ref.serve.prefix_cache import PrefixCache
 from runtime_ref.serve.protocol import Connection
 from runtime_ref.serve.scheduler import Scheduler
-from runtime_ref.serve.vocabulary import Vocabulary
+from runtime_ref.serve.vocabulary import load_speaker
 from runtime_ref.template import load_template
 from tmexport.cli.options import HELP, PATH, threads_option
 from tmexport.errors import UsageError
@@ -39,7 +36,7 @@ from tmexport.evidence import file_digest
 @click.option("--api-key", envvar="TMEXPORT_API_KEY", show_envvar=True, help="What clients must show. Better in the environment: others see a command line.")  # fmt: skip
 @click.option("--chat-template", type=PATH, help="A jinja file. Default: the template in the file.")
 @threads_option
-@click.option("--profile", type=click.Choice(list(PRESETS)), default=DEFAULT, show_default=True, help=PRESET_HELP)
+@profile_option
 @click.option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="Texts made at a time.")
 @click.option("--queue", type=click.IntRange(0), default=128, show_default=True, help="Prompts that may wait; further ones get a 429.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(1), default=65536, show_default=True, help="Of a prompt and its answer together.")  # fmt: skip
@@ -76,20 +73,15 @@ def serve(
         raise UsageError("the API key is empty; give one, or leave the option out")
     listening = _listen(host, port)
     template = load_template(model_path, chat_template)
-    loaded = load_gguf(model_path, profile, threads, None, need_text=True)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    assert isinstance(model, Model)
-    assert tokenizer is not None
-    compile_kernels(model)
+    model, vocabulary, ends = load_speaker(model_path, profile, threads)
     local = _is_local(host)
     cache = PrefixCache(model.new_state(), model.config.vocab_size, file_digest(model_path), cache_size, cache_dir)
     metrics = Metrics()
     scheduler = Scheduler(model, cache, metrics, parallel, queue)
-    vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
-    bodies = Bodies(model_path.stem, vocabulary, loaded.stop, template, max_tokens)
+    bodies = Bodies(model_path.stem, vocabulary, ends, template, max_tokens)
     service = Service(
-        model_path.stem, loaded.stop, vocabulary, bodies, scheduler, metrics, Limits(max_body, timeout),
-        {"chat": template is not None, **loaded.about}, api_key, local,
+        model_path.stem, ends, vocabulary, bodies, scheduler, metrics, Limits(max_body, timeout),
+        {"chat": template is not None, "profile": profile, "threads": model.threads}, api_key, local,
     )  # fmt: skip
     where = listening.getsockname()
     click.echo(f"{model_path.stem} at http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", err=True)
@@ -116,7 +108,8 @@ def _listen(host: str, port: int) -> socket.socket:
             0
         ]
         listening = socket.socket(family, kind)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it would let two servers have one port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(1024)
     except OSError as error:

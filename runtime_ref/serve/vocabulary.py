@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
+from runtime_ref.command import compile_kernels
+from runtime_ref.loading import load_gguf
+from runtime_ref.model import Model
 from runtime_ref.tokenizer import Tokenizer
 from tmexport.tokenizer.bytelevel import CHARACTER_OF
 
@@ -37,3 +41,16 @@ class Vocabulary:
             return piece.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def load_speaker(path: Path, profile: str, threads: int | None) -> tuple[Model, Vocabulary, tuple[int, ...]]:
+    """A model to talk with, its kernels compiled; its vocabulary; and the tokens that end a text.
+
+    Raises:
+        TmexportError: the file is damaged, or has no tokenizer.
+    """
+    loaded = load_gguf(path, profile, threads, None, need_text=True)
+    assert isinstance(loaded.model, Model)
+    assert loaded.tokenizer is not None
+    compile_kernels(loaded.model)
+    return loaded.model, Vocabulary(loaded.tokenizer, loaded.model.config.vocab_size), loaded.stop

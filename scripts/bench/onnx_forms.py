@@ -11,7 +11,6 @@ one thread the CPU time is given too: other programs on the machine do not chang
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import click
 import numpy as np
 
+from runtime_ref.bench.measure import peak_rss
 from runtime_ref.bench.peers import Sample, Worker
 from runtime_ref.bench.peers.llama import library_of
 from tmexport.cli.app import run_command
@@ -57,15 +57,18 @@ class Runner:
 
 
 def serve(path: str, threads: int) -> None:
-    """The onnxruntime end of a Runner; "ready" comes with the seconds of loading and the peak of memory in MB."""
+    """The onnxruntime end of a Runner; "ready" comes with the seconds of loading and the peaks of memory in MB, of one token
+    and with a prefill of 128.
+    """
     from runtime_ref.ort import OrtModel
 
     start = time.perf_counter()
     model = OrtModel.load(path, threads)
     state = model.new_state()
     model.decode(state, 0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print("ready", time.perf_counter() - start, peak, flush=True)
+    seconds, first = time.perf_counter() - start, peak_rss()
+    model.prefill(state, [1] * 128)
+    print("ready", seconds, first / 1e6, peak_rss() / 1e6, flush=True)
     for line in sys.stdin:
         test, count, _ = line.split()
         state = model.new_state()
@@ -146,9 +149,11 @@ def main(size: str, work: Path, llama_python: str | None, prompt: int, count: in
         ours = [sys.executable, __file__, "--work", str(work), "--serve", str(files["ort"]), str(number)]
         first = Runner(*ours)
         runners: dict[str, Runner | Worker] = {"onnxruntime": first}
-        seconds, peak = map(float, first.ready)
-        loads[number] = {"load_and_first_token_seconds": seconds, "peak_rss_mb": peak}
-        click.echo(f"{number} thread(s): loaded, one token made in {seconds:.1f} s, peak RSS {peak:.0f} MB")
+        seconds, peak, later = map(float, first.ready)
+        loads[number] = {"load_and_first_token_seconds": seconds, "peak_rss_mb": peak, "peak_rss_mb_after_128": later}
+        click.echo(
+            f"{number} thread(s): loaded, one token made in {seconds:.1f} s, peak RSS {peak:.0f} MB; {later:.0f} MB after a prefill of 128"
+        )
         about = {f"runtime_ref {p}": {"kind": "tmexport", "profile": p} for p in filter(None, profiles.split(","))}
         if llama_python and (library := library_of("llama_cpp", llama_python)):
             about["llama.cpp"] = {"kind": "llama", "library": str(library[0])}

@@ -203,6 +203,7 @@ SETTINGS = [
     ),
     ("NUMBA_CPU_NAME=abc", 2, "error: NUMBA_CPU_NAME is 'abc'; LLVM says: 'abc' is not a recognized processor"),
     ("RUNTIME_REF_ISA=abc", 2, "error: RUNTIME_REF_ISA is 'abc'; expected one of"),
+    ("NUMBA_ENABLE_AVX=0", 0, ""),
     ("OMP_NUM_THREADS=abc", 0, ""),
     ("OPENBLAS_NUM_THREADS=abc", 0, ""),
     ("RAYON_NUM_THREADS=abc", 0, ""),

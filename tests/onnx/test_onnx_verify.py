@@ -1,14 +1,18 @@
 """`verify` on files that are right, subtly wrong, damaged, or not ours. Every change is made with onnx itself."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+from tests.models import ternary_tensors
 from tests.onnx.exporting import EMBEDDINGS, FORMS, export, run, write_ternary
+from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.model import mamba2_model
+from tmexport.onnx.verify import verify_onnx
 from tmexport.types.ternary import TernaryTensor
 
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
@@ -185,3 +189,26 @@ def test_the_tokenizer_beside_the_file_is_compared(tied, files, tmp_path):
     beside.unlink()
     result = run("verify", tied.path, tmp_path / "m.onnx")
     assert (result.exit_code, "tokenizer.json in m.tokenizer.json, found no such file" in result.stderr) == (1, True)
+
+
+def test_a_file_of_an_earlier_release_is_verified(tmp_path):
+    """Written by commit f3e2fed, whose ort form added dt_bias and multiplied D in nodes of their own."""
+    config = mamba2_model(d_model=64, n_layer=1, vocab_size=32, d_state=16, headdim=32)
+    write_checkpoint(tmp_path / "ckpt", config, ternary_tensors(config, 64, seed=5))
+    path = Path(__file__).parent / "files" / "ort_of_24_november.onnx"
+    report = verify_onnx(open_checkpoint(tmp_path / "ckpt"), path)
+    assert (report.difference, report.ternary_tensors) == (None, 2)
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if node.op_type == "Softplus")
+    node.op_type = "Relu"
+    onnx.save(model, tmp_path / "broken.onnx")
+    assert verify_onnx(open_checkpoint(tmp_path / "ckpt"), tmp_path / "broken.onnx").difference.tensor.startswith(
+        "graph node"
+    )
+    model = onnx.load(path)
+    change_norm(model)
+    onnx.save(model, tmp_path / "broken.onnx")
+    assert (
+        verify_onnx(open_checkpoint(tmp_path / "ckpt"), tmp_path / "broken.onnx").difference.tensor
+        == "backbone.norm_f.weight"
+    )

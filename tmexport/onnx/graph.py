@@ -39,6 +39,7 @@ def build_graph(
     io_names: str = "tmexport",
     logits: str = "all",
     projections: str = "auto",
+    older: bool = False,
 ) -> Graph:
     """Decide everything about the file; weights are read only as far as is needed to know their group size.
 
@@ -50,6 +51,7 @@ def build_graph(
         io_names: one of names.IO_NAMES.
         logits: "all", or "last" for those of the last position only, [batch, 1, vocab].
         projections: "auto", their codes (and fp16 for those that are dense beside codes); or one of names.DENSE_TYPES for all.
+        older: the nodes of earlier releases, which `verify` knows.
 
     Raises:
         NotTernaryError: a projection is not exactly ternary.
@@ -79,7 +81,7 @@ def build_graph(
         states = block_states(block, layer_of(config, number), io_names)
         inputs += [_float(state.past, state.dims("past")) for state in states.values()]
         outputs += [_float(state.present, state.dims("positions")) for state in states.values()]
-        out = _scaled(b, _block(writer, form, block, normed, layers[number], states), block.multiplier)
+        out = _scaled(b, _block(writer, form, block, normed, layers[number], states, older), block.multiplier)
         if number + 1 < config.n_layer:
             hidden, normed = writer.add_norm(hidden, out, layers[number + 1]["norm"])
         elif logits == "last":
@@ -100,12 +102,20 @@ def build_graph(
 
 
 def _block(
-    writer: Portable, form: str, block: Block, normed: str, names: dict[str, str], states: dict[str, GraphState]
+    writer: Portable,
+    form: str,
+    block: Block,
+    normed: str,
+    names: dict[str, str],
+    states: dict[str, GraphState],
+    older: bool,
 ) -> str:
     """The sum of a block's branches."""
     total = ""
     for branch in block.branches:
-        out = branch_module(branch.kind).WRITERS[form](writer, branch, normed, names, states)
+        module = branch_module(branch.kind)
+        write = getattr(module, "OLDER_WRITERS", {}).get(form) if older else None
+        out = (write or module.WRITERS[form])(writer, branch, normed, names, states)
         total = writer.b.op("Add", total, out) if total else out
     return total
 

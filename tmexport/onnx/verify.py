@@ -1,7 +1,7 @@
 """Compare a checkpoint with the ONNX file that was exported from it.
 
 The weights are read back by code that shares nothing with the writer's packing; the nodes must be, byte for byte, those
-that this release writes for the model, so that a right weight in a wrong place cannot pass.
+that this release, or an earlier one, writes for the model, so that a right weight in a wrong place cannot pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx
 
 from tmexport.checkpoint import Checkpoint
 from tmexport.errors import NotTernaryError
-from tmexport.onnx.graph import build_graph
+from tmexport.onnx.graph import Graph, build_graph
 from tmexport.onnx.names import ModelInfo, OnnxError, config_path, info_from_metadata, projection_roles, tokenizer_path
 from tmexport.onnx.verify_weights import compare_codes, compare_small, compare_values, stored_array
 from tmexport.tokenizer.gguf import export_tokenizer
@@ -83,13 +83,24 @@ def _compare_config(checkpoint: Checkpoint, info: ModelInfo) -> Difference | Non
 def _compare_graph(
     checkpoint: Checkpoint, path: Path, model: onnx.ModelProto, info: ModelInfo, stored: dict[str, onnx.TensorProto]
 ) -> Difference | None:
+    """The first difference from the graph that this release writes, unless it is the one that an earlier release wrote."""
     opset = next((o.version for o in model.opset_import if not o.domain), 0)
     dense = set(info.weights).isdisjoint(projection_roles(info.config))
     projections = info.dense_type if dense else "auto"
+    how = (info.form, info.embedding_type, opset, info.io_names, info.logits, projections)
     try:
-        graph = build_graph(checkpoint, info.form, info.embedding_type, opset, info.io_names, info.logits, projections)
+        difference = _graph_difference(build_graph(checkpoint, *how), path, model, info, stored)
+        if difference is not None and difference.tensor.startswith("graph "):
+            older = _graph_difference(build_graph(checkpoint, *how, older=True), path, model, info, stored)
+            return difference if older is not None and older.tensor.startswith("graph ") else older
     except NotTernaryError as error:
         return Difference("checkpoint", None, None, "exactly ternary projections", str(error))
+    return difference
+
+
+def _graph_difference(
+    graph: Graph, path: Path, model: onnx.ModelProto, info: ModelInfo, stored: dict[str, onnx.TensorProto]
+) -> Difference | None:
     if info.group_size != graph.info.group_size:
         return Difference("group_size", None, None, str(graph.info.group_size), str(info.group_size))
     if info.weights != graph.info.weights:

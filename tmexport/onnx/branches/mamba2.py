@@ -7,6 +7,7 @@ convolution.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx
@@ -75,11 +76,16 @@ def _operator(c: Mamba2) -> str:
     return "SelectiveScan" if c.gate_norm else "GatedScan"
 
 
-def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping[str, GraphState]) -> str:
-    """The same with onnxruntime's CausalConvWithState and LinearAttention."""
+def ort(
+    form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping[str, GraphState], older: bool = False
+) -> str:
+    """The same with onnxruntime's CausalConvWithState and LinearAttention.
+
+    older: as files before 25 November 2026 have it, with two nodes more.
+    """
     b, heads, bc = form.b, c.n_heads, c.n_groups * c.d_state
     # With dt_bias added: the product has a bias, and a token costs by the node. onnxruntime pads it once, at load.
-    bias = b.op("Pad", weights["dt_bias"], b.ints(c.d_in_proj - heads, 0))
+    bias = "" if older else b.op("Pad", weights["dt_bias"], b.ints(c.d_in_proj - heads, 0))
     projected = form.product(x, weights["in_proj"], bias)
     z, xbc, dt = b.ops("Split", projected, b.ints(c.d_inner, c.conv_dim, heads), outputs=3, axis=-1)
     xbc = b.op("Transpose", xbc, perm=[0, 2, 1])
@@ -89,7 +95,7 @@ def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping
     b.annotate(outputs[0], ("batch", c.conv_dim, "time"))
     xbc = b.op("Transpose", outputs[0], perm=[0, 2, 1])
     x, bb, cc = b.ops("Split", xbc, b.ints(c.d_inner, bc, bc), outputs=3, axis=-1)
-    dt = b.op("Softplus", dt)
+    dt = b.op("Softplus", b.op("Add", dt, weights["dt_bias"]) if older else dt)
     by_head = b.op("Reshape", x, b.ints(0, 0, heads, c.headdim))
     dx = b.op("Reshape", b.op("Mul", by_head, b.op("Unsqueeze", dt, b.ints(3))), b.ints(0, 0, c.d_inner))
     # query C, key B (one a group), value dt * x, decay dt * A: the recurrence of Mamba-2
@@ -98,8 +104,12 @@ def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping
     attributes = {"q_num_heads": c.n_groups, "kv_num_heads": heads, "scale": 1.0, "update_rule": "gated"}
     b.ops("LinearAttention", *inputs, outputs=outputs, domain=MICROSOFT, **attributes)
     b.annotate(outputs[0], ("batch", "time", c.d_inner))
-    d = b.op("Expand", b.op("Unsqueeze", weights["d"], b.ints(1)), b.ints(heads, c.headdim))
-    y = b.op("Add", outputs[0], b.op("Mul", x, b.op("Reshape", d, b.ints(c.d_inner))))  # D is spread out at load
+    d = b.op("Unsqueeze", weights["d"], b.ints(1))
+    if older:
+        skip = b.op("Reshape", b.op("Mul", by_head, d), b.ints(0, 0, c.d_inner))
+    else:  # D is spread out at load
+        skip = b.op("Mul", x, b.op("Reshape", b.op("Expand", d, b.ints(heads, c.headdim)), b.ints(c.d_inner)))
+    y = b.op("Add", outputs[0], skip)
     gated = b.op("Mul", y, silu(b, z))
     if not c.gate_norm:
         return form.product(gated, weights["out_proj"])
@@ -112,6 +122,9 @@ def ort(form: Ort, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping
 
 
 WRITERS = {"portable": portable, "custom": custom, "ort": ort}
+OLDER_WRITERS = {
+    "ort": partial(ort, older=True)
+}  # what an earlier release wrote, where that is not what this one writes
 
 
 def functions(c: Mamba2, opset: int) -> list[onnx.FunctionProto]:

@@ -65,6 +65,7 @@ function newState() {
 }
 
 function showState(state) {
+  if (config.state.some((s) => s.shape.includes("past"))) element("state-of").textContent = "state, which grows with the text";
   element("state").textContent = megabytes(4 * state.reduce((sum, tensor) => sum + tensor.data.length, 0));
 }
 
