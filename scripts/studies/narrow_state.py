@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
-from runtime_ref.arithmetic import PRESETS, Fp16, Fp32, Int8Rows, Int16, Preset
+from runtime_ref.arithmetic import PRESETS, Fp16, Fp32, Int8Rows, Int16, Preset, RecurrentState
 from runtime_ref.gguf_source import gguf_source
 from runtime_ref.model import Model
 from runtime_ref.perplexity import end_of_text
@@ -30,7 +30,7 @@ from tmexport.cli.progress import Bar, progress_bar
 from tmexport.documents import encode_documents, read_documents
 from tmexport.files import atomic_write
 
-FORMATS = {"fp32": Fp32(), "fp16": Fp16(), "int8": Int8Rows()}
+FORMATS: dict[str, RecurrentState] = {"fp32": Fp32(), "fp16": Fp16(), "int8": Int8Rows()}
 PASSAGE, DISTANCES, TRIALS = 32, (64, 512, 4096), 8
 PROMPTS, PROMPT, NEW = 8, 128, 512
 WINDOW = 1024
