@@ -1,6 +1,6 @@
 """What each step of the published post-training methods gives on a teacher, and on the same with outlier channels made by hand.
 
-    python scripts/studies/ptq_ablation.py --teacher scripts/demo/teacher --data train.jsonl --heldout heldout.jsonl
+    python scripts/studies/ptq_ablation.py --teacher scripts/demo/teacher --data train.jsonl --heldout heldout.jsonl --out rows.json
 
 Bits per byte with static 8-bit activation scales (`qat/ptq/static.py`) and weights in blocks of 32. The outliers: every 64th
 channel behind a norm times 30, its column of the matrix behind over 30, which is the same function. The last line is one JSON object.
@@ -25,9 +25,12 @@ from qat.ptq.text import read_ids
 from qat.ptq.transforms import Work
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli.app import run_command
+from tmexport.cli.progress import progress_bar
+from tmexport.files import atomic_write
 
 _PATH = click.Path(path_type=Path, exists=True)
 _OUTLIER, _EVERY = 30.0, 64
+TEACHERS = ("as trained", "with outliers")
 
 # name: method, kind of weights, transformations, scales for x and for B and C of a group, scales for clusters of x
 STEPS: dict[str, tuple[str, str, tuple[str, ...], bool, bool]] = {
@@ -74,20 +77,40 @@ def measure(name: str, teacher: Path, folder: Path, ids: torch.Tensor, heldout: 
 @click.option("--samples", default=32, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="results, JSON; rows that it has are not run again"
+)
+@click.option("--most", type=click.IntRange(min=1), help="end after so many rows, to go on another time")
 def main(
-    teacher: Path, data: tuple[Path, ...], heldout: tuple[Path, ...], samples: int, seed: int, threads: int
+    teacher: Path,
+    data: tuple[Path, ...],
+    heldout: tuple[Path, ...],
+    samples: int,
+    seed: int,
+    threads: int,
+    out: Path,
+    most: int | None,
 ) -> None:
     """Measure every step on both teachers."""
     torch.set_num_threads(threads)
-    ids, scored, rows = read_ids(teacher, data, None, samples, 512, seed), list(heldout), {}
-    with tempfile.TemporaryDirectory() as folder:
-        teachers = {"as trained": teacher, "with outliers": with_outliers(teacher, Path(folder) / "outliers")}
-        for which, source in teachers.items():
-            rows[which] = {"full precision": {"bits_per_byte": evaluate(source, scored).bits_per_byte, "bytes": None}}
-            for number, name in enumerate(STEPS):
-                rows[which][name] = measure(name, source, Path(folder) / f"{which}-{number}", ids, scored)
-                click.echo(f"{which:<14} {name:<26} {rows[which][name]['bits_per_byte']:.4f}", err=True)
-    click.echo(json.dumps({"seed": seed, "rows": rows}))
+    ids, scored = read_ids(teacher, data, None, samples, 512, seed), list(heldout)
+    rows: dict[str, dict[str, Any]] = json.loads(out.read_text()) if out.exists() else {}
+    wanted = [f"{which}, seed {seed}, {name}" for which in TEACHERS for name in ("full precision", *STEPS)]
+    left = [key for key in wanted if key not in rows][:most]
+    with tempfile.TemporaryDirectory() as folder, progress_bar("rows", len(left), keep=True) as bar:
+        sources = {"as trained": teacher}
+        for number, key in enumerate(left):
+            which, _, name = key.split(", ", 2)
+            if which not in sources:
+                sources[which] = with_outliers(teacher, Path(folder) / "outliers")
+            if name == "full precision":
+                rows[key] = {"bits_per_byte": evaluate(sources[which], scored).bits_per_byte, "bytes": None}
+            else:
+                rows[key] = measure(name, sources[which], Path(folder) / str(number), ids, scored)
+            with atomic_write(out) as file:
+                file.write(json.dumps(rows).encode())
+            bar.advance(1, what=f"{key} {rows[key]['bits_per_byte']:.4f}")
+    click.echo(json.dumps({"rows": rows, "left": sum(key not in rows for key in wanted)}))
 
 
 if __name__ == "__main__":

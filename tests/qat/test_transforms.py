@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,10 +26,12 @@ from tests.llama import Llama
 from tests.models import random_tensors, train_tokenizer
 from tests.qat.double import logits
 from tests.qat.tiny import tiny_config
+from tests.tmexport import families
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import UsageError
 from tmexport.gguf.export import plan_export
-from tmexport.model import mamba2_model
+from tmexport.model import Block, mamba2_model
+from tmexport.model.branches.mamba1 import Mamba1
 
 SHAPES = {
     "tied": {"d_model": 64},
@@ -170,6 +173,32 @@ def test_statistics_are_those_of_the_activations(tmp_path):
     said = json.loads((tmp_path / "s.json").read_text())
     assert said["text"] == {"digest": text_digest(IDS), "sequences": 3, "tokens": IDS.numel()}
     assert set(said["sites"]) == set(found)
+
+
+@pytest.fixture(
+    scope="module", params=["mamba1", "llama", "granite", "granite-rope-8-groups", "falcon", "falcon-norm-2-groups"]
+)
+def other_family(request, tmp_path_factory):
+    """A checkpoint that is no pure Mamba-2."""
+    folder = tmp_path_factory.mktemp("family") / request.param
+    if request.param == "mamba1":
+        branch = Mamba1(d_model=64, d_inner=128, dt_rank=4)
+        config = replace(tiny_config(d_model=64), family="mamba", blocks=(Block((branch,)),) * 2)
+        write_checkpoint(folder, config, random_tensors(config, 7))
+    else:
+        families.save(request.param, folder)
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("names", [[name] for name in TRANSFORMS] + [["sort", "klt"]], ids=" ".join)
+def test_the_function_of_other_families_stays(other_family, names):
+    """In torch's fp32, within its rounding; what was turned or sorted is no longer what it was."""
+    work = Work.of(other_family)
+    before, tensors = work.model()(IDS), dict(work.tensors)
+    apply(work, names, IDS, 3)
+    after = work.model()(IDS)
+    assert float((after - before).abs().max() / before.std()) < 2e-4
+    assert not all(np.array_equal(tensors[name], work.tensors[name]) for name in tensors) or names == ["sort"]
 
 
 def test_llamacpp_runs_the_transformed_file_as_the_original(tmp_path):
