@@ -64,7 +64,8 @@ def test_the_specifications_bits_at_positions_all_over(read, name, profile):
     reference = ReferenceModel(load_weights(source_of(name)), profile)
     kept = reference.new_state()
     for position in (0, 15, 16, 63, 64, 100, 1023, 2048, 3333, LENGTH - 1):
-        layers = [arrays for arrays in kept if arrays]
+        kept.tokens = position
+        layers = [arrays for arrays in kept.branches if arrays]
         for index, arrays in enumerate(layers):
             for key in arrays:
                 arrays[key] = state.arrays[key][index, :position].copy()
