@@ -51,8 +51,8 @@ def test_logits_equal_the_specification(tied, files, tmp_path):
     assert digest(model.run(ours, ids[None])[0]) == digest(want)
     arrays = ours.arrays()
     for i in range(tied.config.n_layer):
-        assert np.array_equal(arrays[f"past_ssm.{i}"][0].swapaxes(1, 2), state[i]["ssm"])
-        assert np.array_equal(arrays[f"past_conv.{i}"][0].T, state[i]["conv"])
+        assert np.array_equal(arrays[f"past_ssm.{i}"][0].swapaxes(1, 2), state.branches[i]["ssm"])
+        assert np.array_equal(arrays[f"past_conv.{i}"][0].T, state.branches[i]["conv"])
 
 
 @pytest.fixture(scope="module")
