@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tmexport.errors import UsageError
+
+if TYPE_CHECKING:
+    from qat.model import ResidualBlock
+
+_Item = TypeVar("_Item")
 _LOGITS_AT_ONCE = 2**21  # entries (8 MB in fp32): a chunk stays in a CPU's last cache and is negligible on a GPU
 
 
@@ -103,22 +109,51 @@ def _top_divergence(log_p: Tensor, ids: Tensor, log_q: Tensor, log_tail: Tensor)
 def alignment_loss(student: Sequence[nn.Module], stream: Iterable[Tensor]) -> Tensor:
     """How far each student block is from the teacher's on the teacher's own hidden states, as a share of what it adds.
 
-    mean over the blocks of |student(h) - teacher(h)|^2 / |teacher(h) - h|^2: the second stage of MOHAWK (Bick et al. 2024,
-    arXiv 2408.10189). No block sees another's error, so all are trained at once, each on its own.
+    mean over the blocks that train of |student(h) - teacher(h)|^2 / |teacher(h) - h|^2: the second stage of MOHAWK (Bick et al.
+    2024, arXiv 2408.10189). No block sees another's error, so all are trained at once, each on its own.
 
     Args:
         student: blocks [batch, time, d_model] -> the same shape, with a residual connection inside.
         stream: the teacher's hidden states, one more than there are blocks: what enters the first, then what leaves each.
     """
     total: Tensor | float = 0.0
+    count = 0
     for block, (before, after) in zip(student, pairwise(_without_gradient(stream)), strict=True):
+        if not any(parameter.requires_grad for parameter in block.parameters()):
+            continue
         size = (after - before).square().mean()
         total = total + (block(before) - after).square().mean() / size.clamp_min(1e-12)
-    return torch.as_tensor(total / len(student))
+        count += 1
+    return torch.as_tensor(total / max(1, count))
+
+
+def orientation_loss(student: Sequence[ResidualBlock], mixing: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """How far the matrices by which the student's state-space mixers mix positions are from the teacher's, on the teacher's input.
+
+    mean over the blocks of |M - A|^2 / |A|^2 (Frobenius): the first stage of MOHAWK. The matrices of the heads that stand for one
+    of the teacher's are added.
+
+    Args:
+        student: blocks; those with a mixer that the teacher's block has not are compared.
+        mixing: of each block of the teacher, what enters it and its matrices [batch, heads, time, time], or None.
+    """
+    total: Tensor | float = 0.0
+    count = 0
+    for block, (before, wanted) in zip(student, _without_gradient(mixing), strict=True):
+        branch = block.branches[0]
+        if wanted is None or not any(parameter.requires_grad for parameter in branch.parameters()):
+            continue
+        found = branch.mixing(block.norm(before))
+        if found is None or found.shape[1] % wanted.shape[1]:
+            raise UsageError(f"{0 if found is None else found.shape[1]} heads cannot be oriented to {wanted.shape[1]}")
+        found = found.unflatten(1, (wanted.shape[1], -1)).sum(2)
+        total = total + (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
+        count += 1
+    return torch.as_tensor(total / max(1, count))
 
 
 @torch.no_grad()
-def _without_gradient(stream: Iterable[Tensor]) -> Iterator[Tensor]:
+def _without_gradient(stream: Iterable[_Item]) -> Iterator[_Item]:
     yield from stream
 
 

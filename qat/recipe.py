@@ -1,7 +1,7 @@
 """Recipe: every setting of a training run. Defaults, then a TOML file, then flags; what came of it is saved as TOML.
 
-A recipe file has the tables [teacher] (used with --from-scratch) and [student] (used with --teacher); the keys are the
-fields below.
+A recipe file has the tables [teacher] (used with --from-scratch) and [student] (used with --teacher), or those of the stages
+that a hybrid goes through (qat/train/stages.py, used with --student); the keys are the fields below.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _FREE_ON_RESUME = {
     "allow_collapse",
     "tensorboard",
 }  # these do not change what is computed
+OBJECTIVES = ("predict", "align", "orient")
 _KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -78,6 +79,15 @@ class Recipe:
     beta2: float = _setting(0.95, "AdamW: decay of the variance", 0, 1)
     clip: float = _setting(1.0, "largest norm of the gradient; 0 = no limit", 0)
     kd_weight: float = _setting(0.5, "w in (1 - w) CE + w T^2 KL(teacher || student)", 0, 1)
+    objective: str = _setting(
+        "predict",
+        "what is learned: predict, tokens; align, what the teacher's layers add; orient, how its attention mixes positions",
+    )
+    rest_lr: float = _setting(1.0, "learning rate of all but the state-space mixers, as a share of --lr; 0 = frozen", 0)
+    freeze_embedding: bool = _setting(False, "leave the embedding and the head as they are")
+    refit_tokens: int = _setting(
+        0, "after the last step, fit out_proj to the teacher's layers on this many tokens (of a hybrid); 0 = not", 0
+    )
     align_steps: int = _setting(
         0, "first steps in which each layer imitates the teacher's layer on the teacher's input", 0
     )
@@ -106,6 +116,8 @@ class Recipe:
             low, high = field.metadata["low"], field.metadata["high"]
             if wanted in (int, float) and not low <= value <= high:
                 raise UsageError(f"{field.name} is {value}; expected a number from {low:g} to {high:g}")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective is {self.objective!r}; expected {', '.join(map(repr, OBJECTIVES))}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
         if self.weights not in (*KINDS, "dense"):
@@ -156,10 +168,18 @@ def load_recipe(name: str | None, table: str, flags: Mapping[str, Any]) -> Recip
     Raises:
         UsageError: no such recipe, an unknown key, or a value out of bounds.
     """
-    values: dict[str, Any] = {}
-    if name is not None:
-        path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-        values = read_table(path, table)
+    values = {} if name is None else read_table(recipe_path(name), table)
+    return with_flags(values, flags)
+
+
+def recipe_path(name: str) -> Path | Traversable:
+    """A file, or the recipe of this name that comes with the package."""
+    return Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+
+
+def with_flags(values: Mapping[str, Any], flags: Mapping[str, Any]) -> Recipe:
+    """A recipe of these values, where a flag that was given wins."""
+    values = dict(values)
     values.update({key: value for key, value in flags.items() if value is not None})
     if flags.get("steps") is not None and flags.get("tokens") is None:
         values.pop("tokens", None)
@@ -173,13 +193,7 @@ def known_recipes() -> list[str]:
 
 def read_table(path: Path | Traversable, table: str) -> dict[str, Any]:
     """One table of a recipe file, keys checked."""
-    try:
-        parsed = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(known_recipes())
-        raise UsageError(f"{path}: no such recipe; known by name: {known}") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: is not a TOML file: {error}") from None
+    parsed = read_tables(path)
     values = parsed.get(table)
     if not isinstance(values, dict):
         raise UsageError(f"{path}: has no table [{table}]; found {', '.join(parsed) or 'nothing'}")
@@ -187,6 +201,17 @@ def read_table(path: Path | Traversable, table: str) -> dict[str, Any]:
     if unknown:
         raise UsageError(f"{path}: [{table}] has the unknown key {unknown[0]!r}; see --help for the settings there are")
     return values
+
+
+def read_tables(path: Path | Traversable) -> dict[str, Any]:
+    """All tables of a recipe file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(known_recipes())
+        raise UsageError(f"{path}: no such recipe; known by name: {known}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: is not a TOML file: {error}") from None
 
 
 def changed_settings(saved: Mapping[str, Any], recipe: Recipe) -> list[str]:

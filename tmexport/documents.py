@@ -140,4 +140,15 @@ def _text_of_line(path: Path, number: int, line: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise TextError(f'{path}: line {number} has no string "text"; expected {{"text": "..."}} on every line')
+    if not is_text(text):
+        raise TextError(f"{path}: line {number} has half of a surrogate pair, which is no character")
     return text
+
+
+def is_text(text: str) -> bool:
+    """Whether all of it can be written as UTF-8: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

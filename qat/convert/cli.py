@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import torch
 
-from qat.convert.making import as_folder, convert
+from qat.convert.making import convert
 from qat.convert.shape import describe
 from qat.ptq.text import TEXT_OPTIONS, read_ids
+from qat.train.teacher import teacher_folder
 from tmexport.cli.options import HELP, PATH, json_option
 from tmexport.threads import default_threads
 
@@ -41,9 +43,10 @@ def main(
     torch.set_num_threads(threads or default_threads())
     if not data:
         raise click.UsageError("convert reads calibration text; add --data")
-    with as_folder(transformer) as folder:
-        ids = read_ids(Path(folder), data, tokenizer, samples, seq_len, seed)
-        made = convert(Path(folder), keep, out, ids)
+    with TemporaryDirectory() as cache:
+        folder = teacher_folder(transformer, Path(cache))
+        ids = read_ids(folder, data, tokenizer, samples, seq_len, seed)
+        made = convert(folder, keep, out, ids)
     if as_json:
         said = {"out": str(out), **made.cost.as_dict(), "error": made.error, "errors": made.errors}
         click.echo(json.dumps(said | ({"costs": made.ranks} if made.ranks else {})))

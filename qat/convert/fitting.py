@@ -45,7 +45,8 @@ def fit_out_proj(block: ResidualBlock, hidden: Tensor, wanted: Tensor) -> float:
     found: list[Tensor] = []
     handle = mixer.out_proj.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0]))
     inner, width = mixer.config.d_inner, hidden.shape[-1]
-    moments, products = torch.zeros(inner, inner).double(), torch.zeros(inner, width).double()
+    moments = torch.zeros(inner, inner, dtype=torch.float64, device=hidden.device)
+    products = torch.zeros(inner, width, dtype=torch.float64, device=hidden.device)
     total = 0.0
     try:
         for part, target in zip(hidden.split(_AT_ONCE), wanted.split(_AT_ONCE), strict=True):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from qat.model import LanguageModel, load_model
 from qat.quantizer import model_tensors
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import CheckpointError, UsageError
-from tmexport.gguf.importing import import_gguf
 
 _JUDGED = 8  # sequences that the layers are ranked on
 
@@ -37,21 +34,6 @@ class Converted:
     @property
     def error(self) -> float:
         return mean(self.errors.values())
-
-
-def as_folder(path: Path) -> AbstractContextManager[str | Path]:
-    """A checkpoint folder: `path`, or what a GGUF of a Transformer is imported to for as long as it is used."""
-    return nullcontext(path) if path.is_dir() or path.suffix != ".gguf" else _Imported(path)
-
-
-class _Imported(TemporaryDirectory[str]):
-    def __init__(self, gguf: Path) -> None:
-        super().__init__(prefix="imported-")
-        try:
-            import_gguf(gguf, Path(self.name))
-        except BaseException:
-            self.cleanup()
-            raise
 
 
 def convert(teacher: Path, keep: str, out: Path, ids: Tensor) -> Converted:

@@ -12,7 +12,7 @@ from tmexport.model import Block, Model
 from tmexport.model.branches.attention import Attention
 from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.model.branches.mlp import SwiGLU
-from tmexport.quantization import group_for
+from tmexport.types import KINDS
 
 D_CONV = 4
 ALIGN_TOKENS, DISTILL_TOKENS = (
@@ -99,7 +99,7 @@ def _check_count(count: int, layers: int) -> None:
 class Cost:
     """What a hybrid is and takes. Sizes in bytes; hours on one accelerator, computed at an assumed share of its peak.
 
-    groups: the widest ternary group of each role's rows. state: of one sequence, fp32, at any length; cache: keys and values of
+    groups: the widest ternary group that fits each role's rows, 0 without one. state: of one sequence, fp32, at any length; cache: keys and values of
     the kept layers, fp16, at 8,192 positions; teacher_cache: the same of the Transformer.
     """
 
@@ -134,13 +134,17 @@ def cost_of(teacher: Model, hybrid: Model, kept: Collection[int], accelerator: s
         tuple(sorted(kept)),
         _parameters(hybrid),
         _parameters(teacher),
-        {role: group_for("ternary", None, role, length) for role, length in rows.items()},
+        {role: _widest_group(length) for role, length in rows.items()},
         4 * _state_size(hybrid, grows=False),
         2 * _STATED_POSITIONS * _state_size(hybrid, grows=True),
         2 * _STATED_POSITIONS * _state_size(teacher, grows=True),
         ALIGN_TOKENS * (before + 6 * mixers) / peak,
         DISTILL_TOKENS * (before + 3 * forward) / peak,
     )
+
+
+def _widest_group(length: int) -> int:
+    return next((size for size in KINDS["ternary"].group_sizes if length % size == 0), 0)
 
 
 def _parameters(model: Model) -> int:
@@ -168,7 +172,10 @@ def describe(cost: Cost) -> str:
         f"parameters   {cost.parameters:,} (the Transformer: {cost.teacher_parameters:,})",
         f"memory       {cost.state / 1e6:.1f} MB of state at any length, and {cost.cache / 1e6:.1f} MB of keys and values at "
         f"{_STATED_POSITIONS:,} positions (the Transformer: {cost.teacher_cache / 1e6:.1f} MB)",
-        *(f"groups       of {size}: {', '.join(roles)}" for size, roles in groups.items()),
+        *(
+            f"groups       {f'of {size}' if size else 'none fits, cannot be ternary'}: {', '.join(roles)}"
+            for size, roles in groups.items()
+        ),
         f"to train     about {cost.align_hours:.1f} h of alignment ({ALIGN_TOKENS / 1e6:.0f}M tokens) and {cost.distill_hours:.1f} h of "
         f"distillation ({DISTILL_TOKENS / 1e6:.0f}M) on one H100: computed, at {UTILISATION:.0%} of its bf16 peak",
     ]

@@ -54,7 +54,7 @@ def start_mixer(mixer: Mamba2Mixer, attention: AttentionMixer, inputs: Tensor) -
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
     mixer.conv1d.bias.copy_(_biases(attention, v_scale, shared, per_group))
-    rate = torch.tensor(decay_rates(per_group), dtype=torch.float32).repeat(heads)
+    rate = flat.new_tensor(decay_rates(per_group)).repeat(heads)
     mixer.dt_bias.copy_(rate + torch.log(-torch.expm1(-rate)))  # the inverse of softplus
     mixer.A_log.zero_()  # A = -1: dt is the rate, and what a head sums is a mean
     mixer.D.zero_()
@@ -78,7 +78,9 @@ def constant_function(inputs: Tensor) -> Tensor:
 def solve(moments: Tensor, products: Tensor) -> Tensor:
     """W of least |X W - Y|^2 + ridge |W|^2 from fp64 X^T X [k, k] and X^T Y [k, n]: fp64 [k, n]."""
     ridge = _RIDGE * moments.diagonal().mean().clamp_min(1e-12)
-    return torch.linalg.solve(moments + ridge * torch.eye(len(moments), dtype=moments.dtype), products)
+    return torch.linalg.solve(
+        moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device), products
+    )
 
 
 def _rms(inputs: Tensor, rows: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def _rms(inputs: Tensor, rows: Tensor) -> Tensor:
 def _biases(attention: AttentionMixer, v_scale: Tensor, shared: int, per_group: int) -> Tensor:
     """Of the convolution's channels x, B and C: those of v, k and q."""
     if not attention.config.bias:
-        return torch.zeros(())
+        return v_scale.new_zeros(())
     width = attention.config.head_dim
 
     def heads(bias: Tensor, repeats: int) -> Tensor:

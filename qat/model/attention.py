@@ -52,10 +52,7 @@ class AttentionMixer(BranchModule):
 
     def forward(self, hidden: Tensor, state: AttentionState | None = None) -> Tensor:
         config = self.config
-        q, k, v = (
-            proj(hidden).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (self._heads(proj, hidden) for proj in (self.q_proj, self.k_proj, self.v_proj))
         start = 0 if state is None or state.k is None else state.k.shape[2]
         if config.rope_theta is not None:
             q, k = rotate(q, start, config.rope_theta), rotate(k, start, config.rope_theta)
@@ -69,6 +66,20 @@ class AttentionMixer(BranchModule):
             q, k, v, attn_mask=mask, is_causal=start == 0, scale=config.scale, enable_gqa=config.n_heads != config.n_kv_heads
         )  # fmt: skip
         return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def _heads(self, proj: nn.Module, hidden: Tensor) -> Tensor:
+        """[batch, heads, time, head_dim]."""
+        return proj(hidden).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def mixing(self, hidden: Tensor) -> Tensor:
+        """The probabilities: fp32 [batch, n_heads, time, time]."""
+        config, time = self.config, hidden.shape[1]
+        q, k = self._heads(self.q_proj, hidden), self._heads(self.k_proj, hidden)
+        if config.rope_theta is not None:
+            q, k = rotate(q, 0, config.rope_theta), rotate(k, 0, config.rope_theta)
+        scores = (q @ k.repeat_interleave(config.n_heads // config.n_kv_heads, 1).mT).float() * config.scale
+        future = torch.ones(time, time, dtype=torch.bool, device=hidden.device).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1)
 
     def operations(self, seq_len: int) -> int:
         """Multiplications and additions a token, forward, of the scores and the sum of the values (not of its matrices)."""

@@ -138,6 +138,11 @@ class LanguageModel(nn.Module):
         """The residual stream before the first block and after each: fp32 [batch, time, d_model]."""
         return self.backbone.stream(ids)
 
+    def mixing(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each block, what enters it, and the matrices by which its first branch mixes positions (`BranchModule.mixing`)."""
+        for block, hidden in zip(self.backbone.blocks, self.stream(ids), strict=False):
+            yield hidden, block.branches[0].mixing(block.norm(hidden))
+
     def forward(self, ids: Tensor, states: Sequence[BlockState] | None = None) -> Tensor:
         """Logits [batch, time, vocab_size] of the next token; ids int64 [batch, time]; `states` as in Backbone."""
         return F.linear(self.hidden(ids, states), self.head_weight)

@@ -175,6 +175,20 @@ class Mamba2Mixer(BranchModule):
             state.conv, state.ssm = recent, last
         return self.out_proj(self.norm(self.scanned(y).flatten(-2), z))
 
+    def mixing(self, hidden: Tensor) -> Tensor:
+        """[i, j] of a head is what x at j adds to y at i: C_i . B_j exp(sum of dt A between) dt_j, and D where i = j."""
+        config = self.config
+        bc = config.n_groups * config.d_state
+        _, xbc, dt = self.in_proj(hidden).split([config.d_inner, config.conv_dim, config.n_heads], -1)
+        _, b, c = self.conv1d(xbc)[0].split([config.d_inner, bc, bc], -1)
+        b, c = (m.float().unflatten(-1, (config.n_groups, config.d_state)).transpose(1, 2) for m in (b, c))
+        step = F.softplus(dt.float() + self.dt_bias).transpose(1, 2)  # [batch, heads, time]
+        decay = (step * -torch.exp(self.A_log.float())[:, None]).cumsum(-1)
+        future = torch.ones(dt.shape[1], dt.shape[1], dtype=torch.bool, device=dt.device).triu(1)
+        ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf).exp()
+        products = (c @ b.mT).repeat_interleave(config.n_heads // config.n_groups, 1)
+        return products * ratio * step[..., None, :] + torch.diag_embed(self.D.float()[:, None].expand(-1, dt.shape[1]))
+
     def operations(self, seq_len: int) -> int:
         """Multiplications and additions a token, forward, on a GPU, of the scan and the convolution (not of its matrices)."""
         config, chunk = self.config, min(seq_len, default_chunk(torch.device("cuda")))

@@ -114,7 +114,7 @@ def chunked_scan(
 
 
 @cache
-def _fused_kernel() -> Callable[..., Any] | None:
+def fused_kernel() -> Callable[..., Any] | None:
     """mamba_ssm's `mamba_chunk_scan_combined`, or None where it cannot be imported (it needs CUDA to install)."""
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -127,7 +127,7 @@ def fused_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk: int, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`chunked_scan` by mamba_ssm's kernel, whose states are [batch, heads, headdim, d_state]."""
-    kernel = _fused_kernel()
+    kernel = fused_kernel()
     assert kernel is not None
     before = None if state is None else state.mT.contiguous()
     y, last = kernel(x, dt, a, b, c, chunk, D=d, initial_states=before, return_final_states=True)
@@ -136,4 +136,4 @@ def fused_scan(
 
 def choose_scan(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     """The scan for tensors on `device`: mamba_ssm's on CUDA where it imports, else `chunked_scan`."""
-    return fused_scan if device.type == "cuda" and _fused_kernel() is not None else chunked_scan
+    return fused_scan if device.type == "cuda" and fused_kernel() is not None else chunked_scan

@@ -19,13 +19,21 @@ import click
 
 from qat.plan import ACCELERATORS, config_of, describe, make_plan
 from qat.recipe import known_recipes, load_recipe, options
+from qat.train.stages import load_stages, train_stages
 from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import UsageError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--teacher", type=click.Path(path_type=Path), help="Checkpoint folder of the full-precision model.")
+@click.option(
+    "--teacher", type=click.Path(path_type=Path), help="The full-precision model: a checkpoint folder or a llama GGUF."
+)
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path),
+    help="A hybrid of the teacher (tmexport convert): run the stages of the recipe on it.",
+)
 @click.option("--from-scratch", is_flag=True, help="Train a full-precision model from nothing instead.")
 @click.option(
     "--data",
@@ -49,6 +57,7 @@ from tmexport.errors import UsageError
 @options
 def main(
     teacher: Path | None,
+    student: Path | None,
     from_scratch: bool,
     data: tuple[Path, ...],
     held_out: tuple[Path, ...],
@@ -68,6 +77,8 @@ def main(
     Example:
       tmexport train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
     """
+    if plan_only and student is not None:
+        raise UsageError("--plan costs one table of a recipe; tmexport convert says what a hybrid's stages take")
     if plan_only:
         recipe = load_recipe(recipe_name, "teacher" if from_scratch else "student", flags)
         config = open_checkpoint(teacher).config if teacher else config_of(recipe)
@@ -78,18 +89,35 @@ def main(
         raise UsageError("give either --teacher DIR or --from-scratch")
     if not data or out is None:
         raise UsageError("give the text with --data and a folder for the result with --out")
-    recipe = load_recipe(recipe_name, "student" if teacher else "teacher", flags)
     try:
+        if student is not None:
+            if teacher is None or recipe_name is None:
+                raise UsageError("--student needs the Transformer with --teacher, and the stages with --recipe")
+            stages = load_stages(recipe_name, flags)
+            said = train_stages(
+                stages, list(data), out, teacher, student, list(held_out), tokenizer, resume, cache
+            )  # fmt: skip
+            _say(said, as_json)
+            return
+        recipe = load_recipe(recipe_name, "student" if teacher else "teacher", flags)
         summary = train(recipe, list(data), out, teacher, list(held_out), tokenizer, resume, cache)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted; go on with the same command and --resume (state in {out / 'checkpoints'})"
+            f"interrupted; go on with the same command and --resume (state in {out / ('checkpoints' if student is None else '*/checkpoints')})"
         ) from None
+    _say({"": summary}, as_json)
+
+
+def _say(summaries: dict[str, dict[str, Any]], as_json: bool) -> None:
+    """The summary of a run, or of each stage by its name."""
     if int(os.environ.get("RANK", "0")):
         return  # one process speaks for all
     if as_json:
-        click.echo(json.dumps(summary))
-    else:
+        click.echo(json.dumps(summaries.get("", summaries)))
+        return
+    for summary in summaries.values():
         score = summary["held_out_bits_per_byte"]
         shown = f", {score:.4f} bits per byte held out" if score is not None else ""
-        click.echo(f"{out}: {summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s{shown}")
+        click.echo(
+            f"{summary['out']}: {summary['steps']} steps, {summary['tokens']} tokens, {summary['seconds']:.0f} s{shown}"
+        )

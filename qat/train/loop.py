@@ -20,7 +20,7 @@ from qat.train.hooks import Hook, Training, hooks_of
 from qat.train.run import Run
 from qat.train.saving import load_state, trim_metrics
 from qat.train.sharding import shard, whole
-from qat.train.step import Step, backward, make_optimizer
+from qat.train.step import Step, backward, freeze, make_optimizer
 from tmexport.errors import UsageError
 from tmexport.files import atomic_write
 
@@ -41,7 +41,7 @@ def fit(run: Run, resume: bool, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
         run.latest.parent.mkdir(parents=True, exist_ok=True)
         trim_metrics(run.metrics, training.step)
         with atomic_write(run.folder / "recipe.toml") as file:  # not before: a run of other settings was refused
-            file.write(recipe.to_toml("teacher" if run.teacher is None else "student").encode())
+            file.write(recipe.to_toml(run.table).encode())
     run.accelerator.wait_for_everyone()
     with contextlib.ExitStack() as stack:
         entered = [stack.enter_context(hook) for hook in hooks_of(run, hooks)]
@@ -76,6 +76,7 @@ class Loop:
             run.teacher.to(accelerator.device)
         run.student.to(accelerator.device)
         run.student.backbone.checkpoint_activations = recipe.checkpoint_activations
+        freeze(run.student, recipe)
         self._trained = copy.deepcopy(run.student) if recipe.shard else run.student
         if recipe.compile:
             for layer in self._trained.backbone.layers:
@@ -102,7 +103,7 @@ class Loop:
         self._optimizer.step()
         entry: dict[str, Any] = {"step": training.step, "tokens": (training.step + 1) * run.recipe.tokens_per_step}
         entry |= {"lr": run.recipe.learning_rate(training.step), "loss": loss, "grad_norm": norm}
-        if not self._work.aligning:
+        if self._work.objective == "predict":
             entry |= {"cross_entropy": ce, "kl": kl, "bits_per_byte": ce / math.log(2) / run.bytes_per_token}
         entry["tokens_per_second"] = round(run.recipe.tokens_per_step / (time.monotonic() - began), 1)
         training.step, training.entry, training.save = training.step + 1, entry, False
@@ -115,12 +116,12 @@ class Loop:
         """This process's losses of its share of the step's batch, fp32 [3], and the norm of the gradient before clipping."""
         run, step, accelerator = self.run, self.training.step, self.run.accelerator
         for group in self._optimizer.param_groups:
-            group["lr"] = run.recipe.learning_rate(step)
+            group["lr"] = run.recipe.learning_rate(step) * group.get("share", 1.0)
         first = accelerator.process_index * self._share
         inputs = [torch.from_numpy(run.batches(step)[first : first + self._share]).to(accelerator.device)]
         self._optimizer.zero_grad(set_to_none=True)
-        self._work.aligning = step < run.recipe.align_steps
-        if run.teacher_cache is not None and not self._work.aligning:
+        self._work.objective = "align" if step < run.recipe.align_steps else run.recipe.objective
+        if run.teacher_cache is not None and self._work.objective == "predict":
             top = run.teacher_cache(step, first, self._share)
             inputs += [tensor.to(accelerator.device) for tensor in (top.ids, top.log_q, top.log_tail)]
         losses = backward(accelerator, self._module, inputs, run.recipe.accumulate)
@@ -149,10 +150,8 @@ def _share_of_batch(recipe: Recipe, processes: int) -> int:
             f"a batch of {recipe.batch_size} cannot be shared by {processes} processes in {recipe.accumulate} parts each; "
             "choose a --batch-size that divides"
         )
-    if recipe.align_steps and processes > 1:
-        raise UsageError(
-            "align_steps trains only the layers, which needs one process; use --align-steps 0 with several"
-        )
+    if (recipe.align_steps or recipe.objective != "predict") and processes > 1:
+        raise UsageError("aligning trains only the layers, which needs one process; train with several after it")
     if recipe.shard and processes == 1:
         raise UsageError(
             "--shard needs several processes; start them with: torchrun --nproc-per-node N -m qat.train ..."

@@ -28,6 +28,7 @@ class Run:
     folder: Path
     eos: int
     tokenizer: Path
+    table: str = "student"  # what recipe.toml calls the settings
     teacher_cache: TeacherCache | None = None
     held_out: Sequence[Document] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)  # digests of what is read, by flag; see load_state

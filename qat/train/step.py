@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from qat.losses import TopPredictions, alignment_loss, distillation_loss
+from qat.losses import TopPredictions, alignment_loss, distillation_loss, orientation_loss
 from qat.model import LanguageModel
+from qat.model.mamba1 import Mamba1Mixer
+from qat.model.mamba2 import Mamba2Mixer
 from qat.recipe import Recipe
 from qat.train.teacher import Teacher
+from tmexport.errors import UsageError
+
+STATE_SPACE = (Mamba1Mixer, Mamba2Mixer)
 
 
 class Step(nn.Module):
     """ids int64 [batch, seq_len + 1] -> (loss, cross-entropy, KL). The teacher is not part of its parameters.
 
-    While `aligning`, the loss is that of each layer against the teacher's, and the other two are NaN.
+    While the objective is another than predict, the loss is that of layers against the teacher's, and the other two are NaN.
     """
 
     def __init__(self, student: LanguageModel, teacher: Teacher | None, recipe: Recipe) -> None:
@@ -27,7 +32,7 @@ class Step(nn.Module):
         self.student = student
         self._teacher = (teacher,)  # in a tuple: not a submodule
         self.recipe = recipe
-        self.aligning = False
+        self.objective = recipe.objective
 
     def forward(self, ids: Tensor, *top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`top`: the fields of TopPredictions, if the teacher was asked before."""
@@ -35,11 +40,12 @@ class Step(nn.Module):
         teacher, recipe = self._teacher[0], self.recipe
         known = None
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-            if self.aligning:
+            if self.objective != "predict":
                 assert teacher is not None
-                aligned = alignment_loss(self.student.backbone.blocks, teacher.stream(inputs))
-                unknown = torch.full((), math.nan, device=ids.device)
-                return aligned, unknown, unknown
+                blocks, unknown = self.student.backbone.blocks, torch.full((), math.nan, device=ids.device)
+                if self.objective == "orient":
+                    return orientation_loss(blocks, teacher.mixing(inputs)), unknown, unknown
+                return alignment_loss(blocks, teacher.stream(inputs)), unknown, unknown
             if teacher is not None and recipe.kd_weight > 0 and not top:
                 with torch.no_grad():
                     known = teacher.hidden(inputs)
@@ -56,13 +62,46 @@ class Step(nn.Module):
         return loss.total, loss.cross_entropy, loss.kl
 
 
+def mixer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the state-space mixers."""
+    return (p for module in model.modules() if isinstance(module, STATE_SPACE) for p in module.parameters())
+
+
+def freeze(model: LanguageModel, recipe: Recipe) -> None:
+    """Take the gradient from what a recipe leaves as it is.
+
+    Raises:
+        UsageError: nothing is left to train.
+    """
+    if recipe.freeze_embedding:
+        for tensor in model.backbone.embeddings.parameters():
+            tensor.requires_grad_(False)
+        if not model.config.tie_embeddings:
+            model.lm_head.requires_grad_(False)
+    if recipe.rest_lr == 0:
+        mixers = set(mixer_parameters(model))
+        if not mixers:
+            raise UsageError("rest_lr 0 trains the state-space mixers alone, and the model has none")
+        for p in model.parameters():
+            p.requires_grad_(p in mixers)
+
+
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; decay on matrices only, never on norms, convolutions, biases, A, D, dt or scales."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and not name.endswith(".scale")]
-    others = [p for name, p in named if p.ndim != 2 or name.endswith(".scale")]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True)
+    """AdamW of what trains; decay on matrices only, never on norms, convolutions, biases, A, D, dt or scales.
+
+    Each group has a `share`, by which its learning rate is multiplied.
+    """
+    mixers = set(mixer_parameters(model))
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_matrix = p.ndim == 2 and not name.endswith(".scale")
+            groups.setdefault((1.0 if p in mixers else recipe.rest_lr, is_matrix), []).append(p)
+    parts = [
+        {"params": found, "weight_decay": recipe.weight_decay if is_matrix else 0.0, "share": share}
+        for (share, is_matrix), found in groups.items()
+    ]
+    return torch.optim.AdamW(parts, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 
 def backward(accelerator: Accelerator, module: nn.Module, inputs: Sequence[Tensor], count: int) -> Tensor:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from hashlib import file_digest
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from tmexport.gguf.importing import import_gguf
 
 
 class Teacher(Protocol):
@@ -26,8 +31,33 @@ class Teacher(Protocol):
     def stream(self, ids: Tensor) -> Iterator[Tensor]:
         """The residual stream [batch, time, width]: what enters the first block, then what leaves each."""
 
+    def mixing(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each block, what enters it, and the matrices fp32 [batch, heads, time, time] by which it mixes positions, or None.
+
+        Asked only for the objective `orient`.
+        """
+
     def state_dict(self) -> Mapping[str, Tensor]:
         """Its tensors, by which it is told from another."""
 
     def to(self, device: torch.device) -> Any:
         """Move it, in place."""
+
+
+def teacher_folder(path: Path, cache: Path) -> Path:
+    """The checkpoint folder of a teacher: `path`, or what a llama GGUF holds, imported to `cache` once.
+
+    Raises:
+        TmexportError: the GGUF cannot be imported (`tmexport.gguf.importing`).
+    """
+    if path.suffix != ".gguf" or not path.is_file():
+        return path
+    with open(path, "rb") as file:
+        folder = cache / f"teacher-{file_digest(file, 'sha256').hexdigest()[:16]}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache, prefix=".importing-") as beside:
+            made = Path(beside) / "teacher"
+            import_gguf(path, made)
+            made.rename(folder)
+    return folder

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from qat.convert.fitting import fit_layers
 from qat.data import Batches, tokenize_files
 from qat.evaluate import documents_in, end_of_text_id, find_tokenizer
 from qat.memory import keep_freed_memory
@@ -27,7 +28,7 @@ from qat.train.curves import draw_curves
 from qat.train.hooks import Hook
 from qat.train.loop import fit
 from qat.train.run import Run
-from qat.train.teacher import Teacher
+from qat.train.teacher import Teacher, teacher_folder
 from qat.train.teacher_cache import open_teacher_cache
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.documents import Document
@@ -46,12 +47,15 @@ def train(
     resume: bool = False,
     cache: Path | None = None,
     hooks: Sequence[Hook] = (),
+    student: Path | None = None,
+    table: str | None = None,
     shape: Model | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; returns a summary. Without a teacher, a full-precision model is trained from nothing.
 
-    `shape`: what that model is made of, in place of the recipe's Mamba-2; its vocabulary is the tokenizer's.
-    `hooks` are called after every step, besides those of every run (qat/train/hooks.py).
+    `hooks` are called after every step, besides those of every run (qat/train/hooks.py). `student`: the full-precision checkpoint
+    that is trained, if it is not the teacher's own. `table`: of recipe.toml. A teacher may be a llama GGUF. `shape`: what a model
+    trained from nothing is made of, in place of the recipe's Mamba-2; its vocabulary is the tokenizer's.
 
     Raises:
         TmexportError: the data, the teacher or a setting cannot be used, or the loss is not finite.
@@ -67,20 +71,24 @@ def train(
         raise UsageError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
     if teacher is not None and out.resolve() == teacher.resolve():
         raise UsageError(f"{out}: is the teacher's folder, which would be overwritten; choose another --out")
+    cache = cache or out / "cache"
+    if teacher is not None:
+        teacher = teacher_folder(teacher, cache)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     with accelerator.main_process_first():  # the first makes the tokenizer and the token files, the others find them
-        run = _prepare(
-            recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache or out / "cache", shape
-        )
+        run = _prepare(recipe, data, out, teacher, held_out or [], tokenizer, accelerator, cache, student, shape)
+    run.table = table or ("teacher" if teacher is None else "student")
     try:
         summary = fit(run, resume, hooks)
     finally:
         if accelerator.is_main_process and run.metrics.is_file() and run.metrics.stat().st_size:
             draw_curves(run.metrics, out / "curves.png")
     if accelerator.is_main_process:
+        if recipe.refit_tokens:
+            _refit(run)
         write_checkpoint(out, run.student.config, model_tensors(run.student), run.tokenizer)
     accelerator.wait_for_everyone()
     return {"out": str(out), **summary}
@@ -95,45 +103,75 @@ def _prepare(
     tokenizer: Path | None,
     accelerator: Accelerator,
     cache: Path,
+    student: Path | None,
     shape: Model | None,
 ) -> Run:
     """Models, tokens and batches of a run."""
     teacher_model = None
     if teacher is None:
-        if recipe.align_steps:
-            raise UsageError("align_steps needs a teacher; remove it, or give --teacher")
+        for name, used in (("align_steps", recipe.align_steps), ("objective", recipe.objective != "predict")):
+            if used:
+                raise UsageError(f"{name} needs a teacher; remove it, or give --teacher")
         tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
         config = _with_vocabulary(shape or config_of(recipe), tokenizer)
     else:
-        checkpoint = open_checkpoint(teacher)
-        if kinds := {form.kind for form in checkpoint.coded.values()}:
-            raise CheckpointError(
-                f"{teacher}: is already {' and '.join(sorted(kinds))}; expected a full-precision teacher"
-            )
-        config, tokenizer = checkpoint.config, find_tokenizer(teacher, tokenizer)
+        config, tokenizer = _full_precision(teacher, "teacher"), find_tokenizer(teacher, tokenizer)
         teacher_model = load_model(teacher).requires_grad_(False).eval()
         if recipe.dtype == "bfloat16":
             _halve_matrices(teacher_model)
     eos = end_of_text_id(config, tokenizer)
     stream = tokenize_files(data, tokenizer, config.vocab_size, eos, cache, recipe.data_tokens)
     batches = Batches(stream.tokens, recipe.seq_len, recipe.batch_size, recipe.seed)
-    student = LanguageModel(config)
+    model = LanguageModel(config) if teacher is None else load_model(teacher if student is None else student)
     if teacher is not None:
-        student.load_state_dict(load_model(teacher).state_dict())
+        _check_pair(config, config if student is None else _full_precision(student, "student"), recipe)
         learned, embedding = recipe.learned_scale, recipe.ternary_embedding
-        make_low_bit(student, recipe.weights, recipe.group_size, learned, embedding, recipe.projections)
+        make_low_bit(model, recipe.weights, recipe.group_size, learned, embedding, recipe.projections)
     run = Run(
-        recipe, student, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
+        recipe, model, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
     )
     run.inputs = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16], "data": stream.digest}
     if teacher_model is not None:
         run.inputs["teacher"] = _digest_of_vectors(teacher_model)
+    if student is not None:
+        run.inputs["student"] = _digest_of_vectors(model)
     if teacher_model is not None and recipe.teacher_top_k and recipe.kd_weight > 0:
         teacher_model.to(accelerator.device)
         run.teacher_cache = open_teacher_cache(recipe, teacher_model, batches, stream.key, cache)
     if held_out:
         run.held_out = first_tokens(documents_in(held_out, tokenizer, config), recipe.eval_tokens, tokenizer)
     return run
+
+
+def _full_precision(folder: Path, what: str) -> Model:
+    """The dimensions of a checkpoint that has no codes."""
+    checkpoint = open_checkpoint(folder)
+    if kinds := {form.kind for form in checkpoint.coded.values()}:
+        raise CheckpointError(f"{folder}: is already {' and '.join(sorted(kinds))}; expected a full-precision {what}")
+    return checkpoint.config
+
+
+def _check_pair(teacher: Model, student: Model, recipe: Recipe) -> None:
+    """Whether one can imitate the other: the vocabulary, and for layer by layer the layers."""
+    if recipe.refit_tokens and recipe.weights != "dense":
+        raise UsageError(f"refit_tokens fits full-precision weights, not {recipe.weights} ones; use --weights dense")
+    pairs = [("vocab_size", teacher.vocab_size, student.vocab_size)]
+    if recipe.objective != "predict" or recipe.align_steps or recipe.refit_tokens:
+        pairs += [("d_model", teacher.d_model, student.d_model), ("blocks", teacher.n_layer, student.n_layer)]
+    for name, wanted, found in pairs:
+        if wanted != found:
+            raise UsageError(f"the student's {name} is {found}, the teacher's {wanted}; expected the same")
+
+
+def _refit(run: Run) -> None:
+    """Fit out_proj of the student's mixers to the teacher's layers, on the first batches of the run."""
+    recipe = run.recipe
+    assert isinstance(run.teacher, LanguageModel)
+    count = max(1, recipe.refit_tokens // recipe.tokens_per_step)
+    ids = torch.cat([torch.from_numpy(run.batches(step)[:, :-1]) for step in range(count)])
+    device = run.accelerator.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+        fit_layers(run.teacher, run.student, ids.to(device))
 
 
 def _digest_of_vectors(teacher: Teacher) -> str:

@@ -66,6 +66,8 @@ def _compare_peers(model: Path, settings: PeerSettings, log_path: Path | None, a
 @click.option(
     "-n", "count", type=click.IntRange(1), default=64, show_default=True, help="Tokens of the generation test."
 )
+@click.option("-d", "before", type=click.IntRange(0, 2048), default=0, show_default=True,
+              help="With --peers: tokens read before those of the generation test.")  # fmt: skip
 @click.option("-t", "--threads", default="1,2", show_default=True, callback=_numbers, help="Numbers of threads.")
 @click.option("-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each test.")
 @click.option(
@@ -100,6 +102,7 @@ def bench(
     model_path: Path | None,
     prompt: int,
     count: int,
+    before: int,
     threads: list[int],
     repeats: int,
     profiles: list[str],
@@ -142,11 +145,11 @@ def bench(
         raise UsageError(f"--profile is empty; expected {', '.join(PRESETS)}, or several with commas")
     _check_outputs(report, plot, log_path)
     if peers:
-        asked = PeerSettings(prompt, count, threads, repeats, profiles, llama_python, llama_bench)
+        asked = PeerSettings(prompt, count, threads, repeats, profiles, llama_python, llama_bench, before)
         _compare_peers(model_path, asked, log_path, as_json)
         return
-    if llama_python or llama_bench or log_path:
-        raise UsageError("--llama-python, --llama-bench and --log belong to --peers")
+    if llama_python or llama_bench or log_path or before:
+        raise UsageError("-d, --llama-python, --llama-bench and --log belong to --peers")
     from runtime_ref.bench.run import Settings, run_bench
 
     settings = Settings(prompt, count, threads, repeats, profiles, depths, chunks, workloads, workload_scale)

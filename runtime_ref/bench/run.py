@@ -34,6 +34,7 @@ from runtime_ref.bench.workloads import WORKLOADS, tokens_of
 from runtime_ref.command import compile_kernels
 from runtime_ref.memory import need, parse_size
 from runtime_ref.model import Model
+from tmexport.gguf.names import config_from_metadata
 from tmexport.gguf.reader import open_gguf
 
 
@@ -71,7 +72,8 @@ def run_bench(path: Path, settings: Settings, on_progress: Callable[[str, int], 
         GGUFError: the file is damaged, or has layers or types that this runtime does not compute.
     """
     gguf = open_gguf(path)
-    sizes = file_sizes(gguf)
+    sizes, config = file_sizes(gguf), config_from_metadata(gguf)
+    projection = config.tensors[config.projections[0]].gguf
     expected = {p: need(gguf, p, settings.states(), i).total for i, p in enumerate(settings.profiles, 1)}
     machine, before = describe(), conditions()
     on_progress("memory bandwidth", 0)
@@ -114,7 +116,7 @@ def run_bench(path: Path, settings: Settings, on_progress: Callable[[str, int], 
         "rows": [asdict(row) for row in rows],
         "machine": machine,
         "model": str(path),
-        "type": gguf.tensors["blk.0.ssm_in.weight"].type.name,
+        "type": gguf.tensors[projection].type.name,
         "embedding_type": gguf.tensors["token_embd.weight"].type.name,
         "file_bytes": path.stat().st_size,
         **result,

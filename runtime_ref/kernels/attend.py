@@ -52,25 +52,31 @@ def tile(kept_as, at, apart, count, width, room):
 
 
 @kernel
-def attend_heads(kept_as, heads, query, k_at, v_at, out, scores, count, width, keys, scale):
-    """`heads` heads, at most LANES, of one token: `width` values each at `out`, from as many at `query` and `count` positions."""
+def attend_heads(kept_as, low, heads, group, query, k_at, v_at, out, scores, count, width, keys, scale):
+    """`heads` heads of one token, from number `low` on, at most LANES: `width` values each at `out`, from as many at `query` and
+    `count` positions; `group` heads read the same keys. All heads read a tile before the next, so that memory is read in its order.
+    """
     apart, most, row = keys * kept_as.width, tile_positions(width), scores.shape[0] // LANES
     room, end = stack(TILE_BYTES), -(-count // 16) * 16
     for first in range(0, count, most):
-        n = min(most, count - first)
-        at, step = tile(kept_as, k_at + first * apart, apart, n, width, room)
-        for head in range(heads):
+        n, at, step = min(most, count - first), np.int64(0), np.int64(0)
+        for head in range(low, low + heads):
+            if head == low or head % group == 0:
+                start = k_at + first * apart + head // group * width * kept_as.width
+                at, step = tile(kept_as, start, apart, n, width, room)
+            place = (head - low) * row + first
             for i in range(0, n, 16):
-                dots = sixteen_dots(query + 4 * head * width, at, step, i, n, width)
-                store(scores, head * row + first + i, dots * splat(scale))
+                store(scores, place + i, sixteen_dots(query + 4 * head * width, at, step, i, n, width) * splat(scale))
     for head in range(heads):
         probabilities(scores[head * row : head * row + end], count)
     for first in range(0, count, most):
-        n = min(most, count - first)
-        at, step = tile(kept_as, v_at + first * apart, apart, n, width, room)
-        for head in range(heads):
-            weighted = scores[head * row + first : head * row + first + n]
-            add_values(weighted, at, step, width, out + 4 * head * width, first == 0)
+        n, at, step = min(most, count - first), np.int64(0), np.int64(0)
+        for head in range(low, low + heads):
+            if head == low or head % group == 0:
+                start = v_at + first * apart + head // group * width * kept_as.width
+                at, step = tile(kept_as, start, apart, n, width, room)
+            place = (head - low) * row + first
+            add_values(scores[place : place + n], at, step, width, out + 4 * head * width, first == 0)
 
 
 @kernel

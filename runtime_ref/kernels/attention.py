@@ -131,13 +131,13 @@ def attend_each(kept_as, tid, threads, job, a):
     while piece < high:
         r, head = piece // a.heads, piece % a.heads
         q = r // job.length
-        together = min(high - piece, group - head % group, LANES)
-        start = (a.index * job.room[q] * keys + head // group * a.width) * kept_as.width
+        heads = min(high - piece, a.heads - head, LANES)
+        start = a.index * job.room[q] * keys * kept_as.width
         k_at, v_at = np.int64(job.states[a.slot, q]) + start, np.int64(job.states[a.slot + 1, q]) + start
-        query, out = address(job.s.proj[r]) + 4 * head * a.width, address(job.s.wide[r]) + 4 * head * a.width
-        count, scores = job.past[q] + r % job.length + 1, job.scores[tid]
-        attend_heads(kept_as, together, query, k_at, v_at, out, scores, count, a.width, keys, np.float32(a.scale))
-        piece += together
+        query, out, count = address(job.s.proj[r]), address(job.s.wide[r]), job.past[q] + r % job.length + 1
+        scores, scale = job.scores[tid], np.float32(a.scale)
+        attend_heads(kept_as, head, heads, group, query, k_at, v_at, out, scores, count, a.width, keys, scale)
+        piece += heads
 
 
 @kernel

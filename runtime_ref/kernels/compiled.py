@@ -10,6 +10,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numba.extending import overload as numba_overload
 
+from runtime_ref.kernels.linking import Part
+
 # ruff: noqa: ANN001, ANN201, ANN202 - the signature of an intrinsic is Numba's (typing context, types)
 
 # No wrappers for Python and C, which cost a quarter of the time to compile; no counted references: arrays are borrowed.
@@ -22,13 +24,13 @@ OPTIONS: dict[str, Any] = {
 
 # A factory of compiled functions: one for each instruction set, number format, ...; NamedTuples of two classes may be equal
 made_for = lru_cache(maxsize=None, typed=True)
-kernel = njit(**OPTIONS)
-inlined = njit(inline="always", **OPTIONS)
+kernel = njit(**OPTIONS, pipeline_class=Part)
+inlined = njit(inline="always", **OPTIONS, pipeline_class=Part)
 
 
 def overload(function: Any, allocates: bool = False) -> Any:
     """numba.extending.overload, compiled as a kernel; `allocates`: it makes arrays of its own."""
-    return numba_overload(function, jit_options=cast(Any, OPTIONS | {"_nrt": allocates}))
+    return numba_overload(function, jit_options=cast(Any, OPTIONS | {"_nrt": allocates, "pipeline_class": Part}))
 
 
 @intrinsic(prefer_literal=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime_ref.kernels.compiled import inlined
+from runtime_ref.kernels.compiled import inlined, kernel
 from runtime_ref.kernels.math import vector_silu
 from runtime_ref.kernels.vector import LANES, address, peek, poke
 
@@ -36,7 +36,7 @@ def convolve_rows(tid, threads, job, a):
         convolve(a, job.s, past, q * job.length, job.length, low * 16, high * 16)
 
 
-@inlined
+@kernel
 def convolve(a, s, past, first, rows, low, high):
     """Channels low..high of the convolution over `rows` consecutive tokens; the state fp32 [K-1, C] at `past` is updated."""
     keep = a.weight.shape[0] - 1

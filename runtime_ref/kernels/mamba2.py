@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from runtime_ref.arithmetic import REFRESH, Activations, RecurrentState
 from runtime_ref.kernels.barrier import share
-from runtime_ref.kernels.compiled import inlined, made_for, stack
+from runtime_ref.kernels.compiled import inlined, kernel, made_for, stack
 from runtime_ref.kernels.convolution import Convolution, convolve_rows
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
 from runtime_ref.kernels.layers import Layer, sixteens
@@ -141,7 +141,7 @@ def _scan_pair(typingctx, isa, kept_as, h, n, xbc, stride, b_at, c_at, fades, st
     return sig, codegen
 
 
-@inlined
+@kernel
 def scan_head(isa, kept_as, a, s, states, scales, past, first, rows, head):
     """The recurrence of one head over `rows` consecutive tokens, the first at position `past` of its text, and the gate.
 

@@ -167,7 +167,7 @@ def _target(job, target):
 
 @inlined
 def _adds(target):
-    return target in (RESIDUAL, ADD)
+    return target == RESIDUAL or target == ADD  # `in` would be compiled for a list
 
 
 @inlined

@@ -6,6 +6,7 @@ array is its address and its lengths, a number a word, a NamedTuple inside anoth
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from typing import Any, cast
@@ -14,7 +15,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 from numba.np import numpy_support
 from numba.np.arrayobj import make_array, populate_array
 
@@ -47,43 +49,73 @@ def words(record: Any) -> Iterator[int]:
         raise TypeError(f"a kernel's argument is a {type(record).__name__}")
 
 
+class Record(types.Type):
+    """The words of a NamedTuple, by their address: a field is read where it is used."""
+
+    def __init__(self, instance_class: type, fields: tuple[types.Type, ...]) -> None:
+        self.instance_class = instance_class
+        self.fields: dict[str, types.Type] = dict(zip(cast(Any, instance_class)._fields, fields, strict=True))
+        told = f"{instance_class.__module__}.{instance_class.__qualname__} {self.fields}"
+        super().__init__(name=f"{instance_class.__name__}_{hashlib.sha256(told.encode()).hexdigest()[:16]}")
+
+    def first_word(self, field: str) -> int:
+        """Of a field, counted from the record's."""
+        return sum(map(_size, list(self.fields.values())[: list(self.fields).index(field)]))
+
+
+def _size(kind: types.Type) -> int:
+    if isinstance(kind, Record):
+        return sum(map(_size, kind.fields.values()))
+    return 1 + kind.ndim if isinstance(kind, types.Array) else 1
+
+
+@register_model(Record)
+class _RecordModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type) -> None:
+        super().__init__(dmm, fe_type, WORD)
+
+
+@infer_getattr
+class _RecordFields(AttributeTemplate):
+    key = Record
+
+    def generic_resolve(self, typ, attr):  # type: ignore[override]
+        return typ.fields.get(attr)
+
+
+@lower_getattr_generic(Record)
+def _field(context, builder, typ, value, attr):
+    kind = typ.fields[attr]
+    place = builder.add(value, ir.Constant(WORD, 8 * typ.first_word(attr)))
+    if isinstance(kind, Record):
+        return place
+    pointer = builder.inttoptr(place, WORD.as_pointer())
+    found = [_word(builder, pointer, i) for i in range(_size(kind))]
+    if isinstance(kind, types.Array):
+        return _array(context, builder, kind, found[0], found[1:])
+    return builder.bitcast(found[0], ir.DoubleType()) if kind == types.float64 else found[0]
+
+
+def _word(builder: ir.IRBuilder, pointer: ir.Value, index: int) -> ir.Value:
+    """A word that nobody writes while compiled code runs: LLVM may read it once, before a loop."""
+    word = builder.load(builder.gep(pointer, [ir.Constant(WORD, index)]))
+    word.set_metadata("invariant.load", builder.module.add_metadata([]))
+    return word
+
+
 def type_of(record: Any) -> types.Type:
-    """The Numba type that `read` makes of such words."""
+    """The Numba type of what `read` makes of a record's words."""
     if isinstance(record, np.ndarray):
         return types.Array(numpy_support.from_dtype(record.dtype), record.ndim, "C")
     if isinstance(record, tuple):
-        fields = tuple(type_of(field) for field in record)
-        if fields and all(field == fields[0] for field in fields):
-            return types.NamedUniTuple(fields[0], len(fields), type(record))
-        return types.NamedTuple(fields, type(record))
+        return Record(type(record), tuple(type_of(field) for field in record))
     return types.float64 if isinstance(record, float) else types.int64
 
 
 @intrinsic
 def read(typingctx, address, kind):
     """The record of Numba type `kind` whose words start at `address`."""
-    record = kind.instance_type
-
-    def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], WORD.as_pointer())
-        index = 0
-
-        def word() -> ir.Value:
-            nonlocal index
-            index += 1
-            return builder.load(builder.gep(pointer, [ir.Constant(WORD, index - 1)]))
-
-        def value(kind: Any) -> Any:
-            if isinstance(kind, types.Array):
-                return _array(context, builder, kind, word(), [word() for _ in range(kind.ndim)])
-            if isinstance(kind, types.BaseTuple):
-                return context.make_tuple(builder, kind, [value(field) for field in list(cast(Any, kind))])
-            found = word()
-            return builder.bitcast(found, ir.DoubleType()) if kind == types.float64 else found
-
-        return value(record)
-
-    return record(types.uint64, kind), codegen
+    return kind.instance_type(types.uint64, kind), lambda context, builder, sig, args: args[0]
 
 
 @intrinsic

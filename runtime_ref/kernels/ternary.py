@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime_ref.kernels.amx import by_amx
 from runtime_ref.kernels.barrier import share
-from runtime_ref.kernels.compiled import inlined, stack
+from runtime_ref.kernels.compiled import kernel, stack
 from runtime_ref.kernels.intrinsics import half_to_float
 from runtime_ref.kernels.isa import PRIMITIVES
 from runtime_ref.kernels.output import put_row
@@ -52,7 +52,7 @@ def product(isa_class: type, activations_class: type, many: bool) -> Callable[..
                 put_row(out, r, tile, y, add)
                 r += 1
 
-    by_tiles = inlined(tiles_of_rows)
+    by_tiles = kernel(tiles_of_rows)
 
     def for_few(isa, activations, packed, s, rows, k, block, out, add, tid, threads):
         first, end = share(packed.codes.shape[0], tid, threads)

@@ -1,4 +1,4 @@
-"""A GGUF with random ternary weights at a published Mamba-2 shape, for measuring speed without a download.
+"""A GGUF with random ternary weights at a published shape, Mamba-2 or a hybrid, for measuring speed without a download.
 
 Example: python scripts/bench/random_model.py --size 1.3b --type tq2_0 /tmp/1.3b.gguf
 
@@ -17,7 +17,10 @@ import numpy as np
 from tmexport.cli.app import run_command
 from tmexport.gguf.names import model_metadata, tensor_shapes
 from tmexport.gguf.writer import PlannedTensor, write_gguf
-from tmexport.model import mamba2_model
+from tmexport.model import Block, Branch, Model, mamba2_model
+from tmexport.model.branches.attention import Attention
+from tmexport.model.branches.mamba2 import Mamba2
+from tmexport.model.branches.mlp import SwiGLU
 from tmexport.types import FILE_TYPES, GGMLType, encode_codes, encode_values
 from tmexport.types.ternary import TernaryTensor
 
@@ -30,8 +33,34 @@ SIZES = {
     "1.3b": (2048, 48),
     "2.7b": (2560, 64),
 }
+# Granite-4.0-H (ibm-granite/granite-4.0-h-*): d_model, layers, those of attention, d_ff, width of a head of attention and of Mamba-2
+HYBRIDS = {
+    "granite-350m": (768, 32, (10, 13, 17, 27), 2048, 64, 32),
+    "granite-1b": (1536, 40, (5, 15, 25, 35), 4096, 128, 64),
+}
 BODY = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0}
 EMBEDDING = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.Q4_0}
+
+
+def shape_of(size: str) -> Model:
+    """What a size stands for; the hybrids have Granite's multipliers, 12 heads of queries, 4 of keys, and no positions."""
+    if size in SIZES:
+        d_model, n_layer = SIZES[size]
+        return mamba2_model(d_model=d_model, n_layer=n_layer, vocab_size=50288)
+    d_model, n_layer, attended, d_ff, head_dim, headdim = HYBRIDS[size]
+    mamba, mlp = Mamba2(d_model, 2 * d_model, headdim=headdim), SwiGLU(d_model, d_ff)
+    attention = Attention(d_model, 12, 4, head_dim, 1.0 / head_dim, rope_theta=None)
+    mixers: list[Branch] = [attention if number in attended else mamba for number in range(n_layer)]
+    blocks = tuple(Block((branch,), 0.246) for mixer in mixers for branch in (mixer, mlp))
+    return Model(
+        d_model,
+        100352,
+        blocks,
+        family="granitehybrid",
+        embedding_multiplier=12.0,
+        logits_divisor=3.0,
+        context_length=32768,
+    )
 
 
 def random_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -58,22 +87,22 @@ def random_ternary(shape: tuple[int, ...], group: int, rng: np.random.Generator)
 
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--size", type=click.Choice(list(SIZES)), default="1.3b", show_default=True)
+@click.option("--size", type=click.Choice([*SIZES, *HYBRIDS]), default="1.3b", show_default=True)
 @click.option("--type", "kind", type=click.Choice(list(BODY)), default="tq2_0", show_default=True)
 @click.option("--embedding-type", type=click.Choice(list(EMBEDDING)), default="q8_0", show_default=True)
 @click.option("--group-size", type=click.Choice(["64", "128", "256"]), help="Default: 64 for q2_0, 256 for the others.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(output: Path, size: str, kind: str, embedding_type: str, group_size: str | None, seed: int) -> None:
-    """Write OUTPUT, a random ternary Mamba-2 at a published shape."""
+    """Write OUTPUT, random ternary weights at a published shape."""
     group = int(group_size or (64 if kind == "q2_0" else 256))
     if kind != "q2_0" and group != 256:
         raise click.UsageError(f"{kind} stores one scale for 256 weights; expected --group-size 256")
-    d_model, n_layer = SIZES[size]
-    config = mamba2_model(d_model=d_model, n_layer=n_layer, vocab_size=50288)
+    config = shape_of(size)
+    projections = {config.tensors[name].gguf for name in config.projections}
     rng = np.random.default_rng(seed)
 
     def planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
-        if name.endswith(("ssm_in.weight", "ssm_out.weight")):
+        if name in projections:
             return PlannedTensor(
                 name, shape, BODY[kind], lambda: encode_codes(random_ternary(shape, group, rng), BODY[kind], name)
             )
@@ -84,7 +113,9 @@ def main(output: Path, size: str, kind: str, embedding_type: str, group_size: st
         )  # fmt: skip
 
     tensors = [planned(name, shape) for name, shape in tensor_shapes(config).items()]
-    metadata = model_metadata(config, FILE_TYPES[BODY[kind]], f"random mamba2-{size}", group)
+    metadata = model_metadata(
+        config, FILE_TYPES[BODY[kind]], f"random {size}" if size in HYBRIDS else f"random mamba2-{size}", group
+    )
     # A stand-in vocabulary, so that llama.cpp loads the file too; token ids are all that is ever used.
     metadata |= {"tokenizer.ggml.model": "no_vocab"}
     size_bytes = write_gguf(output, metadata, tensors)

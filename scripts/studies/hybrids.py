@@ -3,7 +3,7 @@
     python scripts/studies/hybrids.py --out study --minutes 4     # start it again until it says that all is done
 
 Each model is trained from nothing on the demo's corpus, rounded to ternary, and trained on as a ternary student of itself. All of it
-takes about 30 minutes of one core; what is done is kept in OUT, and a second start goes on where the first stopped. Bits per
+takes about 12 minutes of one core; what is done is kept in OUT, and a second start goes on where the first stopped. Bits per
 byte are of the first 1,024 tokens of each held-out speech, read in windows of the training length, 256 (`window`), and in one piece
 (`long`), of which attention was never trained on the later positions. recovered = (rounded - ternary) / (rounded - full), by
 windows. Writes OUT/table.md; the last line on stdout is one JSON object.
@@ -190,8 +190,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in rows.items():
         full, rounded, ternary = (row[stage]["bits"] for stage in STAGES)
-        cells = [name, f"{row['full']['parameters'] / 1e6:.2f}M", f"{full['window']:.4f} / {full['whole']:.4f}",
-                 f"{rounded['window']:.4f}", f"{ternary['window']:.4f} / {ternary['whole']:.4f}", f"{row['recovered']:.0%}",
+        cells = [name, f"{row['full']['parameters'] / 1e6:.2f}M", f"{full['window']:.4f} / {full['long']:.4f}",
+                 f"{rounded['window']:.4f}", f"{ternary['window']:.4f} / {ternary['long']:.4f}", f"{row['recovered']:.0%}",
                  f"{row['ternary']['file'] / 1e6:.2f} MB", *(f"{size / 1e3:,.0f} kB" for size in row["state"].values()),
                  f"{row['speed']['prefill']:,.0f} / {row['speed']['decode']:,.0f}"]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

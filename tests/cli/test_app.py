@@ -46,6 +46,8 @@ class PanicException(BaseException):
         (RuntimeError("can't start new thread"), 1, "error: the limit of threads is reached; use --threads 1"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: the output cannot be written: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), 1, "error: a/b: Permission denied"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 1,
+         "error: no usable temporary directory found in ['/tmp']; set TMPDIR to a folder that can be written"),
         (EOFError(), 1, "error: unexpected EOFError (TMEXPORT_TRACEBACK=1"),
         (ZeroDivisionError("division\nby zero"), 1, "error: unexpected ZeroDivisionError: division by zero (TMEX"),
         (RecursionError("too deep"), 1, "error: unexpected RecursionError: too deep"),

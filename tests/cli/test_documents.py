@@ -117,6 +117,7 @@ def test_a_byte_order_mark_is_not_text(model, tmp_path):
     [
         ("a.jsonl", b'{"text": "one"}\n{"texts": 1}\n', 'line 2 has no string "text"'),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}\n', "line 2 has half of a surrogate pair"),
         ("a.txt", b"caf\xe9", "is not UTF-8 text (invalid continuation byte at byte 3)"),
         ("a.txt", b"", "the text holds no token to score"),
     ],

@@ -44,13 +44,13 @@ def documented_scan(
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    qat.model.ssd._fused_kernel.cache_clear()
+    qat.model.ssd.fused_kernel.cache_clear()
     names = ["mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined"]
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[names[-1]].mamba_chunk_scan_combined = documented_scan
     yield
-    qat.model.ssd._fused_kernel.cache_clear()
+    qat.model.ssd.fused_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -70,6 +70,6 @@ def test_chosen_on_cuda_only_and_only_where_it_imports(stand_in, monkeypatch):
     assert choose_scan(torch.device("cuda")) is fused_scan
     assert choose_scan(torch.device("cpu")) is chunked_scan
     assert choose_scan(torch.device("meta")) is chunked_scan
-    qat.model.ssd._fused_kernel.cache_clear()
+    qat.model.ssd.fused_kernel.cache_clear()
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", None)
     assert choose_scan(torch.device("cuda")) is chunked_scan

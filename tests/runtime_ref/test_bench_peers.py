@@ -108,6 +108,7 @@ def test_table(ran):
     ("arguments", "says"),
     [
         (["--log", "x.log"], "belong to --peers"),
+        (["-d", "16"], "belong to --peers"),
         (["--peers", "--log", "no/such/folder/x.log"], "cannot be written"),
         (["--peers", "--llama-bench", "no-such-program"], "does not exist"),
     ],
@@ -126,3 +127,13 @@ def test_a_python_that_is_none_is_named(gguf):
         result = compare_peers(gguf, settings, log, lambda what, done: None)
     missing = {m["name"]: m["reason"] for m in result["missing"]}
     assert "does not run as a Python" in missing["llama-cpp-python"]
+
+
+def test_generation_after_a_context(gguf, tmp_path):
+    from runtime_ref.bench.peers import PeerSettings, compare_peers
+
+    with open(tmp_path / "log", "w") as log:
+        result = compare_peers(gguf, PeerSettings(8, 2, (1,), 1, ("fast",), depth=24), log, lambda what, done: None)
+    assert {"tmexport fast", "xllamacpp"} <= {row["who"] for row in result["rows"] if row["test"] == "tg2 @ d24"}
+    depths = {line["test"]: line["depth"] for line in map(json.loads, (tmp_path / "log").read_text().splitlines())}
+    assert depths == {"product": 0, "pp": 0, "tg": 24}

@@ -78,6 +78,9 @@ def test_verify_texts(tmp_path):
     (tmp_path / "nfc.txt").write_text("a cafe\u0301")
     differs = run("verify", tmp_path / "ckpt", tmp_path / "m.gguf", "--texts", tmp_path / "nfc.txt")
     assert (differs.exit_code, "the tokenizer gives [" in str(differs.exception)) == (1, True)
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    half = run("verify", tmp_path / "ckpt", tmp_path / "m.gguf", "--texts", tmp_path / "half.jsonl")
+    assert str(half.exception).endswith("text 2 has half of a surrogate pair, which is no character")
 
 
 def test_a_server_that_ends_at_once_does_not_wait_for_ever(tmp_path):

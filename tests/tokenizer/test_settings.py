@@ -101,9 +101,10 @@ def test_a_file_from_before_models_named_their_type(tmp_path):
     assert {k: v for k, v in found.items() if "json" not in k} == {k: v for k, v in wanted.items() if "json" not in k}
 
 
-def test_a_panic_of_the_library_is_our_error_and_nothing_else(tmp_path, capfd):
+def test_a_panic_of_the_library_is_our_error_and_nothing_else(tmp_path, capfd, monkeypatch):
     raw = json.loads(train_tokenizer(tmp_path / "tokenizer.json").read_text())
     raw["model"]["continuing_subword_prefix"] = "##"
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")  # a machine where nothing can be written
     with pytest.raises(TokenizerError, match="is not a tokenizer.json the tokenizers library can load: slice index"):
         parse_tokenizer(json.dumps(raw), "t.json")
     assert capfd.readouterr() == ("", "")

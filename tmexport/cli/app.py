@@ -154,6 +154,8 @@ def _reason(error: BaseException) -> str:
     if any(isinstance(e, RuntimeError) and "can't start new thread" in str(e) for e in _with_causes(error)):
         return _THREADS
     if isinstance(error, OSError):
+        if "No usable temporary directory" in text:
+            return f"{str(error.strerror)[:1].lower()}{str(error.strerror)[1:]}; set TMPDIR to a folder that can be written"
         if error.filename is not None:
             return one_line(f"{os.fsdecode(error.filename)}: {error.strerror}")
         if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EBADF):

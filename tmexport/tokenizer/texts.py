@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tmexport.documents import is_text
 from tmexport.errors import TmexportError, UsageError
 from tmexport.gguf.names import model_metadata
 from tmexport.gguf.writer import PlannedTensor, write_gguf
@@ -57,6 +58,9 @@ def read_texts(path: Path) -> list[str]:
         raise UsageError(f'{path}: cannot be read as UTF-8 text, or as lines of {{"text": "..."}}: {error}') from None
     if not all(isinstance(text, str) for text in texts):
         raise UsageError(f'{path}: has a line whose "text" is no string')
+    for number, text in enumerate(texts, 1):
+        if not is_text(text):
+            raise UsageError(f"{path}: text {number} has half of a surrogate pair, which is no character")
     return texts
 
 

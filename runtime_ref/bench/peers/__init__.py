@@ -34,7 +34,7 @@ PRODUCTS = (1, 64)  # tokens of the product alone: decoding, and a chunk of a pr
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """What to compare. llama_python: a Python with llama-cpp-python; llama_bench: that program, of llama.cpp or a fork."""
+    """What to compare. depth: tokens read before those of the generation test; llama_python: a Python with llama-cpp-python; llama_bench: that program, of llama.cpp or a fork."""
 
     prompt: int = 128
     count: int = 64
@@ -43,6 +43,7 @@ class PeerSettings:
     profiles: Sequence[str] = ("exact", "fast")
     llama_python: str | None = None
     llama_bench: Path | None = None
+    depth: int = 0
 
 
 @dataclass
@@ -81,10 +82,11 @@ class Worker:
             raise TmexportError(f"{self.name}: {answer['refused']}")
         return answer
 
-    def measure(self, test: str, count: int, threads: int) -> Sample:
+    def measure(self, test: str, count: int, threads: int, depth: int = 0) -> Sample:
         """Raises TmexportError if the process ends."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"test": test, "count": count, "threads": threads}) + "\n")
+        asked = {"test": test, "count": count, "threads": threads, "depth": depth}
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return Sample(**self._answer())
 
@@ -107,10 +109,23 @@ class LlamaBench:
         self._program = program.absolute()
         self.measure("tg", 1, 1)
 
-    def measure(self, test: str, count: int, threads: int) -> Sample:
+    def measure(self, test: str, count: int, threads: int, depth: int = 0) -> Sample:
         """Raises TmexportError if it fails, or prints something else."""
         sizes = ["-p", str(count), "-n", "0"] if test == "pp" else ["-p", "0", "-n", str(count)]
-        command = [str(self._program), "-m", str(self._model), *sizes, "-t", str(threads), "-r", "1", "-o", "json"]
+        command = [
+            str(self._program),
+            "-m",
+            str(self._model),
+            *sizes,
+            "-d",
+            str(depth),
+            "-t",
+            str(threads),
+            "-r",
+            "1",
+            "-o",
+            "json",
+        ]
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
             row = json.loads(done.stdout)[0]
@@ -182,26 +197,32 @@ def compare_peers(
     problem = problem_of(path)
     macs, nbytes = multiply_adds(problem.gguf), token_bytes(problem.gguf)
     n, k = problem.codes.shape
-    tests = [("product", m, 1) for m in PRODUCTS]
-    tests += [
-        (t, c, number) for number in settings.threads for t, c in (("pp", settings.prompt), ("tg", settings.count))
-    ]
+    tests = [("product", m, 1, 0) for m in PRODUCTS]
+    texts = (("pp", settings.prompt, 0), ("tg", settings.count, settings.depth))
+    tests += [(t, c, number, depth) for number in settings.threads for t, c, depth in texts]
     people, missing = _participants(path, settings, log, on_progress)
     rows = []
     try:
-        for test, count, threads in tests:
+        for test, count, threads, depth in tests:
             samples: dict[str, list[Sample]] = {p.name: [] for p in people if test in p.tests}
             for number in range(settings.repeats):
                 for person in [p for p in people if p.name in samples]:
                     on_progress(f"{test}{count}, {threads} threads, {person.name}", 1)
-                    sample = person.measure(test, count, threads)
+                    sample = person.measure(test, count, threads, depth)
                     samples[person.name].append(sample)
-                    about = {"test": test, "count": count, "threads": threads, "round": number, "who": person.name}
+                    about = {
+                        "test": test,
+                        "count": count,
+                        "threads": threads,
+                        "depth": depth,
+                        "round": number,
+                        "who": person.name,
+                    }
                     _write(log, about | vars(sample))
             for who, values in samples.items():
                 work = count * (n * k if test == "product" else macs)
                 read = (values[0].nbytes or nbytes) if count == 1 or test == "tg" else None
-                rows.append(_row(test, count, threads, who, values, work, read))
+                rows.append(_row(test, count, threads, depth, who, values, work, read))
     finally:
         for person in people:
             person.close()
@@ -245,14 +266,14 @@ def _size(shape: Sequence[int]) -> int:
 
 
 def _row(
-    test: str, count: int, threads: int, who: str, samples: Sequence[Sample], work: int, nbytes: int | None
+    test: str, count: int, threads: int, depth: int, who: str, samples: Sequence[Sample], work: int, nbytes: int | None
 ) -> dict[str, Any]:
     rates = [count / sample.seconds for sample in samples]
     cpu = [sample.cpu_seconds for sample in samples if sample.cpu_seconds]
     seconds = count / median(rates)
     passes = count if test == "tg" else 1  # over the weights
     return {
-        "test": f"{test}{count}", "threads": threads, "who": who, "unit": "tokens/s", "median": median(rates),
+        "test": f"{test}{count}" + (f" @ d{depth}" if depth else ""), "threads": threads, "who": who, "unit": "tokens/s", "median": median(rates),
         "lowest": min(rates), "highest": max(rates), "median_by_cpu_time": count / median(cpu) if cpu and threads == 1 else None,
         "gmacs_per_thread": work / seconds / threads / 1e9,
         "gigabytes_per_thread": None if nbytes is None else nbytes * passes / seconds / threads / 1e9,

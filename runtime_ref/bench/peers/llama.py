@@ -51,6 +51,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "llama_batch_get_one": (_Batch, [c.c_void_p, c.c_int32]),
     "llama_decode": (c.c_int32, [c.c_void_p, _Batch]),
     "llama_synchronize": (None, [c.c_void_p]),
+    "llama_get_logits": (c.POINTER(c.c_float), [c.c_void_p]),
     "llama_print_system_info": (c.c_char_p, []),
     "ggml_init": (c.c_void_p, [_Room]),
     "ggml_new_tensor_2d": (c.c_void_p, [c.c_void_p, c.c_int, c.c_int64, c.c_int64]),
@@ -143,6 +144,22 @@ class Llama:
         if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(ids, len(tokens))):
             raise TmexportError("llama_decode failed")
         self._lib.llama_synchronize(self._context)
+
+    def logits(self, tokens: list[int], vocabulary: int) -> np.ndarray:
+        """fp32 [tokens, vocabulary] after each of at most BATCH tokens, from nothing.
+
+        Raises:
+            TmexportError: llama.cpp refuses.
+        """
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        ids, wanted = (c.c_int32 * len(tokens))(*tokens), (c.c_int8 * len(tokens))(*[1] * len(tokens))
+        batch = self._lib.llama_batch_get_one(ids, len(tokens))
+        batch.logits = c.cast(wanted, c.c_void_p)
+        if self._lib.llama_decode(self._context, batch):
+            raise TmexportError("llama_decode failed")
+        self._lib.llama_synchronize(self._context)
+        found = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (len(tokens), vocabulary))
+        return found.copy()
 
 
 class GgmlProduct:

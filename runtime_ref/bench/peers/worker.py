@@ -2,7 +2,7 @@
 
     python -m runtime_ref.bench.peers.worker MODEL.gguf {"kind": "tmexport", "profile": "fast"}
 
-Reads a JSON object a line, {"test": "pp" | "tg" | "product", "count": n, "threads": t}; answers {"seconds", "cpu_seconds"}, for a
+Reads a JSON object a line, {"test": "pp" | "tg" | "product", "count": n, "threads": t, "depth": tokens before}; answers {"seconds", "cpu_seconds"}, for a
 product also {"error", "nbytes"}. Its first line is {"tests": [...]}, or {"refused": why}. A library's own output goes to stderr.
 """
 
@@ -29,14 +29,16 @@ from tmexport.errors import TmexportError
 
 SHORTEST = 0.1  # seconds of a measurement of products
 Answer = dict[str, Any]
-Timed = Callable[[str, int, int], Answer]  # test, count, threads
+Timed = Callable[[str, int, int, int], Answer]  # test, count, threads, depth
 
 
 def _texts(start: Callable[[int], None], read: Callable[[list[int]], None], step: Callable[[int], None]) -> Timed:
     """pp and tg of a runtime: start(threads) forgets everything and reads a token; read a prompt; step by one token."""
 
-    def time_text(test: str, count: int, threads: int) -> Answer:
+    def time_text(test: str, count: int, threads: int, depth: int) -> Answer:
         start(threads)
+        if depth:
+            read([(17 * i) % 1000 for i in range(depth)])
         clock, cpu = time.perf_counter(), time.process_time()
         if test == "pp":
             read([(17 * i) % 1000 for i in range(count)])
@@ -52,7 +54,7 @@ def _products(problem: Problem, make: Callable[[Any], Product]) -> Timed:
     """Seconds of one product of `count` tokens, from as many as fill SHORTEST."""
     made: dict[int, tuple[Product, float, int]] = {}
 
-    def time_product(test: str, count: int, threads: int) -> Answer:
+    def time_product(test: str, count: int, threads: int, depth: int) -> Answer:
         if count not in made:
             x = problem.inputs(count)
             product = make(x)
@@ -103,7 +105,7 @@ def _drop(_: object) -> None:
     """What a measurement does with a result."""
 
 
-def tests_of(path: Path, about: dict[str, str]) -> dict[str, Callable[[str, int, int], Answer]]:
+def tests_of(path: Path, about: dict[str, str]) -> dict[str, Timed]:
     """The tests that a participant takes, by name.
 
     Raises:
@@ -139,7 +141,7 @@ def serve(path: Path, about: dict[str, str], answers: TextIO) -> None:
         say({"tests": list(tests)})
         for line in sys.stdin:
             wanted = json.loads(line)
-            say(tests[wanted["test"]](wanted["test"], wanted["count"], wanted["threads"]))
+            say(tests[wanted["test"]](wanted["test"], wanted["count"], wanted["threads"], wanted["depth"]))
     except (TmexportError, ImportError, OSError) as error:
         say({"refused": str(error)})
 

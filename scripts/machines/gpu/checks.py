@@ -1,0 +1,130 @@
+"""Whether a GPU computes what the CPU does, and how many tokens a second a recipe trains at."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.model import LanguageModel
+from qat.model.mamba2 import default_chunk
+from qat.model.ssd import chunked_scan, fused_kernel, fused_scan
+from qat.plan import config_of, make_plan
+from qat.quantizer import make_low_bit
+from qat.recipe import Recipe
+from qat.train.step import Step, freeze, make_optimizer
+from qat.train.teacher import Teacher
+from tmexport.model import mamba2_model
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def scan_inputs(time_steps: int, heads: int, width: int, groups: int, states: int) -> list[Tensor]:
+    """x, dt, A, B, C, D of a scan of two sequences, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    dt = torch.rand(2, time_steps, heads, generator=generator) * 0.1
+    a = -torch.rand(heads, generator=generator) * 8 - 1
+    b, c = draw(2, time_steps, groups, states), draw(2, time_steps, groups, states)
+    return [draw(2, time_steps, heads, width), dt, a, b, c, draw(heads)]
+
+
+def scan_errors(device: torch.device, time_steps: int = 512, heads: int = 18, width: int = 64) -> dict[str, float]:
+    """The relative error of every scan that this machine has, forward and of the gradient of x, against fp64 on the CPU."""
+    inputs = scan_inputs(time_steps, heads, width, heads // 2, 64)
+    exact = _scanned(chunked_scan, [tensor.double() for tensor in inputs], default_chunk(torch.device("cpu")))
+    here = [tensor.to(device) for tensor in inputs]
+    low = [tensor.bfloat16() if place in (0, 3, 4) else tensor for place, tensor in enumerate(here)]
+    chunk = default_chunk(device)
+    found = {"chunked fp32": _scanned(chunked_scan, here, chunk), "chunked bf16": _scanned(chunked_scan, low, chunk)}
+    if device.type == "cuda":
+        found["compiled bf16"] = _scanned(torch.compile(chunked_scan), low, chunk)
+        if fused_kernel() is not None:
+            found["mamba_ssm bf16"] = _scanned(fused_scan, low, chunk)
+    errors = {}
+    for name, tensors in found.items():
+        for part, value, wanted in zip(("forward", "gradient"), tensors, exact, strict=True):
+            distance = (value.double().cpu() - wanted).norm() / wanted.norm()
+            errors[f"{name}, {part}"] = distance.item()
+    return errors
+
+
+def _scanned(scan: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor], chunk: int) -> tuple[Tensor, Tensor]:
+    x = inputs[0].clone().requires_grad_(True)
+    y, _ = scan(x, *inputs[1:], chunk)
+    y.double().square().sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def model_error(device: torch.device) -> float:
+    """The relative error of a small model's logits against the same weights on the CPU, fp32."""
+    torch.manual_seed(0)
+    model = LanguageModel(mamba2_model(d_model=128, n_layer=3, vocab_size=512, d_state=32, headdim=32, n_groups=2))
+    ids = torch.arange(192)[None] * 7 % 512
+    with torch.no_grad():
+        wanted = model(ids)
+        found = model.to(device)(ids.to(device)).cpu()
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def speed_of_recipe(recipe: Recipe, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Tokens a second and memory of a recipe's own step with random weights, beside what its plan said."""
+    config = config_of(recipe)
+    torch.manual_seed(0)
+    with device:
+        teacher, student = LanguageModel(config).requires_grad_(False), LanguageModel(config)
+    student.load_state_dict(teacher.state_dict())
+    make_low_bit(student, recipe.weights, recipe.group_size)
+    plan = make_plan(recipe, config, "h100", True)
+    planned = {"planned_memory": plan.memory_total, "planned_tokens_per_second": plan.tokens / (3600 * plan.hours)}
+    return speed(student, teacher, recipe, device, seconds) | planned
+
+
+def speed(
+    student: LanguageModel, teacher: Teacher, recipe: Recipe, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Tokens a second of whole optimiser steps of `recipe` for about so long, after one that is not counted."""
+    freeze(student, recipe)
+    student.backbone.checkpoint_activations = recipe.checkpoint_activations
+    if recipe.compile:
+        for layer in student.backbone.layers:
+            layer.compile()
+    step, optimizer = Step(student, teacher, recipe), make_optimizer(student, recipe)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, student.vocab_size, (recipe.batch_size, recipe.seq_len + 1), device=device)
+    began, done = 0.0, 0
+    for count in itertools.count():
+        for part in ids.chunk(recipe.accumulate):
+            (step(part)[0] / recipe.accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronise(device)
+        now = time.monotonic()
+        if count == 0:
+            began = now
+        elif now - began > seconds:
+            done = count
+            break
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return {"tokens_per_second": done * recipe.tokens_per_step / (now - began), "memory": memory, "steps": done}
+
+
+def variants(recipe: Recipe, device: torch.device) -> dict[str, Recipe]:
+    """What of this machine is compared: the scan as it is, and compiled."""
+    own = "mamba_ssm" if device.type == "cuda" and fused_kernel() is not None else "chunked"
+    found = {own: replace(recipe, compile=False)}
+    return found | ({"compiled": replace(recipe, compile=True)} if device.type == "cuda" else {})
