@@ -3,7 +3,7 @@ output row. Rows are filled up to a multiple of 16 with zero codes and zero scal
 
 A file has the arrays of its kind (a NamedTuple), PACK (from a plain matrix, by its class) and, from the blocks of a GGUF tensor without decoding
 to one byte a weight, CODES and VALUES (by GGUF type). The blocks are checked on the way as `tmexport.types` checks them, some rows
-at a time, by numpy: compiled loops are no faster, and would have to be compiled before the first token.
+at a time, by numpy: compiled loops are faster for TQ2_0 and Q8_0, but would have to be compiled before the first token.
 `kernels.kinds` puts the files together.
 """
 
