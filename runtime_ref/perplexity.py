@@ -73,7 +73,8 @@ def perplexity(
     model = Model.load(model_path, profile, threads)
     with progress_bar("tokenising", sum(map(len, texts)), unit="characters") as bar:
         documents = list(encode_documents(texts, tokenizer.encode_all, end_of_text(model, tokenizer), bar.advance))
-    compile_kernels(model)
+    if any(d.scored for d in documents):  # else there is nothing to compile for
+        compile_kernels(model)
     with progress_bar("scoring", sum(d.scored for d in documents), unit="tokens") as bar:
         score = score_documents(documents, lambda ids: score_tokens(model, ids, bar.advance))
     if as_json:
