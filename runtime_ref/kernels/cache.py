@@ -36,6 +36,7 @@ from numba.core.serialize import dumps
 _MAGIC = b"runtime_ref kernel 1\n"
 _ROOM = 32 << 20  # bytes that must be free: the kernels of a model are some megabytes
 _PACKAGE = Path(__file__).parent
+_PRESETS = _PACKAGE.parent / "arithmetic.py"  # its constants are compiled in
 
 
 def cached(about: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -56,7 +57,7 @@ def cached(about: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..
 def source_digest() -> int:
     """A digest of the kernels' source, part of every file's name: Numba itself looks at one file at a time only."""
     digest = hashlib.sha256()
-    for path in (*sorted(_PACKAGE.rglob("*.py")), _PACKAGE.parent / "arithmetic.py"):  # its constants are compiled in
+    for path in (*sorted(_PACKAGE.rglob("*.py")), _PRESETS):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:7], "little")
 
