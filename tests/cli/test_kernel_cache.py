@@ -234,7 +234,7 @@ def test_generate_on_a_read_only_machine_with_a_damaged_cache(tmp_path):
         shutil.copytree(ROOT / package, tmp_path / "site" / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tmp").mkdir()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "XDG_"))}
-    environment |= {"HOME": "/nonexistent", "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    environment |= {"HOME": "/dev/null/home", "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     command = [sys.executable, "-m", "runtime_ref.generate", "--prompt", "River", "-n", "2", "--threads", "1", "--json"]
 
     def run():
