@@ -108,7 +108,7 @@ def test_in_a_temporary_folder_without_a_home(machine):
     assert f"are kept in {machine.place / 'tmp'}" in found["said"][0]
     assert machine.kernels() == ["tmp"]
     assert machine.run()["hits"] == 1
-    machine.environment["HOME"] = "/nonexistent"
+    machine.environment["HOME"] = "/dev/null/home"
     assert machine.run()["hits"] == 1
 
 
