@@ -106,6 +106,8 @@ def test_a_panic_of_the_library_is_our_error_and_nothing_else(tmp_path, capfd, m
     raw["model"]["continuing_subword_prefix"] = "##"
     with monkeypatch.context() as machine:
         machine.setattr("tempfile.tempdir", "/no-such-folder")  # nothing can be written
-        with pytest.raises(TokenizerError, match="is not a tokenizer.json the tokenizers library can load: slice index"):
+        with pytest.raises(
+            TokenizerError, match="is not a tokenizer.json the tokenizers library can load: slice index"
+        ):
             parse_tokenizer(json.dumps(raw), "t.json")
     assert capfd.readouterr() == ("", "")
