@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.cli import bench
 from runtime_ref.bench.peers.llama import library_of
 from runtime_ref.bench.peers.products import by_ggml, by_kernels, by_onnxruntime, problem_of
@@ -73,7 +74,8 @@ def test_rows_follow_from_the_log(ran):
 def test_rounds_alternate(ran):
     _, measured = ran
     texts = [m["who"] for m in measured if m["test"] == "tg"]
-    assert texts == ["tmexport exact", "tmexport fast", "xllamacpp"] * 2 or "llama-cpp-python" in texts
+    ours = [f"tmexport {profile}" for profile in PRESETS]
+    assert texts == [*ours, "xllamacpp"] * 2 or "llama-cpp-python" in texts
 
 
 def test_products_are_products(gguf):

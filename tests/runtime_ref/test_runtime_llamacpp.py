@@ -33,7 +33,7 @@ def test_fast_agrees_with_llamacpp(tmp_path, kind, group_size):
 
     model = ReferenceModel(load_weights(gguf_source(path)), "fast")
     state = model.new_state()
-    for arrays in state:
+    for arrays in state.branches:
         arrays["ssm"] = arrays["ssm"].astype(np.float32)
     for token in prompt:
         logits = model.step(state, token)

@@ -13,11 +13,9 @@ from tests.llama import Llama
 from tests.models import train_tokenizer
 from tests.tmexport.families import FAMILIES, save
 from tmexport.checkpoint import open_checkpoint
-from tmexport.errors import UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.names import config_from_metadata
 from tmexport.gguf.reader import open_gguf
-from tmexport.onnx.graph import build_graph
 from tmexport.verify import verify_gguf
 
 PROMPTS = ("Fellow citizens of the Senate", "The war", "Our commerce with", "In the year 1861 the", "peace and")
@@ -167,13 +165,6 @@ def test_auto_chooses_tensor_by_tensor_and_says_why(saved, tmp_path):
     assert plan.metadata["tmexport.group_size"] == 64
     assert plan.metadata["tmexport.group_size.ssm_out.weight"] == 128
     assert "tmexport.group_size.ffn_down.weight" not in plan.metadata
-
-
-def test_onnx_says_what_it_has_not(saved, tmp_path):
-    for name in ("llama", "granite", "falcon"):
-        make("rtn", saved[name][0], tmp_path / name)
-        with pytest.raises(UsageError, match="the model has (attention|swiglu) layers, which ONNX has not yet"):
-            build_graph(open_checkpoint(tmp_path / name))
 
 
 def test_the_config_that_a_file_says_makes_the_same_config_json(saved):
