@@ -30,11 +30,10 @@ class DenseMatrix(Matrix):
         return UNROUNDED
 
 
-def _half(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> DenseMatrix:
-    return DenseMatrix(np.ascontiguousarray(blocks).view(np.float16))
-
-
-def _float(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> DenseMatrix:
+def read(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> DenseMatrix:
+    """A tensor's values: fp16 as it lies, other types in fp32."""
+    if kind is GGMLType.F16:
+        return DenseMatrix(np.ascontiguousarray(blocks).view(np.float16))
     return DenseMatrix(decode_values(blocks, kind, k, name))
 
 
@@ -44,9 +43,5 @@ def activation_block(kind: GGMLType, group: int | None, activations: Activations
 
 
 CODES: dict[GGMLType, Reader] = {}
-VALUES: dict[GGMLType, Reader] = {
-    GGMLType.F16: _half,
-    GGMLType.F32: _float,
-    GGMLType.BF16: _float,
-    GGMLType.Q4_1: _float,  # read, not made to be run: export it as int4 or int8
-}
+# Q4_1 is read, not made to be run: export it as int4 or int8.
+VALUES: dict[GGMLType, Reader] = dict.fromkeys((GGMLType.F16, GGMLType.F32, GGMLType.BF16, GGMLType.Q4_1), read)

@@ -75,7 +75,7 @@ def bad_scales(scales: np.ndarray) -> np.ndarray:
 
     Subnormal scales would lose bits silently on hardware that flushes them.
     """
-    bits = scales.view(np.uint16)
+    bits = scales.view(np.uint16)  # of numbers, or given as such bits
     return (bits != 0) & ((bits < SCALE_BITS) | (bits >= INFINITE_BITS))
 
 

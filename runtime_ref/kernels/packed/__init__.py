@@ -91,16 +91,6 @@ def blank(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return array
 
 
-_FIELDS = {
-    GGMLType.TQ1_0: np.dtype([("q", "<u4", 13), ("d", "<u2")]),
-    GGMLType.TQ2_0: np.dtype([("q", "<u4", 16), ("d", "<u2")]),
-    GGMLType.Q2_0: np.dtype([("d", "<u2"), ("q", "<u4", 4)]),
-    GGMLType.Q1_0: np.dtype([("d", "<u2"), ("q", "u1", 16)]),
-    GGMLType.Q4_0: np.dtype([("d", "<u2"), ("q", "<u4", 4)]),
-    GGMLType.Q8_0: np.dtype([("d", "<u2"), ("q", "<u4", 8)]),
-}
-
-
 class Blocks(NamedTuple):
     """Of some rows: data uint32 or uint8 [rows, blocks, numbers of a block], scales' bits uint16 [blocks, rows]."""
 
@@ -112,11 +102,11 @@ class Blocks(NamedTuple):
         return np.ascontiguousarray(self.data.transpose(2, 1, 0))
 
 
-def parts(blocks: np.ndarray, kind: GGMLType) -> Iterator[tuple[int, Blocks]]:
-    """Some rows at a time, few enough for the processor's cache, and the number of the first one."""
+def parts(blocks: np.ndarray, fields: np.dtype) -> Iterator[tuple[int, Blocks]]:
+    """Some rows at a time, few enough for the processor's cache, and the number of the first one; fields: d and q of a block."""
     rows = max(1, _PART // (ROWS * max(1, blocks.shape[1]))) * ROWS
     for at in range(0, len(blocks), rows):
-        part = blocks[at : at + rows].view(_FIELDS[kind])
+        part = blocks[at : at + rows].view(fields)
         yield at, Blocks(part["q"], np.ascontiguousarray(part["d"].T))
 
 

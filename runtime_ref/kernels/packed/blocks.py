@@ -15,6 +15,7 @@ from runtime_ref.reference.blocks import BlockMatrix
 from tmexport.types import GGMLType
 
 _NIBBLES = np.uint32(0x0F0F0F0F)
+_Q8, _Q4 = np.dtype([("d", "<u2"), ("q", "<u4", 8)]), np.dtype([("d", "<u2"), ("q", "<u4", 4)])
 
 
 class PackedQ8(NamedTuple):
@@ -61,7 +62,7 @@ def pack(matrix: BlockMatrix) -> PackedQ8 | PackedQ4:
 def _q8(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedQ8:
     tiles = -(-len(blocks) // ROWS)
     codes, scales = blank((tiles, k // 4, ROWS), np.uint32), np.zeros((tiles, k // 32, ROWS), np.uint16)
-    for at, part in parts(blocks, kind):
+    for at, part in parts(blocks, _Q8):
         put(part.data.transpose(2, 1, 0), at, codes)
         put(part.scales[None], at, scales)
     finite(scales, name)
@@ -72,7 +73,7 @@ def _q4(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str
     tiles = -(-len(blocks) // ROWS)
     codes, scales = blank((tiles, k // 8, ROWS), np.uint32), np.zeros((tiles, k // 32, ROWS), np.uint16)
     codes[-1] = 0x88888888
-    for at, part in parts(blocks, kind):
+    for at, part in parts(blocks, _Q4):
         w = part.turned()  # low nibbles: columns 0..15, high ones: 16..31
         low = (w[::2] & _NIBBLES) | (w[1::2] & _NIBBLES) << np.uint32(4)
         high = (w[::2] >> np.uint32(4) & _NIBBLES) | (w[1::2] & ~_NIBBLES)

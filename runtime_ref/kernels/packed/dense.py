@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime_ref.kernels.packed import Reader, Wanted, finite
+from runtime_ref.reference import dense
 from runtime_ref.reference.dense import DenseMatrix
-from tmexport.types import GGMLType, decode_values
+from tmexport.types import GGMLType
 
 
 class PackedHalf(NamedTuple):
@@ -43,24 +44,14 @@ def pack(matrix: DenseMatrix) -> PackedHalf | PackedFloat:
     return PackedHalf(filled.view(np.uint16)) if filled.dtype == np.float16 else PackedFloat(filled)
 
 
-def _half(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedHalf:
-    half = np.zeros((len(blocks), _sixteens(k)), np.uint16)
-    half[:, :k] = blocks.view(np.uint16)
-    finite(half, name)
-    return PackedHalf(half)
-
-
-def _float(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedFloat:
-    values = np.zeros((len(blocks), _sixteens(k)), np.float32)
-    values[:, :k] = decode_values(blocks, kind, k, name)
-    return PackedFloat(values)
+def _read(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedHalf | PackedFloat:
+    """What the specification reads, in this layout."""
+    packed = pack(dense.read(blocks, kind, k, group, name))
+    if isinstance(packed, PackedHalf):
+        finite(packed.values, name)
+    return packed
 
 
 PACK = {DenseMatrix: pack}
 CODES: dict[GGMLType, Reader] = {}
-VALUES: dict[GGMLType, Reader] = {
-    GGMLType.F16: _half,
-    GGMLType.F32: _float,
-    GGMLType.BF16: _float,
-    GGMLType.Q4_1: _float,  # read, not made to be run: export it as int4 or int8
-}
+VALUES: dict[GGMLType, Reader] = dict.fromkeys(dense.VALUES, _read)

@@ -15,7 +15,7 @@ from runtime_ref.kernels.packed import ROWS, Blocks, Reader, Wanted, blank, fill
 from runtime_ref.reference.ternary import TernaryMatrix
 from tmexport.errors import GGUFError
 from tmexport.types import GGMLType, decode_codes
-from tmexport.types.base import INFINITE_BITS, SCALE_BITS
+from tmexport.types.base import bad_scales
 
 _NIBBLES, _LOW_BITS = np.uint32(0x0F0F0F0F), np.uint32(0x55555555)
 # dwords uint32 [of a block, blocks, rows], and whether all codes are valid
@@ -48,14 +48,17 @@ def pack(matrix: TernaryMatrix) -> PackedTernary:
     return PackedTernary(np.ascontiguousarray(packed.transpose(0, 2, 1, 3)), tiled(matrix.scales))
 
 
-def _reader(words: Words) -> Reader:
+def _reader(words: Words, *fields: tuple[str, str] | tuple[str, str, int]) -> Reader:
+    """fields: of a block, its scale d and its numbers q."""
+    block = np.dtype(list(fields))
+
     def read(blocks: np.ndarray, kind: GGMLType, k: int, group: int | None, name: str) -> PackedTernary:
         assert group is not None
         tiles = -(-len(blocks) // ROWS)
         codes = blank((tiles, k // 16, ROWS), np.uint32)
         codes[-1] = 0x55555555  # rows beyond the last: code 0
         scales = np.zeros((tiles, k // group, ROWS), np.uint16)
-        if not all([_put_rows(part, words, at, codes, scales) for at, part in parts(blocks, kind)]):
+        if not all([_put_rows(part, words, at, codes, scales) for at, part in parts(blocks, block)]):
             found, _ = decode_codes(blocks, kind, k, name)  # says which row and block
             if np.abs(found).max(initial=0) > 1:
                 raise GGUFError(
@@ -73,8 +76,7 @@ def _put_rows(blocks: Blocks, words: Words, at: int, codes: np.ndarray, scales: 
     put(found, at, codes)
     bits = blocks.scales.reshape(scales.shape[1], -1, blocks.scales.shape[1])  # [groups, blocks of a group, rows]
     put(bits[None, :, 0], at, scales)
-    allowed = (bits == 0) | ((bits >= SCALE_BITS) & (bits < INFINITE_BITS))  # `types.base.bad_scales`
-    return bool(ok and allowed.all() and (bits == bits[:, :1]).all())
+    return bool(ok and not bad_scales(bits).any() and (bits == bits[:, :1]).all())
 
 
 def _swap(high: np.ndarray, low: np.ndarray, distance: int, mask: int) -> None:
@@ -163,10 +165,10 @@ _SIGNS = _signs()
 
 PACK = {TernaryMatrix: pack}
 CODES = {
-    GGMLType.TQ1_0: _reader(_tq1),
-    GGMLType.TQ2_0: _reader(_tq2),
-    GGMLType.Q2_0: _reader(_q2),
-    GGMLType.Q1_0: _reader(_q1),
-    GGMLType.Q4_0: _reader(_q4_ternary),
+    GGMLType.TQ1_0: _reader(_tq1, ("q", "<u4", 13), ("d", "<u2")),
+    GGMLType.TQ2_0: _reader(_tq2, ("q", "<u4", 16), ("d", "<u2")),
+    GGMLType.Q2_0: _reader(_q2, ("d", "<u2"), ("q", "<u4", 4)),
+    GGMLType.Q1_0: _reader(_q1, ("d", "<u2"), ("q", "u1", 16)),
+    GGMLType.Q4_0: _reader(_q4_ternary, ("d", "<u2"), ("q", "<u4", 4)),
 }
 VALUES: dict[GGMLType, Reader] = {}
