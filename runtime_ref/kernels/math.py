@@ -6,7 +6,18 @@ import numpy as np
 
 from runtime_ref.kernels.compiled import kernel
 from runtime_ref.kernels.intrinsics import bits_float, float_bits
-from runtime_ref.kernels.vector import bits, clamp_above, clamp_below, floats, shift_left, splat
+from runtime_ref.kernels.vector import (
+    bits,
+    both,
+    clamp_above,
+    clamp_below,
+    floats,
+    larger,
+    largest,
+    load,
+    shift_left,
+    splat,
+)
 
 # ruff: noqa: ANN001, ANN201 - compiled functions, typed by Numba
 
@@ -35,6 +46,16 @@ L0, L1, L2, L3, L4, L5, L6, L7, L8 = (
     )
 )
 BIAS, MANTISSA = np.int32(127), np.int32(23)
+NO_BITS, ABS_BITS = np.int32(0), np.int32(0x7FFFFFFF)
+
+
+@kernel
+def largest_bits(row, first, end):
+    """The bit pattern of the largest |x| of row[first:end] fp32, whole vectors of 16; NaN counts as the largest."""
+    top = splat(NO_BITS)
+    for i in range(first, end, 16):
+        top = larger(top, both(bits(load(row, i)), splat(ABS_BITS)))
+    return largest(top)
 
 
 @kernel

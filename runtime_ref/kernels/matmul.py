@@ -10,12 +10,9 @@ import numpy as np
 from runtime_ref.kernels.compiled import kernel, overload
 from runtime_ref.kernels.intrinsics import bits_float
 from runtime_ref.kernels.kinds import EMBEDDINGS, PRODUCTS, UNQUANTISED
-from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, ZERO
+from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, NO_BITS, ZERO, largest_bits
 from runtime_ref.kernels.vector import (
     bits,
-    both,
-    larger,
-    largest,
     load,
     shift_left,
     shift_right,
@@ -28,9 +25,8 @@ from runtime_ref.kernels.vector import (
 
 TINY_BITS = np.int32(0x0D800000)  # 2**-100
 INFINITE_BITS = np.int32(0x7F800000)
-ABS_BITS = np.int32(0x7FFFFFFF)
 NAN = np.float32(np.nan)
-NO_BITS, EIGHT, ROUND = np.int32(0), np.int32(8), np.int32(128)
+EIGHT, ROUND = np.int32(8), np.int32(128)
 
 
 @kernel
@@ -39,10 +35,7 @@ def quantize_row(levels, s, r, k, block):
     wide, q_row, high_row, low_row = s.wide[r], s.q[r], s.high[r], s.low[r]
     for b in range(k // block):
         first = b * block
-        top = splat(NO_BITS)
-        for i in range(first, first + block, 16):
-            top = larger(top, both(bits(load(wide, i)), splat(ABS_BITS)))
-        amax_bits = largest(top)
+        amax_bits = largest_bits(wide, first, first + block)
         inverse, scale = ZERO, ZERO
         if amax_bits >= INFINITE_BITS:
             scale = NAN

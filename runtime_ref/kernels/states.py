@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from runtime_ref.arithmetic import LEVELS, PER_LEVEL, REFRESH, TINY, Fp16, Fp32, Int8Rows
 from runtime_ref.kernels.compiled import overload
 from runtime_ref.kernels.intrinsics import bits_float
-from runtime_ref.kernels.math import MAGIC, MAGIC_BITS, vector_exp
+from runtime_ref.kernels.math import ABS_BITS, MAGIC, MAGIC_BITS, largest_bits, vector_exp
 from runtime_ref.kernels.tiles import F32, HALF, I8, I32, Code, V
 from runtime_ref.kernels.vector import F32 as VECTOR
 from runtime_ref.kernels.vector import (
@@ -24,8 +24,6 @@ from runtime_ref.kernels.vector import (
     both,
     clamp_above,
     floats,
-    larger,
-    largest,
     load,
     peek,
     poke,
@@ -36,15 +34,10 @@ from runtime_ref.kernels.vector import (
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 _INTS, _FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
-ZERO, ONE, NO_BITS = np.float32(0.0), np.float32(1.0), np.int32(0)
-ABS_BITS = np.int32(0x7FFFFFFF)
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
 AREA = 4 * 64  # bytes: what 16 rows need between the functions below, four vectors
-UNIT, OLD, INVERSE, TOP = (
-    0,
-    64,
-    128,
-    192,
-)  # where in it: the rows' unit, the one before, the new one's inverse, the largest code
+# Where in it: the rows' unit, the one before, the new one's inverse, the largest code.
+UNIT, OLD, INVERSE, TOP = 0, 64, 128, 192
 
 
 @dataclass(frozen=True)
@@ -257,13 +250,7 @@ def _top_of(kept_as, row, start, count):
     if kept_as.instance_class is not Int8Rows:
         return lambda kept_as, row, start, count: ZERO
 
-    def largest_size(kept_as, row, start, count):
-        top = splat(NO_BITS)
-        for i in range(start, start + count, LANES):
-            top = larger(top, both(bits(load(row, i)), splat(ABS_BITS)))
-        return bits_float(largest(top))
-
-    return largest_size
+    return lambda kept_as, row, start, count: bits_float(largest_bits(row, start, start + count))
 
 
 def slowest_of(kept_as, dt, rates, base):
