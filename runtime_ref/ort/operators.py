@@ -24,7 +24,7 @@ from runtime_ref.kernels.packed import Packed
 from runtime_ref.kernels.packed.dense import PackedFloat
 from runtime_ref.kernels.scratch import CHUNK, Room, Scratch, activations, allocate
 from runtime_ref.kernels.vector import address
-from runtime_ref.reference.functions import exp, sum16
+from runtime_ref.reference.attention import attend
 from tmexport.errors import UsageError
 from tmexport.types import GGMLType
 
@@ -169,19 +169,12 @@ def causal_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale:
     q fp32 [B, T, H * D], keys and values [B, G, S, D] -> [B, T, H * D]; query t sees the first S - T + t + 1 positions.
     """
     batch, time = q.shape[:2]
-    groups, positions, width = keys.shape[1:]
+    positions, width = keys.shape[2:]
     out = np.empty_like(q)
     with np.errstate(over="ignore", invalid="ignore"):
         for b, t in np.ndindex(batch, time):
             seen = positions - time + t + 1
-            heads = q[b, t].reshape(groups, -1, 1, width)
-            score = sum16(heads * keys[b, :, None, :seen]) * scale
-            e = exp(score - score.max(axis=-1, keepdims=True))
-            p = e / sum16(e)[..., None]
-            total = np.zeros((groups, heads.shape[1], width), np.float32)
-            for position in range(seen):
-                total = total + p[:, :, position, None] * values[b, :, None, position]
-            out[b, t] = total.reshape(-1)
+            out[b, t] = attend(q[b, t].reshape(-1, width), keys[b, :, :seen], values[b, :, :seen], scale).reshape(-1)
     return out
 
 

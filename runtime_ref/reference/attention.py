@@ -18,6 +18,18 @@ def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: np.float32) -> np.ndarray:
+    """What H heads q [H, D] read of keys and values [G, T, D], H / G heads of the same: [H, D]. Each head sums by itself."""
+    groups, _, width = keys.shape
+    score = sum16(q.reshape(groups, -1, 1, width) * keys[:, None]) * scale
+    e = exp(score - score.max(axis=-1, keepdims=True))
+    p = e / sum16(e)[..., None]
+    total = np.zeros((*p.shape[:2], width), np.float32)
+    for position in range(p.shape[-1]):
+        total = total + p[:, :, position, None] * values[:, None, position]
+    return total.reshape(-1, width)
+
+
 def mix(
     weights: BranchWeights, x: np.ndarray, state: dict[str, np.ndarray], preset: Preset, eps: float, position: int
 ) -> np.ndarray:
@@ -39,14 +51,6 @@ def mix(
         state[name] = stored
     keys, values = (preset.cache.read(state[name]) for name in ("k", "v"))
 
-    out, shared = np.empty_like(q), c.n_heads // c.n_kv_heads
-    for head in range(c.n_heads):
-        score = sum16(q[head] * keys[:, head // shared]) * np.float32(c.scale)
-        e = exp(score - score.max())
-        p = e / sum16(e)
-        total = np.zeros(c.head_dim, np.float32)
-        for position in range(len(p)):
-            total = total + p[position] * values[position, head // shared]
-        out[head] = total
+    out = attend(q, keys.transpose(1, 0, 2), values.transpose(1, 0, 2), np.float32(c.scale))
     y = matmul(m["o_proj"], out.reshape(-1), preset.activations)
     return y + v["o_bias"] if c.bias else y
