@@ -112,13 +112,13 @@ class LlamaBench:
     def measure(self, test: str, count: int, threads: int, depth: int = 0) -> Sample:
         """Raises TmexportError if it fails, or prints something else."""
         sizes = ["-p", str(count), "-n", "0"] if test == "pp" else ["-p", "0", "-n", str(count)]
+        deep = ("-d", str(depth)) if depth else ()  # which not every fork has
         command = [
             str(self._program),
             "-m",
             str(self._model),
             *sizes,
-            "-d",
-            str(depth),
+            *deep,
             "-t",
             str(threads),
             "-r",
@@ -210,14 +210,7 @@ def compare_peers(
                     on_progress(f"{test}{count}, {threads} threads, {person.name}", 1)
                     sample = person.measure(test, count, threads, depth)
                     samples[person.name].append(sample)
-                    about = {
-                        "test": test,
-                        "count": count,
-                        "threads": threads,
-                        "depth": depth,
-                        "round": number,
-                        "who": person.name,
-                    }
+                    about = {"test": test, "count": count, "threads": threads, "depth": depth, "round": number, "who": person.name}  # fmt: skip
                     _write(log, about | vars(sample))
             for who, values in samples.items():
                 work = count * (n * k if test == "product" else macs)
