@@ -90,9 +90,14 @@ class State:
         own = {n: self._resized(n, positions) if n in self.growing else a.copy() for n, a in self.arrays.items()}
         return replace(self, arrays=own, extent=Extent(self.tokens))
 
+    def shape_of(self, name: str, positions: int) -> tuple[int, ...]:
+        """Of an array, where those that grow have room for so many positions."""
+        shape = self.arrays[name].shape
+        return (shape[0], positions, *shape[2:]) if name in self.growing else shape
+
     def _resized(self, name: str, positions: int) -> np.ndarray:
         array = self.arrays[name]
-        room = np.zeros((array.shape[0], positions, *array.shape[2:]), array.dtype)
+        room = np.zeros(self.shape_of(name, positions), array.dtype)
         used = min(positions, self.tokens)
         room[:, :used] = array[:, :used]
         return room
@@ -166,9 +171,7 @@ class State:
         if type(tokens) is not int or not 0 <= tokens < 2**40:
             raise StateError(f"{path}: the token count is {tokens!r}; expected a whole number")
         for name, want in like.arrays.items():
-            array, shape = arrays[name], want.shape
-            if name in like.growing:
-                shape = (shape[0], tokens, *shape[2:])
+            array, shape = arrays[name], like.shape_of(name, tokens)
             if array.shape != shape or array.dtype != want.dtype:
                 raise StateError(
                     f"{path}: {name} is {array.dtype} {list(array.shape)}; expected {want.dtype} {list(shape)}"

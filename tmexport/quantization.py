@@ -6,7 +6,7 @@ Version 1 (quant_method "ternary") has every projection of the blocks ternary, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,11 @@ def projections_of(model: Model, choice: str) -> dict[str, str]:
     return {name: role for name, role in roles.items() if role in wanted}
 
 
+def fitting_group(sizes: Iterable[int], length: int) -> int:
+    """The first of these group sizes that divides rows of this length; 0: none does."""
+    return next((size for size in sizes if length % size == 0), 0)
+
+
 def group_for(kind: str, group_size: int | None, name: str, length: int) -> int:
     """The group size for a matrix with rows of this length; None: the kind's widest that divides them.
 
@@ -66,9 +71,8 @@ def group_for(kind: str, group_size: int | None, name: str, length: int) -> int:
     if group_size is not None and group_size not in sizes:
         raise UsageError(f"{kind} weights in groups of {group_size} are not supported; expected {in_words(sizes)}")
     tried = sizes if group_size is None else (group_size,)
-    for size in tried:
-        if length % size == 0:
-            return size
+    if size := fitting_group(tried, length):
+        return size
     raise UsageError(
         f"group size {in_words(tried)} does not fit rows of {length} ({name}); expected {in_words(sizes)}, and a divisor"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from tmexport.model import Block, Model
 from tmexport.model.branches.attention import Attention
 from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.model.branches.mlp import SwiGLU
+from tmexport.quantization import fitting_group
 from tmexport.types import KINDS
 
 D_CONV = 4
@@ -134,7 +136,7 @@ def cost_of(teacher: Model, hybrid: Model, kept: Collection[int], accelerator: s
         tuple(sorted(kept)),
         _parameters(hybrid),
         _parameters(teacher),
-        {role: _widest_group(length) for role, length in rows.items()},
+        {role: fitting_group(KINDS["ternary"].group_sizes, length) for role, length in rows.items()},
         4 * _state_size(hybrid, grows=False),
         2 * _STATED_POSITIONS * _state_size(hybrid, grows=True),
         2 * _STATED_POSITIONS * _state_size(teacher, grows=True),
@@ -143,18 +145,8 @@ def cost_of(teacher: Model, hybrid: Model, kept: Collection[int], accelerator: s
     )
 
 
-def _widest_group(length: int) -> int:
-    return next((size for size in KINDS["ternary"].group_sizes if length % size == 0), 0)
-
-
 def _parameters(model: Model) -> int:
-    total = 0
-    for tensor in model.tensors.values():
-        size = 1
-        for length in tensor.shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(tensor.shape) for tensor in model.tensors.values())
 
 
 def _state_size(model: Model, grows: bool) -> int:

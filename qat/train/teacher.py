@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from hashlib import file_digest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tmexport.evidence import file_digest
 from tmexport.gguf.importing import import_gguf
 
 
@@ -52,8 +52,7 @@ def teacher_folder(path: Path, cache: Path) -> Path:
     """
     if path.suffix != ".gguf" or not path.is_file():
         return path
-    with open(path, "rb") as file:
-        folder = cache / f"teacher-{file_digest(file, 'sha256').hexdigest()[:16]}"
+    folder = cache / f"teacher-{file_digest(path)[:16]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache, prefix=".importing-") as beside:

@@ -239,10 +239,8 @@ def read_snapshot(path: Path, key: str, length: int, blank: _Entry) -> _Entry:
         OSError: it cannot be read.
         ValueError: it is damaged, or another snapshot's.
     """
-    like, arrays = blank.state, {}
-    for name, array in like.arrays.items():
-        shape = (array.shape[0], length, *array.shape[2:]) if name in like.growing else array.shape
-        arrays[name] = np.empty(shape, array.dtype)
+    like = blank.state
+    arrays = {name: np.empty(like.shape_of(name, length), array.dtype) for name, array in like.arrays.items()}
     state = replace(like, arrays=arrays, tokens=length, extent=Extent(length))
     entry = _Entry(length, state, np.empty_like(blank.logits))
     header, digest = _header(key, entry), hashlib.sha256()
