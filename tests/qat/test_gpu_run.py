@@ -18,6 +18,12 @@ from tmexport.model import llama_model
 from tmexport.safetensors_io import index_safetensors
 
 
+MIXED = {
+    "model.layers.1.mamba.in_proj.weight": "ternary",
+    "model.layers.0.shared_mlp.input_linear.weight": "int4",
+}
+
+
 @pytest.mark.slow
 def test_dry_run(tokenizer_path, tmp_path):
     torch.manual_seed(0)
@@ -28,18 +34,33 @@ def test_dry_run(tokenizer_path, tmp_path):
     assert split(tmp_path / "t.gguf", tmp_path / "parts", 70_000) > 1
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[align]\nsteps = 3\nrefit_tokens = 64\n[distill]\nsteps = 2\n[ternary]\nsteps = 2\n")
-    args = ["--parts", tmp_path / "parts", "--work", tmp_path / "work", "--minutes", 5, "--seconds", 0.05]
-    result = invoke(run.main, *args, "--out", tmp_path / "out", "--keep", "0,", "--tiny", "--recipe", recipe)
+    (tmp_path / "prompts.jsonl").write_text('{"text": "Who?"}\n{"text": "What is the Union?"}\n')
+    args = ["--parts", tmp_path / "parts", "--work", tmp_path / "work", "--minutes", 3, "--seconds", 0.05]
+    args += ["--keep", "0,", "--tiny", "--recipe", recipe, "--prompts", tmp_path / "prompts.jsonl"]
+    parts = ["--only", "checks", "--only", "probe", "--only", "speeds", "--only", "chain", "--only", "controls"]
+    result = invoke(run.main, *args, *parts, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert log == json.loads(result.stdout)
     assert log["checks"]["chunked fp32, forward"] < 1e-4 < log["checks"]["chunked bf16, forward"] < 3e-2
     assert log["checks"]["model fp32"] == 0.0  # here the device is the CPU
     assert all(log[f"{name}, chunked"]["tokens_per_second"] > 0 for name in run.RECIPES)
-    assert [log[stage]["stopped_by"] for stage in ("align", "distill", "ternary")] == ["steps"] * 3
+    assert all(log[f"probe {stage}, chunked"]["tokens_per_second"] > 0 for stage in ("align", "distill", "ternary"))
+    stages = ("align", "distill", "mixers", "ternary", "control-ternary", "control-text")
+    assert [log[stage]["stopped_by"] for stage in stages] == ["steps"] * 6
+    assert log["judged"] == [0] * 7
+    judged = json.loads((tmp_path / "out" / "judged-ternary.json").read_text())["ternary"]
+    assert judged["windows"] == pytest.approx(judged["documents"], rel=0.02)
+    assert len(judged["answers"]) == 50
+    assert json.loads((tmp_path / "out" / "judged-mixers-int4.json").read_text()).keys() == {"mixers", "mixers-int4"}
+    kinds = {tensor: open_checkpoint(tmp_path / "work" / "mixers-int4").kind(tensor) for tensor in MIXED}
+    assert kinds == MIXED
+    texts = [json.loads(line)["text"] for line in (tmp_path / "work" / "written.jsonl").read_text().splitlines()]
+    assert len(texts) == log["written"]["texts"]
+    assert all("Who?" in text or "Union" in text for text in texts)
     packed = {}
-    for name in log["files"]:
-        packed |= load_file(tmp_path / "out" / name)
+    for name in log["ternary files"]:
+        packed |= load_file(tmp_path / "work" / "packed" / name)
     stored = index_safetensors(tmp_path / "work" / "ternary" / "model.safetensors")
     assert set(stored) - set(packed) == {"model.embed_tokens.weight"}
     codes = [name for name in packed if name.endswith(".codes")]
