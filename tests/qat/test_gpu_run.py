@@ -9,19 +9,13 @@ from safetensors.numpy import load_file
 
 from qat.model import LanguageModel
 from scripts.machines.gpu import run
-from scripts.machines.gpu.parts import join, pack_checkpoint, shards, split
+from scripts.machines.gpu.parts import join, pack_checkpoint, restore_checkpoint, shards, split
 from tests.commands import invoke
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.errors import TmexportError
 from tmexport.gguf.export import plan_export
 from tmexport.model import llama_model
 from tmexport.safetensors_io import index_safetensors
-
-
-MIXED = {
-    "model.layers.1.mamba.in_proj.weight": "ternary",
-    "model.layers.0.shared_mlp.input_linear.weight": "int4",
-}
 
 
 @pytest.mark.slow
@@ -53,8 +47,9 @@ def test_dry_run(tokenizer_path, tmp_path):
     assert judged["windows"] == pytest.approx(judged["documents"], rel=0.02)
     assert len(judged["answers"]) == 50
     assert json.loads((tmp_path / "out" / "judged-mixers-int4.json").read_text()).keys() == {"mixers", "mixers-int4"}
-    kinds = {tensor: open_checkpoint(tmp_path / "work" / "mixers-int4").kind(tensor) for tensor in MIXED}
-    assert kinds == MIXED
+    kinds = {role: form.kind for role, form in open_checkpoint(tmp_path / "work" / "mixers-int4").coded.items()}
+    assert kinds["in_proj"] == kinds["out_proj"] == "ternary"
+    assert kinds["gate_proj"] == kinds["down_proj"] == "int4"
     texts = [json.loads(line)["text"] for line in (tmp_path / "work" / "written.jsonl").read_text().splitlines()]
     assert len(texts) == log["written"]["texts"]
     assert all("Who?" in text or "Union" in text for text in texts)
@@ -66,6 +61,12 @@ def test_dry_run(tokenizer_path, tmp_path):
     codes = [name for name in packed if name.endswith(".codes")]
     assert codes
     assert all(np.array_equal(packed[name], stored[name].read()) for name in codes)
+    (teacher,) = (tmp_path / "work" / "cache").glob("teacher-*")  # out of the GGUF, so its embedding is fp16's
+    restore_checkpoint(tmp_path / "work" / "packed", "mixers-int4", teacher, tmp_path / "again")
+    there, here = (open_checkpoint(folder) for folder in (tmp_path / "work" / "mixers-int4", tmp_path / "again"))
+    for name in there.names:
+        tolerance = 0 if there.kind(name) or there.dense(name).ndim < 2 else 1e-3
+        assert np.allclose(there.dense(name), here.dense(name), rtol=tolerance, atol=0), name
     again = invoke(run.main, *args, "--out", tmp_path / "more", "--collect", "distill")
     assert again.exit_code == 0, again.output
     assert (tmp_path / "more" / "distill-0.safetensors").is_file()
@@ -101,4 +102,7 @@ def test_what_is_packed_of_a_dense_checkpoint_is_fp16(tokenizer_path, tmp_path):
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     write_checkpoint(tmp_path / "dense", model.config, tensors, tokenizer_path)
     (path,) = pack_checkpoint(tmp_path / "dense", tmp_path)
-    assert {tensor.dtype for tensor in load_file(path).values()} == {np.dtype(np.float16)}
+    assert {tensor.dtype for tensor in load_file(path).values() if tensor.ndim == 2} == {np.dtype(np.float16)}
+    assert {tensor.dtype for tensor in load_file(path).values() if tensor.ndim == 1} == {np.dtype(np.float32)}
+    with pytest.raises(TmexportError, match=r"has no other-0.safetensors"):
+        restore_checkpoint(tmp_path, "other", tmp_path / "dense", tmp_path / "out")
