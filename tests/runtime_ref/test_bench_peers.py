@@ -14,9 +14,10 @@ from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.cli import bench
 from runtime_ref.bench.peers.llama import library_of
 from runtime_ref.bench.peers.products import by_ggml, by_kernels, by_onnxruntime, problem_of
-from tests.models import SMALL, mixer, write_small
-from tmexport.checkpoint import open_checkpoint
+from tests.models import SMALL, coded_tensors, mixer, write_small
+from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.gguf.export import plan_export
+from tmexport.gguf.reader import open_gguf
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,8 @@ def test_rounds_alternate(ran):
 
 def test_products_are_products(gguf):
     """ggml rounds activations as profile fast does, so the two agree far closer than either does with fp64."""
-    problem = problem_of(gguf)
+    problem = problem_of(open_gguf(gguf))
+    assert problem is not None
     x = problem.inputs(3)
     want = x.astype(np.float64) @ problem.dense().T
     library = library_of("xllamacpp")
@@ -93,6 +95,25 @@ def test_products_are_products(gguf):
     assert 1e-4 < onnx.error(x) < 0.03
     np.testing.assert_array_equal(problem.dense(), onnx.weights)
     assert exact.error(x) == pytest.approx(np.sqrt(np.mean((exact.run() - want) ** 2)) / size)
+
+
+def test_a_model_of_blocks_is_compared_in_texts_alone(tmp_path):
+    from runtime_ref.bench.peers.show import table
+
+    write_checkpoint(tmp_path / "ckpt", SMALL, coded_tensors(SMALL, "int4"))
+    plan_export(open_checkpoint(tmp_path / "ckpt")).write(tmp_path / "small.gguf", lambda t: None)
+    arguments = [tmp_path / "small.gguf", "--peers", "-p", 4, "-n", 2, "-t", 1, "-r", 1, "--profile", "fast", "--json"]
+    done = CliRunner().invoke(bench, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["type"] == "Q4_0"
+    assert {(row["test"], row["who"]) for row in result["rows"]} >= {
+        (test, who) for test in ("pp4", "tg2") for who in ("tmexport fast", "xllamacpp")
+    }
+    assert not any(row["test"].startswith("product") for row in result["rows"])
+    (missing,) = [m for m in result["missing"] if m["name"] == "onnxruntime"]
+    assert missing["reason"] == "multiplies ternary and binary matrices alone, of which the model has none"
+    assert "product" not in table(result)
 
 
 def test_table(ran):

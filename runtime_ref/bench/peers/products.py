@@ -21,9 +21,8 @@ from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.team import Team
-from tmexport.errors import TmexportError
 from tmexport.gguf.names import config_from_metadata, group_sizes_of
-from tmexport.gguf.reader import GGUFFile, open_gguf
+from tmexport.gguf.reader import GGUFFile
 from tmexport.types import decode_codes
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
@@ -66,13 +65,12 @@ class Product:
         return float(np.sqrt(np.mean((self.run() - want) ** 2) / np.mean(want**2)))
 
 
-def problem_of(path: Path) -> Problem:
-    """Raises TmexportError if the model has no projection of codes."""
-    gguf = open_gguf(path)
+def problem_of(gguf: GGUFFile) -> Problem | None:
+    """The first projection of codes; None if the model has none (blocks and values are compared in texts alone)."""
     groups, model = group_sizes_of(gguf), config_from_metadata(gguf)
     names = [tensor.gguf for tensor in model.tensors.values() if tensor.block is not None and tensor.gguf in groups]
     if not names:
-        raise TmexportError(f"{path}: has no projection of codes and scales; expected a ternary or binary model")
+        return None
     info = gguf.tensors[names[0]]
     codes, scales = decode_codes(gguf.blocks(names[0]), info.type, info.shape[-1], names[0])
     return Problem(gguf, names[0], groups[names[0]], codes, np.asarray(scales, np.float32))
