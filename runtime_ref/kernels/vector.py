@@ -278,6 +278,34 @@ def tree_sums(typingctx, array):
 
 
 @intrinsic
+def transpose(typingctx, source, source_row, target, target_row):
+    """16 x 16 fp32 from one address to another with rows and columns exchanged; the rows lie so many bytes apart."""
+
+    def codegen(context, builder, sig, args):
+        def place(address, row, i):
+            at = builder.add(address, builder.mul(row, ir.Constant(ir.IntType(64), i)))
+            return _at(builder, at, ir.FloatType())
+
+        rows = [builder.load(place(args[0], args[1], i), align=4) for i in range(LANES)]
+        half = LANES // 2
+        while half:  # blocks off the diagonal change places: of 8 x 8, then of 4 x 4, ...
+            picks = [
+                [j + at if not j & half else LANES + j - half + at for j in range(LANES)] for at in (0, half)
+            ]
+            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), LANES), pick) for pick in picks)
+            turned = list(rows)
+            for i in (i for i in range(LANES) if not i & half):
+                turned[i] = builder.shuffle_vector(rows[i], rows[i + half], low)
+                turned[i + half] = builder.shuffle_vector(rows[i], rows[i + half], high)
+            rows, half = turned, half // 2
+        for i, row in enumerate(rows):
+            builder.store(row, place(args[2], args[3], i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def largest(typingctx, vector):
     """The largest lane of an I32 or an F32."""
 

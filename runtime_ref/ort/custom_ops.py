@@ -127,7 +127,8 @@ def raise_failure() -> None:
 
 def ternary_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, profile: str) -> np.ndarray:
     """x [B, T, k], codes uint8 [n, k/4], scales fp32 [n, k/g] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_ternary
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_ternary
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_ternary, codes, scales), len(codes), group_size), x)
@@ -135,7 +136,8 @@ def ternary_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_s
 
 def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], codes int8 [n, k], scales fp32 [n, k/32] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_q8
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_q8
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_q8, codes, scales), len(codes), 32), x)
@@ -143,7 +145,8 @@ def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str
 
 def q4_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], codes uint8 [n, k/2], scales fp32 [n, k/32] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_q4
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_q4
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_q4, codes, scales), len(codes), 32), x)
@@ -151,7 +154,8 @@ def q4_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str
 
 def dense_matmul(x: np.ndarray, weight: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], weight fp32 [n, k] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_dense
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_dense
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, pack_dense(weight), len(weight), 32), x)
