@@ -35,7 +35,7 @@ from runtime_ref.ort.interface import (
     TENSOR_INFO,
 )
 
-# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
+# ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 # Dimensions that a call decides: of an input or an output
 BATCH, TIME, POSITIONS = -1, -2, -3  # their sizes lie in the other order
@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
     by_rows: np.ndarray
 
 
-MALLOC, FREE, TASK, IS_ALIVE, ENSURE, RELEASE, FORGET = range(7)  # of Kernel.calls
+MALLOC, FREE, SPARE, TASK, IS_ALIVE, ENSURE, RELEASE, FORGET = range(8)  # of Kernel.calls
 
 
 def empty_job() -> Job:
@@ -112,6 +112,16 @@ def call(typingctx, function, arguments):
         return builder.call(builder.inttoptr(args[0], pointer), values)
 
     return types.int64(types.int64, arguments), codegen
+
+
+@intrinsic
+def swap(typingctx, address, value):
+    """Put a word at an address, and return the one that was there, as one step."""
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("xchg", builder.inttoptr(args[0], ir.IntType(64).as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
 
 
 @kernel
@@ -199,11 +209,39 @@ def width_of(k, wire, positions):
 
 @kernel
 def scratch_bytes(k, rows, texts, positions):
-    total = 64
+    total = 0
     for w in range(k.wires.shape[0]):
         if k.wires[w, 1] == FROM_SCRATCH:
             total += -(-rows_of(k, w, rows, texts) * width_of(k, w, positions) * k.wires[w, 5] // 64) * 64
     return total
+
+
+@kernel
+def borrow(k, size):
+    """That many bytes, 64 behind the address, on a cache line; 0 if there are none. What the last call had, if it is enough:
+    the system would take memory back and hand it out empty, a page at a time.
+    """
+    memory = swap(k.calls[SPARE], 0)
+    if memory:
+        if words_at(memory, 2)[0] >= size:
+            return memory
+        call(k.calls[FREE], (words_at(memory, 2)[1],))
+    start = call(k.calls[MALLOC], (size + 128,))
+    if not start:
+        return np.int64(0)
+    memory = -(-start // 64) * 64
+    head = words_at(memory, 2)
+    head[0], head[1] = size, start
+    return memory
+
+
+@kernel
+def give_back(k, memory):
+    """Keep it for the next call."""
+    if memory:
+        other = swap(k.calls[SPARE], memory)
+        if other:  # of a call at the same time
+            call(k.calls[FREE], (words_at(other, 2)[1],))
 
 
 @kernel
@@ -272,8 +310,8 @@ def _compute(kernel_at, context):
     past[0], past[1] = positions - length, positions
     job[_STATES], job[_PAST], job[_POSITIONS] = places_at, past_at, past_at + 8
     most = min(rows, k.chunk) if k.chunk else rows
-    memory = call(k.calls[MALLOC], (scratch_bytes(k, most, texts, positions),))
-    room, first = -(-memory // 64) * 64, 0
+    memory = borrow(k, scratch_bytes(k, most, texts, positions))
+    room, first = memory + 64, 0
     while memory and (first < rows or (first == 0 and not k.chunk)):
         count = min(most, rows - first)
         job[_ROWS] = job[_WANTED] = count
@@ -283,7 +321,7 @@ def _compute(kernel_at, context):
         if status:
             break
         first += max(count, 1)
-    call(k.calls[FREE], (memory,))
+    give_back(k, memory)
     return status
 
 

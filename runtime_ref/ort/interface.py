@@ -25,7 +25,7 @@ ATTRIBUTE_INT, ATTRIBUTE_STRING, INPUT, OUTPUT = 86, 87, 90, 91
 RELEASE_TYPE, RELEASE_TENSOR_INFO, INPUT_TYPE, CONSTANT_INPUT, PARALLEL_FOR = 98, 99, 234, 249, 274
 
 FLOAT, UINT8, INT8 = 1, 2, 3  # ONNXTensorElementDataType
-_DTYPES = {FLOAT: np.dtype(np.float32), UINT8: np.dtype(np.uint8), INT8: np.dtype(np.int8)}
+_DTYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), UINT8: np.dtype(np.uint8), INT8: np.dtype(np.int8)}
 
 _POINTER = ctypes.c_void_p
 _CREATE = ctypes.CFUNCTYPE(_POINTER, _POINTER, _POINTER, _POINTER, ctypes.POINTER(_POINTER))
@@ -61,7 +61,13 @@ class OrtCustomOp(ctypes.Structure):
 
 
 def custom_op(
-    name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], create: Callable[[int, int], int], compute: int, destroy: int
+    name: str,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    create: Callable[[int, int], int],
+    compute: int,
+    destroy: int,
+    on_error: Callable[[BaseException], None],
 ) -> OrtCustomOp:
     """The table of an operator.
 
@@ -73,6 +79,7 @@ def custom_op(
             `compute` and `destroy` get. What it raises becomes onnxruntime's error.
         compute: address of KernelComputeV2's code.
         destroy: address of KernelDestroy's.
+        on_error: is told what `create` raised.
     """
     told = ctypes.create_string_buffer(name.encode())
 
@@ -80,6 +87,7 @@ def custom_op(
         try:
             kernel[0] = create(table, info)
         except BaseException as error:  # nothing can pass through onnxruntime
+            on_error(error)
             return Api(table).status(f"{name}: {error or type(error).__name__}")
         return 0
 
@@ -162,7 +170,9 @@ class Node:
         size = ctypes.c_size_t(256)
         room = ctypes.create_string_buffer(size.value)
         name = ctypes.create_string_buffer(attribute.encode())
-        self.api.call(ATTRIBUTE_STRING, self._info, ctypes.addressof(name), ctypes.addressof(room), ctypes.addressof(size))
+        self.api.call(
+            ATTRIBUTE_STRING, self._info, ctypes.addressof(name), ctypes.addressof(room), ctypes.addressof(size)
+        )
         return room.value.decode()
 
     def number(self, attribute: str) -> int:
@@ -178,7 +188,9 @@ class Node:
         value, known = ctypes.c_void_p(), ctypes.c_int()
         self.api.call(CONSTANT_INPUT, self._info, index, ctypes.addressof(known), ctypes.addressof(value))
         if not known.value:
-            raise UsageError(f"{what} is no constant of the graph; expected a weight (with onnxruntime's graph optimisations on)")
+            raise UsageError(
+                f"{what} is no constant of the graph; expected a weight (with onnxruntime's graph optimisations on)"
+            )
         info = self.api.get(TENSOR_INFO, value)
         shape = self._shape(info)
         self.api.release(RELEASE_TENSOR_INFO, info)

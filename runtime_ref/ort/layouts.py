@@ -17,12 +17,23 @@ from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import inlined, kernel, made_for
 from runtime_ref.kernels.convolution import convolve
 from runtime_ref.kernels.isa import Isa
-from runtime_ref.kernels.mamba2 import scan_head
+from runtime_ref.kernels.mamba2 import AHEAD, scan_head
 from runtime_ref.kernels.math import exp, softplus, vector_silu
 from runtime_ref.kernels.records import floats_at
-from runtime_ref.kernels.vector import address, load, peek, poke, splat, store, transpose
+from runtime_ref.kernels.vector import (
+    address,
+    ask_for,
+    join_threes,
+    load,
+    part_threes,
+    peek,
+    poke,
+    splat,
+    store,
+    transpose,
+)
 
-# ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
+# ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 CONV, SSM, NEW_CONV, NEW_SSM = 1, 2, 4, 5  # of a scan's inputs and outputs
 KEYS, VALUES = 1, 2  # of an attention's
@@ -47,18 +58,37 @@ def convolve_texts(tid, threads, job, a):
     low, high = tid * (channels // 16) // threads * 16, (tid + 1) * (channels // 16) // threads * 16
     for q in range(job.sequences):
         at = 4 * q * channels * keep
-        old = floats_at(np.int64(job.states[CONV, 0]) + at, channels * keep)
-        new = floats_at(np.int64(job.states[NEW_CONV, 0]) + at, channels * keep)
+        old, new = np.int64(job.states[CONV, 0]) + at, np.int64(job.states[NEW_CONV, 0]) + at
         room = address(s.sum[q])
-        for tap in range(keep):
-            row = floats_at(room + 4 * tap * channels, channels)
-            for c in range(low, high):
-                row[c] = old[c * keep + tap]
+        by_tap(old, room, keep, channels, low, high)
         convolve(a, s, room, q * job.length, job.length, low, high)
+        by_channel(room, new, keep, channels, low, high)
+
+
+@kernel
+def by_tap(source, target, keep, channels, low, high):
+    """Channels low..high of [channels, keep] -> [keep, channels]."""
+    if keep == 3:
+        for c in range(low, high, 16):
+            part_threes(source + 12 * c, target + 4 * c, 4 * channels)
+    else:
+        old, new = floats_at(source, keep * channels), floats_at(target, keep * channels)
         for tap in range(keep):
-            row = floats_at(room + 4 * tap * channels, channels)
             for c in range(low, high):
-                new[c * keep + tap] = row[c]
+                new[tap * channels + c] = old[c * keep + tap]
+
+
+@kernel
+def by_channel(source, target, keep, channels, low, high):
+    """Channels low..high of [keep, channels] -> [channels, keep]."""
+    if keep == 3:
+        for c in range(low, high, 16):
+            join_threes(source + 4 * c, 4 * channels, target + 12 * c)
+    else:
+        old, new = floats_at(source, keep * channels), floats_at(target, keep * channels)
+        for tap in range(keep):
+            for c in range(low, high):
+                new[c * keep + tap] = old[tap * channels + c]
 
 
 @made_for
@@ -113,6 +143,7 @@ def scan_token(a, s, old, new, room, r, head):
     for i in range(n):
         b, c, sums = splat(x[b_first + i]), splat(x[c_first + i]), room + 4 * width * (i % 16)
         for at in range(0, 4 * width, 64):
+            ask_for(old + at + AHEAD)
             h = peek(old + at) * fade + peek(steps + at) * b
             poke(new + at, h)
             poke(sums + at, peek(sums + at) + h * c)

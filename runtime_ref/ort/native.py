@@ -20,6 +20,7 @@ from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.kinds import UNQUANTISED
 from runtime_ref.kernels.layers import Arena
 from runtime_ref.kernels.mamba2 import GateNorm, Scan, gate_norm_rows
+from runtime_ref.kernels.packed import ROWS as TILE
 from runtime_ref.kernels.packed import Packed
 from runtime_ref.kernels.phases import LOGITS, Norm, Product, Rows, norm_rows, quantize_rows, ways
 from runtime_ref.kernels.program import Program, Step
@@ -45,6 +46,7 @@ from runtime_ref.ort.compute import (
     entries,
     word_of,
 )
+from runtime_ref.ort.custom_ops import keep_failure
 from runtime_ref.ort.interface import (
     ADD_DOMAIN,
     ADD_TO_DOMAIN,
@@ -57,11 +59,13 @@ from runtime_ref.ort.interface import (
     OrtCustomOp,
     custom_op,
 )
+from runtime_ref.ort.mapped import release
 from runtime_ref.ort.packing import pack_dense, pack_q4, pack_q8, pack_ternary, sixteens
 from tmexport.errors import UsageError
 from tmexport.onnx.names import DOMAIN
 
 _EXACT = PRESETS["exact"]
+PIECE = 4096  # rows that are laid out at a time, a multiple of a tile's
 
 
 class Wire(NamedTuple):
@@ -102,32 +106,50 @@ def _rows(width: int) -> tuple[int, ...]:
 
 def _product(packed: Packed, n: int, k: int, block: int) -> Plan:
     """x [B, T, k] times a matrix [n, k]."""
-    packed = type(packed)(*map(_arena[0].keep, packed))
     block = 0 if isinstance(packed, UNQUANTISED) else block
     width = -(-k // 64) * 64 + 64
     few, many = ways(select(), _EXACT.activations)
     wires = [Wire("wide", FROM_INPUT, 0, ROWS, k), Wire("logits", FROM_OUTPUT, 0, ROWS, n)]
     steps = [Step(few, Product(packed, k, block, LOGITS), many)]
     if block:
-        wires += [_scratch("q", ROWS, width, 2), _scratch("high", SIXTEENS, width, 1), _scratch("low", SIXTEENS, width, 1)]
+        wires += [
+            _scratch("q", ROWS, width, 2),
+            _scratch("high", SIXTEENS, width, 1),
+            _scratch("low", SIXTEENS, width, 1),
+        ]
         wires += [_scratch(name, ROWS, -(-width // 32)) for name in ("q_scale", "q_sum")]
         steps.insert(0, Step(quantize_rows(_EXACT.activations), Rows(k, block)))
     return Plan([(0, _rows(k))], [_rows(n)], wires, steps, [1, 0] if block else [0])
 
 
-def _ternary_matmul(node: Node) -> Plan:
-    codes, scales = node.constant(1, "codes", UINT8, 2), node.constant(2, "scales", FLOAT, 2)
-    return _product(pack_ternary(codes, scales), len(codes), codes.shape[1] * 4, node.number("group_size"))
+def _packed(pack: Callable[[np.ndarray, np.ndarray], Packed], codes: np.ndarray, scales: np.ndarray) -> Packed:
+    """A matrix in the kernels' layout, made of some rows at a time: what is read is released, and copies stay small."""
+    arrays, kind = [], None
+    for at in range(0, len(codes), PIECE):
+        part = pack(codes[at : at + PIECE], scales[at : at + PIECE])
+        release(codes[at : at + PIECE])
+        if kind is None:
+            tiles, kind = -(-len(codes) // TILE), type(part)
+            arrays = [_arena[0].room((tiles, *array.shape[1:]), array.dtype) for array in part]
+        for whole, array in zip(arrays, part, strict=True):
+            whole[at // TILE : at // TILE + len(array)] = array
+    if kind is None:
+        raise UsageError("a weight has no rows")
+    return kind(*arrays)
 
 
-def _q8_matmul(node: Node) -> Plan:
-    codes, scales = node.constant(1, "codes", INT8, 2), node.constant(2, "scales", FLOAT, 2)
-    return _product(pack_q8(codes, scales), len(codes), codes.shape[1], 32)
+def _coded(pack: Callable[[np.ndarray, np.ndarray], Packed], kind: int, per_byte: int) -> Callable[[Node], Plan]:
+    """A product with codes, so many a byte, and scales; pack: into the kernels' layout."""
 
+    def plan(node: Node) -> Plan:
+        codes, scales = node.constant(1, "codes", kind, 2), node.constant(2, "scales", FLOAT, 2)
+        packed = _packed(pack, codes, scales)
+        k, block = codes.shape[1] * per_byte, node.number("group_size") if per_byte == 4 else 32
+        if scales.shape[1] * block != k:
+            raise UsageError(f"a weight has rows of {k} and {scales.shape[1]} scales; expected one for every {block}")
+        return _product(packed, len(codes), k, block)
 
-def _q4_matmul(node: Node) -> Plan:
-    codes, scales = node.constant(1, "codes", UINT8, 2), node.constant(2, "scales", FLOAT, 2)
-    return _product(pack_q4(codes, scales), len(codes), codes.shape[1] * 2, 32)
+    return plan
 
 
 def _dense_matmul(node: Node) -> Plan:
@@ -144,8 +166,15 @@ def _rms_norm(node: Node) -> Plan:
 
 
 def _swiglu(node: Node) -> Plan:
-    k = sixteens("the rows of an MLP", node.shape(0)[-1])
-    wires = [Wire("proj", FROM_INPUT, 0, ROWS, k), Wire("mid", FROM_INPUT, 1, ROWS, k), Wire("wide", FROM_OUTPUT, 0, ROWS, k)]
+    k = node.shape(0)[-1]
+    if k < 0:
+        raise UsageError("the graph does not say how long the rows of an MLP are; the kernels need to know")
+    sixteens("the rows of an MLP", k)
+    wires = [
+        Wire("proj", FROM_INPUT, 0, ROWS, k),
+        Wire("mid", FROM_INPUT, 1, ROWS, k),
+        Wire("wide", FROM_OUTPUT, 0, ROWS, k),
+    ]
     step = Step(gate_rows(_EXACT.activations), Rows(k, 0))
     return Plan([(0, _rows(k)), (1, _rows(k))], [_rows(k)], wires, [step], [1])
 
@@ -166,7 +195,13 @@ def _scan(node: Node, norm: np.ndarray | None, eps: float) -> Plan:
     bias, dt_bias, a, d = (node.constant(i, "a vector of a scan", FLOAT, 1).copy() for i in (4, 5, 6, 7))
     channels, taps = weight.shape
     inner, rest = heads * width, channels - heads * width
-    if min(heads, n, width) < 1 or rest < 1 or rest % (2 * n) or len(a) != heads or (norm is not None and len(norm) != inner):
+    if (
+        min(heads, n, width) < 1
+        or rest < 1
+        or rest % (2 * n)
+        or len(a) != heads
+        or (norm is not None and len(norm) != inner)
+    ):
         raise UsageError(f"a state of {heads} heads, {n} x {width}, does not fit {channels} channels")
     groups = rest // (2 * n)
     sixteens("the channels of a head", width)
@@ -207,9 +242,9 @@ def _causal_attention(node: Node) -> Plan:
 
 # name: types of the inputs, number of outputs, plan
 OPERATORS: dict[str, tuple[tuple[int, ...], int, Callable[[Node], Plan]]] = {
-    "TernaryMatMul": ((FLOAT, UINT8, FLOAT), 1, _ternary_matmul),
-    "Q4MatMul": ((FLOAT, UINT8, FLOAT), 1, _q4_matmul),
-    "Q8MatMul": ((FLOAT, INT8, FLOAT), 1, _q8_matmul),
+    "TernaryMatMul": ((FLOAT, UINT8, FLOAT), 1, _coded(pack_ternary, UINT8, 4)),
+    "Q4MatMul": ((FLOAT, UINT8, FLOAT), 1, _coded(pack_q4, UINT8, 2)),
+    "Q8MatMul": ((FLOAT, INT8, FLOAT), 1, _coded(pack_q8, INT8, 1)),
     "DenseMatMul": ((FLOAT, FLOAT), 1, _dense_matmul),
     "RMSNorm": ((FLOAT,) * 3, 1, _rms_norm),
     "SwiGLU": ((FLOAT,) * 2, 1, _swiglu),
@@ -255,7 +290,7 @@ def _calls() -> np.ndarray:
     """`compute.Kernel.calls`."""
     c, python = ctypes.CDLL(None), ctypes.pythonapi
     functions = (python.Py_IsInitialized, python.PyGILState_Ensure, python.PyGILState_Release, python.Py_DecRef)
-    found = [_place(c.malloc), _place(c.free), entries().task, *map(_place, functions)]
+    found = [_place(c.malloc), _place(c.free), _spare.ctypes.data, entries().task, *map(_place, functions)]
     return np.array(found, np.uint64).view(np.int64)
 
 
@@ -265,7 +300,7 @@ def _place(function: Any) -> int:
 
 _arena = [Arena()]
 _threads = [1]
-_tables: list[Any] = []  # of operators and callbacks: onnxruntime may use them until the process ends
+_spare = np.zeros(1, np.int64)  # memory that calls of all kernels use in turn (`compute.borrow`)
 
 
 def _operator(name: str, threads: int) -> OrtCustomOp:
@@ -281,14 +316,14 @@ def _operator(name: str, threads: int) -> OrtCustomOp:
         return made.address
 
     code = entries()
-    return custom_op(name, inputs, (FLOAT,) * outputs, create, code.compute, code.destroy)
+    return custom_op(name, inputs, (FLOAT,) * outputs, create, code.compute, code.destroy, keep_failure)
 
 
 @cache
 def _domain(threads: int) -> tuple[OrtCustomOp, ...]:
     """The operators, for kernels of so many threads."""
     made = tuple(_operator(name, threads) for name in OPERATORS)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))  # sessions may end after this module
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object((made, _calls(), _spare)))  # sessions may end after this module
     return made
 
 

@@ -7,6 +7,7 @@ so all that the file has to hold is a jump. Some 600 bytes need neither compiler
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import struct
@@ -37,7 +38,12 @@ _MACHINES = {"x86_64": (62, jump_x86_64), "aarch64": (183, jump_aarch64)}
 
 def supported() -> bool:
     """Whether this system can load such a library."""
-    return sys.platform == "linux" and sys.maxsize > 2**32 and platform.machine() in _MACHINES and hasattr(os, "memfd_create")
+    return (
+        sys.platform == "linux"
+        and sys.maxsize > 2**32
+        and platform.machine() in _MACHINES
+        and hasattr(os, "memfd_create")
+    )
 
 
 def elf(machine: str, address: int) -> bytes:
@@ -86,8 +92,10 @@ def library_of(address: int) -> str:
     """The path of a library for this processor, which lives as long as the process.
 
     Raises:
-        OSError: the system makes no files in memory.
+        OSError: the system makes no files in memory, or runs no code from them.
     """
     descriptor = os.memfd_create("tmexport-operators")
     os.write(descriptor, elf(platform.machine(), address))
-    return f"/proc/self/fd/{descriptor}"
+    path = f"/proc/self/fd/{descriptor}"
+    ctypes.CDLL(path)
+    return path
