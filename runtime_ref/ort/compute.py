@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from runtime_ref.kernels.attend import MOST_WIDTH
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS, kernel, stack
 from runtime_ref.kernels.linking import Whole
@@ -38,13 +39,14 @@ from runtime_ref.ort.interface import (
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 # Dimensions that a call decides: of an input or an output
-BATCH, TIME, POSITIONS = -1, -2, -3  # their sizes lie in the other order
+BATCH, TIME, POSITIONS, WIDTH, GROUPS, INNER = range(-1, -7, -1)  # the size of a code lies at SIZES + code
+SIZES = 6
 # Where an array of a Job comes from; and its rows: as many as the call takes at once, the same in sixteens, threads, texts
 FROM_INPUT, FROM_OUTPUT, FROM_SCRATCH = 0, 1, 2
 ROWS, SIXTEENS, THREADS, TEXTS = 0, 1, 2, 3
-SCORES = -1  # a width that depends on the positions
+SCORES = -SIZES - 1  # a width that depends on the positions
 RANK, MOST_TENSORS, JOB_WORDS = 4, 8, 128
-SHAPE_BYTES, PLACES_BYTES, JOB_BYTES = 8 * RANK, 8 * MOST_TENSORS, 8 * JOB_WORDS
+SHAPE_BYTES, PLACES_BYTES, JOB_BYTES, SIZES_BYTES = 8 * RANK, 8 * MOST_TENSORS, 8 * JOB_WORDS, 8 * SIZES
 
 
 class Kernel(NamedTuple):
@@ -76,7 +78,19 @@ MALLOC, FREE, SPARE, TASK, IS_ALIVE, ENSURE, RELEASE, FORGET = range(8)  # of Ke
 def empty_job() -> Job:
     """What a Job's words are before a call."""
     none, word, s = np.zeros((0, 0), np.float32), np.zeros(1, np.int64), allocate(1, Room())
-    return Job(0, 0, 0, 0, np.zeros(0, np.int64), np.zeros((MOST_TENSORS, 1), np.uint64), none, word, word, none, s)
+    return Job(
+        0,
+        0,
+        0,
+        0,
+        np.zeros(0, np.int64),
+        np.zeros((MOST_TENSORS, 1), np.uint64),
+        none,
+        word,
+        np.zeros(SIZES, np.int64),
+        none,
+        s,
+    )
 
 
 JOB = type_of(empty_job())
@@ -160,15 +174,27 @@ def take_inputs(k, context, places, sizes):
             for d in range(rank):
                 wanted = k.inputs[i, 3 + d]
                 if wanted < 0:
-                    if sizes[wanted + 3] < 0:
-                        sizes[wanted + 3] = found[d]
-                    wanted = sizes[wanted + 3]
+                    if sizes[wanted + SIZES] < 0:
+                        sizes[wanted + SIZES] = found[d]
+                    wanted = sizes[wanted + SIZES]
                 right = right and found[d] == wanted
         if not right:
             return ask(k, CREATE_STATUS, (INVALID_ARGUMENT, k.inputs[i, 1]))
         ask(k, TENSOR_DATA, (value, slot_at))
         places[i] = slot[0]
+    if not computed(sizes[SIZES + INNER], sizes[SIZES + WIDTH], sizes[SIZES + GROUPS]):
+        return ask(k, CREATE_STATUS, (INVALID_ARGUMENT, k.inputs[0, 1]))
     return np.int64(0)
+
+
+@kernel
+def computed(inner, width, groups):
+    """Whether the kernels compute rows of this length, heads of this width for so many groups; -1 for what an operator has not."""
+    if inner % 16 and inner != -1:
+        return False
+    if width == -1:
+        return True
+    return width > 0 and width % 16 == 0 and width <= MOST_WIDTH and groups > 0 and inner % (groups * width) == 0
 
 
 @kernel
@@ -180,7 +206,7 @@ def make_outputs(k, context, places, sizes):
         rank = k.outputs[i, 0]
         for d in range(rank):
             size = k.outputs[i, 1 + d]
-            wanted[d] = size if size >= 0 else sizes[size + 3]
+            wanted[d] = size if size >= 0 else sizes[size + SIZES]
         status = ask(k, OUTPUT, (context, i, wanted_at, rank, slot_at))
         if status:
             return status
@@ -201,18 +227,20 @@ def rows_of(k, wire, rows, texts):
 
 
 @kernel
-def width_of(k, wire, positions):
+def width_of(k, wire, sizes):
     """How long they are."""
     width = k.wires[wire, 4]
-    return width if width >= 0 else 16 * (-(-positions // 16) * 16 + 16)
+    if width == SCORES:
+        return 16 * (-(-sizes[SIZES + POSITIONS] // 16) * 16 + 16)
+    return width if width >= 0 else sizes[SIZES + width]
 
 
 @kernel
-def scratch_bytes(k, rows, texts, positions):
+def scratch_bytes(k, rows, texts, sizes):
     total = 0
     for w in range(k.wires.shape[0]):
         if k.wires[w, 1] == FROM_SCRATCH:
-            total += -(-rows_of(k, w, rows, texts) * width_of(k, w, positions) * k.wires[w, 5] // 64) * 64
+            total += -(-rows_of(k, w, rows, texts) * width_of(k, w, sizes) * k.wires[w, 5] // 64) * 64
     return total
 
 
@@ -245,10 +273,10 @@ def give_back(k, memory):
 
 
 @kernel
-def connect(k, job, places, room, first, rows, texts, positions):
+def connect(k, job, places, room, first, rows, texts, sizes):
     """The arrays of a Job for rows `first` to first + rows."""
     for w in range(k.wires.shape[0]):
-        word, source, width, size = k.wires[w, 0], k.wires[w, 1], width_of(k, w, positions), k.wires[w, 5]
+        word, source, width, size = k.wires[w, 0], k.wires[w, 1], width_of(k, w, sizes), k.wires[w, 5]
         count = rows_of(k, w, rows, texts)
         if source == FROM_SCRATCH:
             job[word] = room
@@ -292,31 +320,31 @@ def _task(block_at, part):
 def _compute(kernel_at, context):
     """KernelComputeV2."""
     k = read(kernel_at, _KERNEL)
-    places_at, sizes_at, job_at = stack(PLACES_BYTES), stack(24), stack(JOB_BYTES)
-    places, sizes, job = words_at(places_at, MOST_TENSORS), words_at(sizes_at, 3), words_at(job_at, JOB_WORDS)
-    sizes[0] = sizes[1] = sizes[2] = -1
+    places_at, sizes_at, job_at = stack(PLACES_BYTES), stack(SIZES_BYTES), stack(JOB_BYTES)
+    places, sizes, job = words_at(places_at, MOST_TENSORS), words_at(sizes_at, SIZES), words_at(job_at, JOB_WORDS)
+    for i in range(SIZES):
+        sizes[i] = -1
     status = take_inputs(k, context, places, sizes)
     if status:
         return status
-    positions, length, texts = sizes[0], sizes[1], sizes[2]
+    length, texts = sizes[SIZES + TIME], sizes[SIZES + BATCH]
     status = make_outputs(k, context, places, sizes)
     if status:
         return status
     for i in range(k.job.shape[0]):
         job[i] = k.job[i]
     rows = texts * length
-    past_at = stack(16)
-    past = words_at(past_at, 2)
-    past[0], past[1] = positions - length, positions
-    job[_STATES], job[_PAST], job[_POSITIONS] = places_at, past_at, past_at + 8
+    past_at = stack(8)
+    words_at(past_at, 1)[0] = sizes[SIZES + POSITIONS] - length
+    job[_STATES], job[_PAST], job[_POSITIONS] = places_at, past_at, sizes_at
     most = min(rows, k.chunk) if k.chunk else rows
-    memory = borrow(k, scratch_bytes(k, most, texts, positions))
+    memory = borrow(k, scratch_bytes(k, most, texts, sizes))
     room, first = memory + 64, 0
     while memory and (first < rows or (first == 0 and not k.chunk)):
         count = min(most, rows - first)
         job[_ROWS] = job[_WANTED] = count
         job[_SEQUENCES], job[_LENGTH] = (1, count) if k.chunk else (texts, length)
-        connect(k, job, places, room, first, count, texts, positions)
+        connect(k, job, places, room, first, count, texts, sizes)
         status = run_steps(k, context, job_at, count)
         if status:
             break

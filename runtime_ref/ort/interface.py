@@ -201,7 +201,7 @@ class Node:
         if not count:
             return np.zeros(shape, dtype)
         data = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(self.api.get(TENSOR_DATA, value))
-        return np.frombuffer(data, dtype).reshape(shape)
+        return np.frombuffer(memoryview(data), dtype).reshape(shape)
 
     def shape(self, index: int) -> tuple[int, ...]:
         """Of an input, as far as the graph says: -1 for the rest."""

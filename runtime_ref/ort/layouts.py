@@ -32,6 +32,7 @@ from runtime_ref.kernels.vector import (
     store,
     transpose,
 )
+from runtime_ref.ort.compute import GROUPS, POSITIONS, SIZES, WIDTH
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
@@ -42,12 +43,13 @@ ZERO = np.float32(0.0)
 
 
 class Attention(NamedTuple):
-    """Heads of queries and of keys, of `width` values; scale: of the scores, an fp32."""
+    """scale: of the scores, an fp32."""
 
-    heads: int
-    kv_heads: int
-    width: int
     scale: float
+
+
+class Gate(NamedTuple):
+    """Nothing: a gate has no weights."""
 
 
 @inlined
@@ -160,45 +162,63 @@ def scan_token(a, s, old, new, room, r, head):
         store(s.wide[r], base + at, y * vector_silu(load(z, base + at)))
 
 
+@inlined
+def gate_texts(tid, threads, job, a):
+    """silu(gate) * up: s.proj and s.mid into s.wide."""
+    s = job.s
+    for r in range(tid, job.rows, threads):
+        for i in range(0, s.wide.shape[1], 16):
+            store(s.wide[r], i, vector_silu(load(s.proj[r], i)) * load(s.mid[r], i))
+
+
 @made_for
 def attend_texts(kept_as: Fp32) -> Any:
-    """Attention from the turned queries in s.proj into s.wide; job.room: positions of the keys."""
+    """Attention from the turned queries in s.proj into s.wide; job.room: the sizes of the call."""
 
     @inlined
     def body(tid, threads, job, a):
         if job.length < FEWEST_TOKENS:
-            _attend_each(kept_as, tid, threads, job, a)
+            _attend_each(kept_as, tid, threads, job, np.float32(a.scale))
         else:
-            _attend_sixteens(kept_as, tid, threads, job, a)
+            _attend_sixteens(kept_as, tid, threads, job, np.float32(a.scale))
 
     return body
 
 
 @kernel
-def _attend_each(kept_as, tid, threads, job, a):
-    group, positions = a.heads // a.kv_heads, job.room[0]
-    piece, high = share(job.rows * a.heads, tid, threads)
-    while piece < high:
-        r, head = piece // a.heads, piece % a.heads
-        heads, kv = min(high - piece, group - head % group, LANES), head // group
-        # attend_heads looks for a group's keys beside those of the group before, for each position
-        start = 4 * a.width * ((r // job.length * a.kv_heads + kv) * positions - kv)
-        k_at, v_at = np.int64(job.states[KEYS, 0]) + start, np.int64(job.states[VALUES, 0]) + start
-        query, out, count = address(job.s.proj[r]), address(job.s.wide[r]), job.past[0] + r % job.length + 1
-        scores, scale = job.scores[tid], np.float32(a.scale)
-        attend_heads(kept_as, head, heads, group, query, k_at, v_at, out, scores, count, a.width, a.width, scale)
-        piece += heads
+def _heads(job):
+    """How many there are of queries and of keys, their width, and the positions of the keys."""
+    width = job.room[SIZES + WIDTH]
+    return job.s.proj.shape[1] // width, job.room[SIZES + GROUPS], width, job.room[SIZES + POSITIONS]
 
 
 @kernel
-def _attend_sixteens(kept_as, tid, threads, job, a):
-    group, positions, parts = a.heads // a.kv_heads, job.room[0], -(-job.length // LANES)
-    low, high = share(job.sequences * a.heads * parts, tid, threads)
+def _attend_each(kept_as, tid, threads, job, scale):
+    heads, groups, width, positions = _heads(job)
+    group = heads // groups
+    piece, high = share(job.rows * heads, tid, threads)
+    while piece < high:
+        r, head = piece // heads, piece % heads
+        count, kv = min(high - piece, group - head % group, LANES), head // group
+        # attend_heads looks for a group's keys beside those of the group before, for each position
+        start = 4 * width * ((r // job.length * groups + kv) * positions - kv)
+        k_at, v_at = np.int64(job.states[KEYS, 0]) + start, np.int64(job.states[VALUES, 0]) + start
+        query, out, seen = address(job.s.proj[r]), address(job.s.wide[r]), job.past[0] + r % job.length + 1
+        attend_heads(
+            kept_as, head, count, group, query, k_at, v_at, out, job.scores[tid], seen, width, width, scale
+        )  # fmt: skip
+        piece += count
+
+
+@kernel
+def _attend_sixteens(kept_as, tid, threads, job, scale):
+    heads, groups, width, positions = _heads(job)
+    group, parts = heads // groups, -(-job.length // LANES)
+    low, high = share(job.sequences * heads * parts, tid, threads)
     for piece in range(low, high):
-        q, head, part = piece // (a.heads * parts), piece // parts % a.heads, piece % parts
-        start = 4 * a.width * (q * a.kv_heads + head // group) * positions
+        q, head, part = piece // (heads * parts), piece // parts % heads, piece % parts
+        start = 4 * width * (q * groups + head // group) * positions
         k_at, v_at = np.int64(job.states[KEYS, 0]) + start, np.int64(job.states[VALUES, 0]) + start
         first, last = q * job.length + part * LANES, q * job.length + min(part * LANES + LANES, job.length)
         rows, wide, least = job.s.proj[first:last], job.s.wide[first:last], job.past[0] + part * LANES + 1
-        scale = np.float32(a.scale)
-        attend_tokens(kept_as, head, rows, wide, k_at, v_at, job.scores[tid], least, a.width, a.width, scale)
+        attend_tokens(kept_as, head, rows, wide, k_at, v_at, job.scores[tid], least, width, width, scale)

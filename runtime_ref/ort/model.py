@@ -6,8 +6,8 @@
     logits = model.decode(state, 4)
 
 The recurrent state (100 MB for a 1.3B model) is never copied to Python: each call reads one set of buffers, writes the
-other, and the two change places. In the ort form the larger part, the SSM state, has one buffer for both. Keys and values of
-attention grow: onnxruntime writes them anew at every call.
+other, and the two change places. In the ort form, and with the kernels of the custom one, the larger part, the SSM state, has one
+buffer for both. Keys and values of attention grow: onnxruntime writes them anew at every call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OrtState:
     """What a model remembers of `batch` texts: two sets of buffers, the current one and the one written next.
 
     With `in_place` a recurrent state has the same buffer in both sets. LinearAttention (CPU) copies the one to the other and
-    then works on that; sharing saves the copy, some 40 % of the operator's time at decode. After an error inside onnxruntime
+    then works on that; sharing saves the copy, some 40 % of the operator's time at decode. Our kernels read what they write. After an error inside onnxruntime
     such a state is no longer meaningful.
     """
 

@@ -26,13 +26,14 @@ from runtime_ref.kernels.phases import LOGITS, Norm, Product, Rows, norm_rows, q
 from runtime_ref.kernels.program import Program, Step
 from runtime_ref.kernels.records import words
 from runtime_ref.kernels.scratch import CHUNK
-from runtime_ref.kernels.swiglu import gate_rows
 from runtime_ref.ort import layouts, shim
 from runtime_ref.ort.compute import (
     BATCH,
     FROM_INPUT,
     FROM_OUTPUT,
     FROM_SCRATCH,
+    GROUPS,
+    INNER,
     POSITIONS,
     RANK,
     ROWS,
@@ -41,6 +42,7 @@ from runtime_ref.ort.compute import (
     TEXTS,
     THREADS,
     TIME,
+    WIDTH,
     Kernel,
     empty_job,
     entries,
@@ -166,17 +168,10 @@ def _rms_norm(node: Node) -> Plan:
 
 
 def _swiglu(node: Node) -> Plan:
-    k = node.shape(0)[-1]
-    if k < 0:
-        raise UsageError("the graph does not say how long the rows of an MLP are; the kernels need to know")
-    sixteens("the rows of an MLP", k)
-    wires = [
-        Wire("proj", FROM_INPUT, 0, ROWS, k),
-        Wire("mid", FROM_INPUT, 1, ROWS, k),
-        Wire("wide", FROM_OUTPUT, 0, ROWS, k),
-    ]
-    step = Step(gate_rows(_EXACT.activations), Rows(k, 0))
-    return Plan([(0, _rows(k)), (1, _rows(k))], [_rows(k)], wires, [step], [1])
+    rows = _rows(INNER)
+    sources = (("proj", FROM_INPUT, 0), ("mid", FROM_INPUT, 1), ("wide", FROM_OUTPUT, 0))
+    wires = [Wire(*source, ROWS, INNER) for source in sources]
+    return Plan([(0, rows), (1, rows)], [rows], wires, [Step(layouts.gate_texts, layouts.Gate())], [1])
 
 
 def _selective_scan(node: Node) -> Plan:
@@ -225,19 +220,15 @@ def _scan(node: Node, norm: np.ndarray | None, eps: float) -> Plan:
 
 
 def _causal_attention(node: Node) -> Plan:
-    inner, (_, groups, _, width) = node.shape(0)[-1], node.shape(1)
-    sixteens("the values of a head", width)
-    if groups < 1 or width > MOST_WIDTH or inner % width or inner // width % groups:
-        raise UsageError(f"queries of {inner} do not fit keys of {groups} heads of {width}, at most {MOST_WIDTH}")
-    keys = (BATCH, groups, POSITIONS, width)
+    keys = (BATCH, GROUPS, POSITIONS, WIDTH)
     wires = [
-        Wire("proj", FROM_INPUT, 0, ROWS, inner),
-        Wire("wide", FROM_OUTPUT, 0, ROWS, inner),
+        Wire("proj", FROM_INPUT, 0, ROWS, INNER),
+        Wire("wide", FROM_OUTPUT, 0, ROWS, INNER),
         _scratch("scores", THREADS, SCORES),
     ]
-    scale = float(node.constant(3, "the scale"))
-    step = Step(layouts.attend_texts(_EXACT.cache), layouts.Attention(inner // width, groups, width, scale))
-    return Plan([(0, _rows(inner)), (1, keys), (2, keys)], [_rows(inner)], wires, [step], [0], chunk=0)
+    step = Step(layouts.attend_texts(_EXACT.cache), layouts.Attention(float(node.constant(3, "the scale"))))
+    inputs = [(0, _rows(INNER)), (1, keys), (2, keys)]
+    return Plan(inputs, [_rows(INNER)], wires, [step], [0], chunk=0)
 
 
 # name: types of the inputs, number of outputs, plan
@@ -280,9 +271,17 @@ def _table(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _message(number: int, dims: tuple[int, ...]) -> Any:
-    names = {BATCH: "batch", TIME: "time", POSITIONS: "positions"}
+    names = {
+        BATCH: "batch",
+        TIME: "time",
+        POSITIONS: "positions",
+        GROUPS: "groups",
+        WIDTH: "width",
+        INNER: "heads x width",
+    }
     told = ", ".join(names.get(d, str(d)) for d in dims)
-    return ctypes.create_string_buffer(f"input {number} has another shape than [{told}]".encode())
+    limits = f"; the kernels need multiples of 16, and heads of at most {MOST_WIDTH}" if INNER in dims else ""
+    return ctypes.create_string_buffer(f"input {number} has another shape than [{told}]{limits}".encode())
 
 
 @cache

@@ -48,7 +48,9 @@ def test_the_jump_is_what_an_assembler_makes():
     text = f"endbr64\\0Amovabsq $${ADDRESS:#x}, %rax\\0Ajmpq *%rax".replace("$$", "$")
     module = llvm.parse_assembly(f'target triple = "x86_64-linux-gnu"\nmodule asm "{text}"')
     found = llvm.ObjectFileRef.from_data(target.emit_object(module))
-    assert shim.jump_x86_64(ADDRESS) == next(section.data() for section in found.sections() if section.name() == b".text")
+    assert shim.jump_x86_64(ADDRESS) == next(
+        section.data() for section in found.sections() if section.name() == b".text"
+    )
 
 
 def test_the_jump_of_arm_is_what_its_manual_says():
@@ -181,9 +183,17 @@ ROWS = [None, None, 256]
         ((np.full((8, 64), 255, np.uint8), np.ones((8, 4), np.float32)), 64, "TernaryMatMul: a ternary weight"),
         ((np.zeros((8, 64), np.uint8), np.ones((8, 3), np.float32)), 64, "rows of 256 and 3 scales"),
         ((np.zeros((0, 64), np.uint8), np.ones((0, 4), np.float32)), 64, "no rows"),
-        ((np.zeros(64, np.uint8), np.ones((8, 4), np.float32)), 64, r"codes has the shape \[64\]; expected 2 dimensions"),
+        (
+            (np.zeros(64, np.uint8), np.ones((8, 4), np.float32)),
+            64,
+            r"codes has the shape \[64\]; expected 2 dimensions",
+        ),
         ((np.zeros((8, 64), np.uint8), (TensorProto.FLOAT, [8, 4])), 64, "scales is no constant of the graph"),
-        ((np.zeros((8, 64), np.uint8), np.ones((8, 4), np.float32)), 128, "rows of 256 and 4 scales; expected one for every 128"),
+        (
+            (np.zeros((8, 64), np.uint8), np.ones((8, 4), np.float32)),
+            128,
+            "rows of 256 and 4 scales; expected one for every 128",
+        ),
     ],
 )
 def test_weights_that_cannot_be_are_one_clear_error_at_load(tmp_path, weights, group, message):
@@ -196,7 +206,6 @@ def test_weights_that_cannot_be_are_one_clear_error_at_load(tmp_path, weights, g
     ("operator", "shape", "weights", "message"),
     [
         ("RMSNorm", [None, None, 20], [np.ones(20, np.float32), np.array(1e-5, np.float32)], "need a multiple of 16"),
-        ("SwiGLU", [None, None, None], [(TensorProto.FLOAT, [None, None, None])], "does not say how long the rows of an MLP are"),
         ("DenseMatMul", [None, None, 20], [np.ones((4, 20), np.float32)], "need a multiple of 16"),
     ],
 )
@@ -214,6 +223,30 @@ def test_an_input_of_another_shape_is_one_clear_error(tmp_path, shape):
         found.run(None, {"x": np.zeros(shape, np.float32)})
     assert not found.run(None, {"x": np.ones((2, 3, 256), np.float32)})[0].any()
     assert found.run(None, {"x": np.ones((2, 0, 256), np.float32)})[0].shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "good"),
+    [
+        ("SwiGLU", [(1, 1, 20), (1, 1, 20)], False),
+        ("SwiGLU", [(1, 1, 32), (1, 2, 32)], False),
+        ("SwiGLU", [(1, 2, 32), (1, 2, 32)], True),
+        ("CausalAttention", [(1, 1, 64), (1, 1, 3, 24), (1, 1, 3, 24)], False),
+        ("CausalAttention", [(1, 1, 64), (1, 3, 3, 16), (1, 3, 3, 16)], False),
+        ("CausalAttention", [(1, 1, 1024), (1, 1, 3, 1024), (1, 1, 3, 1024)], False),
+        ("CausalAttention", [(2, 3, 64), (2, 2, 3, 16), (2, 2, 3, 16)], True),
+    ],
+)
+def test_sizes_that_only_a_run_knows(tmp_path, operator, shapes, good):
+    weights = [(TensorProto.FLOAT, None)] * (len(shapes) - 1)
+    weights += [np.array(0.25, np.float32)] if operator == "CausalAttention" else []
+    found = session(graph(tmp_path, operator, None, weights, None))
+    feeds = {name: np.ones(shape, np.float32) for name, shape in zip(("x", "w0", "w1"), shapes, strict=False)}
+    if good:
+        assert found.run(None, feeds)[0].shape == shapes[0]
+        return
+    with pytest.raises(Exception, match=r"input \d has another shape than .*"):
+        found.run(None, feeds)
 
 
 def test_no_optimisations_is_said_at_load(files):
