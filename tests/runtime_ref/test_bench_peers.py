@@ -12,12 +12,12 @@ from click.testing import CliRunner
 
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.cli import bench
+from runtime_ref.bench.peers import PeerSettings, compare_peers
 from runtime_ref.bench.peers.llama import library_of
 from runtime_ref.bench.peers.products import by_ggml, by_kernels, by_onnxruntime, problem_of
-from tests.models import SMALL, coded_tensors, mixer, write_small
+from tests.models import SMALL, coded_tensors, mixer, train_tokenizer, write_small
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.gguf.export import plan_export
-from tmexport.gguf.reader import open_gguf
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,7 @@ def test_rounds_alternate(ran):
 
 def test_products_are_products(gguf):
     """ggml rounds activations as profile fast does, so the two agree far closer than either does with fp64."""
-    problem = problem_of(open_gguf(gguf))
-    assert problem is not None
+    problem = problem_of(gguf)
     x = problem.inputs(3)
     want = x.astype(np.float64) @ problem.dense().T
     library = library_of("xllamacpp")
@@ -95,25 +94,6 @@ def test_products_are_products(gguf):
     assert 1e-4 < onnx.error(x) < 0.03
     np.testing.assert_array_equal(problem.dense(), onnx.weights)
     assert exact.error(x) == pytest.approx(np.sqrt(np.mean((exact.run() - want) ** 2)) / size)
-
-
-def test_a_model_of_blocks_is_compared_in_texts_alone(tmp_path):
-    from runtime_ref.bench.peers.show import table
-
-    write_checkpoint(tmp_path / "ckpt", SMALL, coded_tensors(SMALL, "int4"))
-    plan_export(open_checkpoint(tmp_path / "ckpt")).write(tmp_path / "small.gguf", lambda t: None)
-    arguments = [tmp_path / "small.gguf", "--peers", "-p", 4, "-n", 2, "-t", 1, "-r", 1, "--profile", "fast", "--json"]
-    done = CliRunner().invoke(bench, list(map(str, arguments)))
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["type"] == "Q4_0"
-    assert {(row["test"], row["who"]) for row in result["rows"]} >= {
-        (test, who) for test in ("pp4", "tg2") for who in ("tmexport fast", "xllamacpp")
-    }
-    assert not any(row["test"].startswith("product") for row in result["rows"])
-    (missing,) = [m for m in result["missing"] if m["name"] == "onnxruntime"]
-    assert missing["reason"] == "multiplies ternary and binary matrices alone, of which the model has none"
-    assert "product" not in table(result)
 
 
 def test_table(ran):
@@ -143,8 +123,6 @@ def test_refusals(gguf, arguments, says):
 
 
 def test_a_python_that_is_none_is_named(gguf):
-    from runtime_ref.bench.peers import PeerSettings, compare_peers
-
     settings = PeerSettings(8, 2, (1,), 1, ("fast",), llama_python=str(Path(__file__)))
     with open("/dev/null", "w") as log:
         result = compare_peers(gguf, settings, log, lambda what, done: None)
@@ -153,11 +131,34 @@ def test_a_python_that_is_none_is_named(gguf):
 
 
 def test_generation_after_a_context(gguf, tmp_path):
-    from runtime_ref.bench.peers import PeerSettings, compare_peers
-
     with open(tmp_path / "log", "w") as log:
         result = compare_peers(gguf, PeerSettings(8, 2, (1,), 1, ("fast",), depth=24), log, lambda what, done: None)
     assert {"tmexport fast", "xllamacpp"} <= {row["who"] for row in result["rows"] if row["test"] == "tg2 @ d24"}
     lines = (tmp_path / "log").read_text(errors="replace").splitlines()  # what the others print is there too
     depths = {line["test"]: line["depth"] for line in map(json.loads, filter(lambda line: line[:1] == "{", lines))}
     assert depths == {"product": 0, "pp": 0, "tg": 24}
+
+
+def test_a_model_of_int4_blocks(tmp_path):
+    """No codes: the libraries that multiply nothing else say so, the others are measured."""
+    write_checkpoint(
+        tmp_path / "ckpt", SMALL, coded_tensors(SMALL, "int4"), train_tokenizer(tmp_path / "tokenizer.json")
+    )
+    plan_export(open_checkpoint(tmp_path / "ckpt"), "auto", "q8_0").write(tmp_path / "small.gguf", lambda t: None)
+    problem = problem_of(tmp_path / "small.gguf")
+    with open(tmp_path / "log", "w") as log:
+        result = compare_peers(problem.gguf.path, PeerSettings(8, 2, (1,), 1, ("fast",)), log, lambda what, done: None)
+    assert result["type"] == "Q4_0"
+    missing = {m["name"]: m["reason"] for m in result["missing"]}
+    assert missing["onnxruntime"] == f"{problem.name} is Q4_0; expected codes -1, 0, 1"
+    assert {row["test"] for row in result["rows"] if row["who"] == "xllamacpp"} == {
+        "product1",
+        "product64",
+        "pp8",
+        "tg2",
+    }
+    x = problem.inputs(3)
+    library = library_of("xllamacpp")
+    assert library is not None
+    ggml, fast = by_ggml(problem, library[0], x), by_kernels(problem, "fast", x)
+    assert np.abs(ggml.run() - fast.run()).max() < 5e-4 * np.abs(fast.run()).max()  # ggml rounds scales to fp16

@@ -27,7 +27,7 @@ from runtime_ref.bench.machine import describe
 from runtime_ref.bench.peers.llama import library_of
 from tmexport.errors import TmexportError
 from tmexport.gguf.names import config_from_metadata
-from tmexport.gguf.reader import GGUFFile, open_gguf
+from tmexport.gguf.reader import GGUFFile
 
 PRODUCTS = (1, 64)  # tokens of the product alone: decoding, and a chunk of a prompt
 
@@ -194,10 +194,10 @@ def compare_peers(
     """
     from runtime_ref.bench.peers.products import problem_of
 
-    gguf = open_gguf(path)
-    problem, macs, nbytes = problem_of(gguf), multiply_adds(gguf), token_bytes(gguf)
-    n, k = (0, 0) if problem is None else problem.codes.shape
-    tests = [] if problem is None else [("product", m, 1, 0) for m in PRODUCTS]
+    problem = problem_of(path)
+    macs, nbytes = multiply_adds(problem.gguf), token_bytes(problem.gguf)
+    n, k = problem.shape
+    tests = [("product", m, 1, 0) for m in PRODUCTS]
     texts = (("pp", settings.prompt, 0), ("tg", settings.count, settings.depth))
     tests += [(t, c, number, depth) for number in settings.threads for t, c, depth in texts]
     people, missing = _participants(path, settings, log, on_progress)
@@ -219,15 +219,10 @@ def compare_peers(
     finally:
         for person in people:
             person.close()
-    first = next(
-        tensor.gguf
-        for tensor in config_from_metadata(gguf).tensors.values()
-        if tensor.low_bit and tensor.block is not None
-    )
     _add_ratios(rows, [f"tmexport {profile}" for profile in settings.profiles])
     return {
-        "model": str(path), "type": gguf.tensors[first].type.name, "machine": describe(),
-        "rounds": settings.repeats, "multiply_adds_per_token": macs, "product": problem and {"name": problem.name, "n": n, "k": k},
+        "model": str(path), "type": problem.gguf.tensors[problem.name].type.name, "machine": describe(),
+        "rounds": settings.repeats, "multiply_adds_per_token": macs, "product": {"name": problem.name, "n": n, "k": k},
         "participants": [{"name": p.name, "version": p.version} for p in people], "missing": missing, "rows": rows,
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip

@@ -9,11 +9,10 @@ def table(result: dict[str, Any]) -> str:
     """A line of what was measured on what, the table, and who is missing."""
     machine, product = result["machine"], result["product"]
     ours = [p["name"] for p in result["participants"] if p["name"].startswith("tmexport ")]
-    about = "" if product is None else f"; product: {product['n']} x {product['k']}, in cache, error against fp64"
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; {result['model']} ({result['type']}), "
         f"{result['multiply_adds_per_token'] / 1e6:.0f} M multiply-adds a token; medians of {result['rounds']} rounds that "
-        f"alternate, lowest to highest in brackets{about}.",
+        f"alternate, lowest to highest in brackets; product: {product['n']} x {product['k']}, in cache, error against fp64.",
         "",
         f"| test | threads | who | tokens/s | GMAC/s a thread | GB/s a thread | error | {' | '.join(f'{who} is' for who in ours)} |",
         "|---" * (7 + len(ours)) + "|",

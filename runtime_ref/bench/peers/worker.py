@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +26,6 @@ from runtime_ref.bench.peers.products import (
     problem_of,
 )
 from tmexport.errors import TmexportError
-from tmexport.gguf.reader import open_gguf
 
 SHORTEST = 0.1  # seconds of a measurement of products
 Answer = dict[str, Any]
@@ -113,26 +111,24 @@ def tests_of(path: Path, about: dict[str, str]) -> dict[str, Timed]:
     Raises:
         TmexportError: it cannot take part, with the reason.
     """
-    kind, problem = about["kind"], problem_of(open_gguf(path))
-    tests: dict[str, Timed] = {}
-    multiply: Callable[[Problem, Any], Product]
+    kind, problem = about["kind"], problem_of(path)
     if kind == "tmexport":
-        tests = dict.fromkeys(("pp", "tg"), _ours(path, about["profile"]))
-
-        def multiply(problem: Problem, x: Any) -> Product:
-            return by_kernels(problem, about["profile"], x)
-    elif kind == "llama":
-        tests = dict.fromkeys(("pp", "tg"), _llama(path, Path(about["library"])))
-
-        def multiply(problem: Problem, x: Any) -> Product:
-            return by_ggml(problem, Path(about["library"]), x)
-    else:
-        multiply = {"onnxruntime": by_onnxruntime, "pytritium": by_pytritium}[kind]
-    if problem is not None:
-        tests["product"] = _products(problem, partial(multiply, problem))
-    if not tests:
-        raise TmexportError("multiplies ternary and binary matrices alone, of which the model has none")
-    return tests
+        text = _ours(path, about["profile"])
+        return {
+            "pp": text,
+            "tg": text,
+            "product": _products(problem, lambda x: by_kernels(problem, about["profile"], x)),
+        }
+    if kind == "llama":
+        text = _llama(path, Path(about["library"]))
+        return {
+            "pp": text,
+            "tg": text,
+            "product": _products(problem, lambda x: by_ggml(problem, Path(about["library"]), x)),
+        }
+    problem.codes()  # all that these two multiply
+    by = {"onnxruntime": by_onnxruntime, "pytritium": by_pytritium}[kind]
+    return {"product": _products(problem, lambda x: by(problem, x))}
 
 
 def serve(path: Path, about: dict[str, str], answers: TextIO) -> None:
