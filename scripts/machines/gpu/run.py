@@ -91,11 +91,13 @@ class Log:
 
 
 def check(device: torch.device, log: Log, tiny: bool) -> None:
-    """Raises TmexportError where the device computes something else."""
+    """Raises TmexportError where the device computes something else. A scan that does not run at all is in the log."""
     small = {"time_steps": 70, "heads": 4, "width": 16} if tiny else {}
-    errors = {"model fp32": model_error(device), **scan_errors(device, **small)}
+    errors: dict[str, float | str] = {"model fp32": model_error(device), **scan_errors(device, **small)}
     log.add("checks", errors)
     for name, error in errors.items():
+        if isinstance(error, str):
+            continue  # does not run here; training takes another
         limit = LIMITS["fp32" if "fp32" in name else "bf16"]
         if not error < limit:
             raise TmexportError(f"{name}: differs from the CPU by {error:.2g}; expected less than {limit:g}")
