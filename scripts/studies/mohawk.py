@@ -220,6 +220,7 @@ def draw(curves: Mapping[Row, list[list[dict[str, Any]]]], teacher: float, out: 
             axis.plot(tokens, scores, style, color=colours[row.plan], label=f"{row.start}, stages {row.plan}")
         axis.axhline(teacher, color="black", lw=0.8)
         axis.set(title=f"attention kept: {kept}", xlabel="tokens", ylabel="bits per byte, held out")
+        axis.set_ylim(teacher - 0.05, teacher + 0.3)  # what comes before is far above
         axis.legend(fontsize="x-small")
     figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -77,6 +77,17 @@ def test_what_the_kernels_do_not_run_is_onnx(tmp_path, node_modules):
     complete(site, run("web", tmp_path / "ckpt", site, "--runtime", node_modules, "--json"), ONNX)
     assert run("verify", tmp_path / "ckpt", site / "model.onnx").exit_code == 0
     assert feed(ort.InferenceSession(site / "model.onnx"), TIED, token_ids(TIED, 1, 5)).shape == (1, 1, TIED.vocab_size)
+
+
+def test_a_gguf_needs_a_tokenizer_and_kernels_that_run_it(tied, tmp_path, node_modules):
+    bare, site = tmp_path / "bare.gguf", tmp_path / "site"
+    assert run("gguf", tied.path, bare, "--no-tokenizer").exit_code == 0
+    result = run("web", bare, site, "--runtime", node_modules)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+    assert "give the model's tokenizer.json with --tokenizer" in result.stderr
+    page = complete(site, run("web", bare, site, "--runtime", node_modules, "--tokenizer", tied.tokenizer, "--json"), PACKED)  # fmt: skip
+    assert page["stop"] == [0]
+    write_checkpoint(tmp_path / "ckpt", TIED, coded_tensors(TIED, "binary"), tied.tokenizer)
     binary = tmp_path / "binary.gguf"
     assert run("gguf", tmp_path / "ckpt", binary).exit_code == 0
     result = run("web", binary, tmp_path / "no", "--runtime", node_modules)

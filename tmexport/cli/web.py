@@ -8,7 +8,15 @@ from pathlib import Path
 
 import click
 
-from tmexport.cli.options import HELP, PATH, Choice, json_option, round_scales_option, warn_of_rounded_scales
+from tmexport.cli.options import (
+    HELP,
+    PATH,
+    Choice,
+    json_option,
+    round_scales_option,
+    tokenizer_option,
+    warn_of_rounded_scales,
+)
 from tmexport.cli.progress import progress_bar
 
 
@@ -20,6 +28,7 @@ from tmexport.cli.progress import progress_bar
 @click.option("--embedding-type", type=Choice(["q8_0", "f16"], old={"q8": "q8_0"}), default="q8_0", show_default=True,
               help="Type of a checkpoint's embedding and of an untied head; a GGUF is taken as it is.")  # fmt: skip
 @round_scales_option
+@tokenizer_option
 @click.option("--title", help="Of the page. Default: the model's name.")
 @json_option
 def web(
@@ -28,6 +37,7 @@ def web(
     runtime: Path | None,
     embedding_type: str,
     round_scales: bool,
+    tokenizer: Path | None,
     title: str | None,
     as_json: bool,
 ) -> None:
@@ -46,10 +56,10 @@ def web(
     from tmexport.web.site import write_site
 
     if model.is_file():
-        page = from_gguf(open_gguf(model))
+        page = from_gguf(open_gguf(model), tokenizer)
     else:
         source = open_checkpoint(model, round_scales)
-        page = from_checkpoint(source, embedding_type)
+        page = from_checkpoint(source, embedding_type, tokenizer)
         if round_scales:
             warn_of_rounded_scales(source)
     with progress_bar("writing", None) as bar:

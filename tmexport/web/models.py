@@ -37,8 +37,8 @@ class PageModel:
     write: Callable[[Path], list[Path]]
 
 
-def from_gguf(gguf: GGUFFile) -> PageModel:
-    """A GGUF as it is.
+def from_gguf(gguf: GGUFFile, tokenizer: Path | None = None) -> PageModel:
+    """A GGUF as it is; tokenizer: a tokenizer.json to take in place of its own.
 
     Raises:
         UsageError: the page's kernels do not run it.
@@ -53,29 +53,33 @@ def from_gguf(gguf: GGUFFile) -> PageModel:
         raise UsageError(
             f"{gguf.path}: {obstacle}; a page runs such a model as ONNX: give the checkpoint's folder instead"
         )
-    text = gguf.metadata.get(TOKENIZER_JSON_KEY)
+    text, metadata = gguf.metadata.get(TOKENIZER_JSON_KEY), gguf.metadata
+    if tokenizer is not None:
+        given = export_tokenizer(tokenizer, model)
+        text, metadata = given.text, given.metadata
     if not isinstance(text, str):
-        text = vocabulary_as_json(gguf.metadata, str(gguf.path))
+        text = vocabulary_as_json(metadata, str(gguf.path))
 
     def write(folder: Path) -> list[Path]:
         with open(gguf.path, "rb") as source, atomic_write(folder / "model.gguf") as file:
             shutil.copyfileobj(source, file)
         return [folder / "model.gguf"]
 
-    return PageModel("packed", "model.gguf", text, stop_ids(gguf.metadata), write)
+    return PageModel("packed", "model.gguf", text, stop_ids(metadata), write)
 
 
-def from_checkpoint(checkpoint: Checkpoint, embedding: str) -> PageModel:
-    """A checkpoint with a tokenizer, exported; embedding: q8_0 or f16.
+def from_checkpoint(checkpoint: Checkpoint, embedding: str, tokenizer: Path | None = None) -> PageModel:
+    """A checkpoint, exported; embedding: q8_0 or f16; tokenizer: a tokenizer.json to take in place of its own.
 
     Raises:
         UsageError: it has no tokenizer, or is too large for a page.
         TmexportError: it is not low-bit, or its tokenizer cannot be said in files.
     """
-    if checkpoint.tokenizer is None:
-        raise UsageError(f"{checkpoint.path}: has no tokenizer.json; a page needs one to read what is typed")
-    tokenizer = export_tokenizer(checkpoint.tokenizer, checkpoint.config, checkpoint.path)
-    return _packed(checkpoint, embedding, tokenizer) or _onnx(checkpoint, embedding, tokenizer)
+    source = tokenizer or checkpoint.tokenizer
+    if source is None:
+        raise UsageError(f"{checkpoint.path}: has no tokenizer.json; a page needs one to read what is typed: name one with --tokenizer")  # fmt: skip
+    exported = export_tokenizer(source, checkpoint.config, checkpoint.path)
+    return _packed(checkpoint, embedding, exported) or _onnx(checkpoint, embedding, exported)
 
 
 def why_not_packed(model: Model, kinds: Mapping[str, GGMLType], n_bytes: int) -> str | None:

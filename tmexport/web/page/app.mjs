@@ -167,4 +167,7 @@ element("form").addEventListener("submit", (event) => {
 element("more").addEventListener("click", () => run(() => generate(true)));
 element("digest").addEventListener("click", () => run(digest));
 element("stop").addEventListener("click", () => (stopped = true));
-load().catch((error) => status(error.message, true));
+load().catch(async (error) => {
+  status(error.message, true);
+  await self.caches?.delete("tmexport"); // a model that does not load is not kept
+});
