@@ -4,7 +4,7 @@ Codes and scales are multiplied out once, exactly, while loading; what transform
 its fused Mamba-2 path, which reads weights beside their modules), and what it saves is one. The folder itself is what to
 upload: its layout is the one the Hub expects.
 
-Needs transformers 5.23 and torch.
+Needs transformers 5.24 and torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tmexport.model import Model, parse_config
 from tmexport.quantization import Stored, read_quantization
 from tmexport.types import KINDS
 
-LOWEST = (5, 23)  # releases before it take these classes and load other weights, in silence
+LOWEST = (5, 24)  # releases before it take these classes, and load other weights in silence or cannot save
 NEEDED = f"tmexport.hf needs torch and transformers {LOWEST[0]}.{LOWEST[1]} or newer"
 HOW = f"run: pip install torch 'transformers>={LOWEST[0]}.{LOWEST[1]}'"
 

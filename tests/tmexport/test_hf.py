@@ -95,7 +95,7 @@ def test_a_release_that_would_load_other_weights_is_refused(monkeypatch):
 
     monkeypatch.setattr(transformers, "__version__", "5.22.2")
     with pytest.raises(
-        UsageError, match=r"needs torch and transformers 5\.23 or newer; this is 5\.22\.2; run: pip install"
+        UsageError, match=r"needs torch and transformers 5\.24 or newer; this is 5\.22\.2; run: pip install"
     ):
         importlib.reload(tmexport.hf)
 
