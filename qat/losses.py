@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from qat.model import ResidualBlock
 
 _Item = TypeVar("_Item")
-_LOGITS_AT_ONCE = 2**21  # entries (8 MB in fp32): a chunk stays in a CPU's last cache and is negligible on a GPU
+_LOGITS_AT_ONCE = 2**21  # entries (8 MB in fp32): a chunk stays in a CPU's last cache
+_ON_A_GPU = 2**27  # 512 MB: what a chunk's dozen kernels take to start would be more than its work
 
 
-def rows_at_once(vocab_size: int) -> int:
+def rows_at_once(vocab_size: int, device: torch.device | None = None) -> int:
     """Positions whose logits are made at a time."""
-    return max(1, _LOGITS_AT_ONCE // vocab_size)
+    entries = _ON_A_GPU if device is not None and device.type == "cuda" else _LOGITS_AT_ONCE
+    return max(1, entries // vocab_size)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if need_head else None
         sum_ce = torch.zeros((), device=hidden.device)
         sum_kl = torch.zeros((), device=hidden.device)
-        step = rows_at_once(head.shape[0])
+        step = rows_at_once(head.shape[0], hidden.device)
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             h, target = hidden[part], targets[part, None]

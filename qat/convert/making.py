@@ -55,7 +55,8 @@ def convert(teacher: Path, keep: str, out: Path, ids: Tensor) -> Converted:
         raise CheckpointError(f"{teacher}: holds low-bit weights; expected a full-precision Transformer")
     hybrid_of(checkpoint.config, ())  # whether it can be, before the weights are read
     kept = kept_layers(keep, len(checkpoint.config.blocks) // 2)
-    model = load_model(teacher).requires_grad_(False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, ids = load_model(teacher).requires_grad_(False).to(device), ids.to(device)
     ranks: dict[int, float] = {}
     if isinstance(kept, int):
         hybrid = started(model, (), ids)
@@ -84,7 +85,7 @@ def started(teacher: LanguageModel, kept: Collection[int], ids: Tensor) -> Langu
 
 def untrained(teacher: LanguageModel, kept: Collection[int]) -> LanguageModel:
     """The hybrid with the teacher's weights, and in the layers not kept random mixers."""
-    hybrid = LanguageModel(hybrid_of(teacher.config, kept)).requires_grad_(False)
+    hybrid = LanguageModel(hybrid_of(teacher.config, kept)).requires_grad_(False).to(teacher.head_weight.device)
     known, own = teacher.state_dict(), hybrid.state_dict()
     hybrid.load_state_dict({name: known.get(name, tensor) for name, tensor in own.items()})
     return hybrid
@@ -92,7 +93,7 @@ def untrained(teacher: LanguageModel, kept: Collection[int]) -> LanguageModel:
 
 def restored(teacher: LanguageModel, hybrid: LanguageModel, kept: Collection[int]) -> LanguageModel:
     """A hybrid with every layer replaced -> one in which those of `kept` have the teacher's attention again."""
-    fewer = LanguageModel(hybrid_of(teacher.config, kept)).requires_grad_(False)
+    fewer = LanguageModel(hybrid_of(teacher.config, kept)).requires_grad_(False).to(teacher.head_weight.device)
     known = {**teacher.state_dict(), **hybrid.state_dict()}
     fewer.load_state_dict({name: known[name] for name in fewer.state_dict()})
     return fewer

@@ -61,7 +61,9 @@ class AttentionMixer(BranchModule):
                 k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
             state.k, state.v = k, v
         time = q.shape[2]
-        mask = None if start == 0 else torch.ones(time, start + time, dtype=torch.bool, device=q.device).tril(start)
+        mask = None  # one token sees all that was
+        if start > 0 and time > 1:
+            mask = torch.ones(time, start + time, dtype=torch.bool, device=q.device).tril(start)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=start == 0, scale=config.scale, enable_gqa=config.n_heads != config.n_kv_heads
         )  # fmt: skip

@@ -68,7 +68,7 @@ def make(
 
     Args:
         method: a key of METHODS.
-        teacher: a full-precision checkpoint folder.
+        teacher: a full-precision checkpoint folder; for rtn with `rest`, low-bit weights that it has stay as they are.
         out: folder to write, another.
         kind: a key of KINDS.
         group_size: weights that share a scale; the kind's widest that fits if None.
@@ -86,9 +86,13 @@ def make(
     if out.resolve() == teacher.resolve():
         raise UsageError(f"{out}: is the teacher's folder, which would be overwritten; choose another --out")
     checkpoint = open_checkpoint(teacher)
-    if checkpoint.coded:
-        raise CheckpointError(f"{teacher}: holds low-bit weights already; expected a full-precision teacher")
-    chosen = projections_of(checkpoint.config, projections)
+    kept = {name: checkpoint.kind(name) for name in checkpoint.names if checkpoint.kind(name)}
+    if kept and (METHODS[method].reads_text or transforms or rest == "dense"):
+        raise CheckpointError(
+            f"{teacher}: holds low-bit weights already; expected a full-precision teacher, or rtn with --rest, which rounds "
+            "what is not"
+        )
+    chosen = {name: role for name, role in projections_of(checkpoint.config, projections).items() if name not in kept}
     source: Checkpoint = checkpoint
     done: list[dict[str, Any]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +101,16 @@ def make(
             source, done = _transformed(checkpoint, transforms, ids, seed, Path(folder))
         groups = _groups(source, kind, group_size, chosen)
         tensors = METHODS[method].tensors(source, ids, kind, groups)
+    tensors |= {name: checkpoint.codes(name, found) for name, found in kept.items() if found}
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
     for name, tensor in source.config.tensors.items():
-        other = "dense" if name in chosen or not tensor.low_bit else embedding if tensor.block is None else rest
+        other = (
+            "dense"
+            if name in chosen or name in kept or not tensor.low_bit
+            else embedding
+            if tensor.block is None
+            else rest
+        )
         if other != "dense":
             tensors[name] = KINDS[other].quantize(_fp32(tensors[name]), group_for(other, None, name, tensor.shape[1]))
     provenance: dict[str, Any] | None = None

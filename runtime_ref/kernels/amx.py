@@ -30,7 +30,7 @@ FEWEST_ROWS = 8  # fewer tokens leave most of a tile idle
 V: TypeAlias = ir.Value
 
 
-def _unit(code: Code, name: str, *args: V | int) -> None:
+def unit(code: Code, name: str, *args: V | int) -> None:
     """An instruction of the unit; a plain number is a tile's."""
     values = [ir.Constant(I8, a) if isinstance(a, int) else a for a in args]
     kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
@@ -43,7 +43,7 @@ def _planes(profile) -> int:
 
 
 @intrinsic
-def _begin(typingctx, columns, memory):
+def amx_begin(typingctx, columns, memory):
     """Shape the tiles: sums 16 x 16 int32, weights [columns / 4][16 rows][4], activations [16][columns]; from 64 bytes of memory."""
 
     def codegen(context, builder, sig, args):
@@ -56,16 +56,16 @@ def _begin(typingctx, columns, memory):
             code.store(columns if holds_activations else ir.Constant(I16, 64), code.at(memory, 16 + 2 * tile), 2)
             quads = b.trunc(b.lshr(columns, ir.Constant(I16, 2)), I8)
             code.store(quads if tile in (4, 5) else ir.Constant(I8, 16), code.at(memory, 48 + tile), 1)
-        _unit(code, "ldtilecfg", memory)
+        unit(code, "ldtilecfg", memory)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
-def _end(typingctx):
+def amx_end(typingctx):
     def codegen(context, builder, sig, args):
-        _unit(Code(builder), "tilerelease")
+        unit(Code(builder), "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -116,22 +116,22 @@ def _multiply(typingctx, profile, weights, stride, low, high, q_stride, columns,
         weights_at, low_at, high_at, sums_at = (code.pointer(args[i]) for i in (1, 3, 4, 8))
         line = code.i64(64)
         for tile in range(SUMS):
-            _unit(code, "tilezero", tile)
+            unit(code, "tilezero", tile)
 
         def part(i, _):
             column = b.mul(i, args[6])
             for plane, at in enumerate((low_at, high_at)[:planes]):
-                _unit(code, "tileloadd64", 7 - plane, code.at(at, column), args[5])
+                unit(code, "tileloadd64", 7 - plane, code.at(at, column), args[5])
             for tile in range(SUMS // planes):
                 own = b.add(b.mul(args[2], code.i64(tile)), b.mul(column, code.i64(ROWS)))
-                _unit(code, "tileloadd64", 4 + tile % 2, code.at(weights_at, own), line)
+                unit(code, "tileloadd64", 4 + tile % 2, code.at(weights_at, own), line)
                 for plane in range(planes):
-                    _unit(code, "tdpbssd", tile * planes + plane, 7 - plane, 4 + tile % 2)
+                    unit(code, "tdpbssd", tile * planes + plane, 7 - plane, 4 + tile % 2)
             return []
 
         code.loop(args[7], [], part)
         for tile in range(SUMS):
-            _unit(code, "tilestored64", tile, code.at(sums_at, TILE * tile), line)
+            unit(code, "tilestored64", tile, code.at(sums_at, TILE * tile), line)
         return context.get_dummy_value()
 
     return sig, codegen
@@ -208,7 +208,7 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
         shape = (address(memory) + 63) // 64 * 64
         sums = shape + TILE
         weights = sums + SUMS * TILE
-        _begin(columns, shape)
+        amx_begin(columns, shape)
         for start in range(first, end, together):
             tiles = min(together, end - start)
             y[:] = np.float32(0.0)
@@ -239,7 +239,7 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
                         )
             for tile in range(tiles):
                 _put(y[tile], start + tile, rows, out, add)
-        _end()
+        amx_end()
         return rows + 0 * memory[0]  # Numba frees an array after its last mention
 
     return body

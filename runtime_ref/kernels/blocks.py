@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from runtime_ref.kernels.amx_blocks import blocks_by_amx
 from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.block_tiles import q4_tile, q8_tile, together
-from runtime_ref.kernels.compiled import stack
+from runtime_ref.kernels.compiled import kernel, stack
 from runtime_ref.kernels.intrinsics import half_to_float
 from runtime_ref.kernels.output import put_row
 from runtime_ref.kernels.packed.blocks import PackedQ4, PackedQ8
@@ -20,18 +21,18 @@ from runtime_ref.kernels.vector import address
 
 def q8_product(isa_class: type, activations_class: type, many: bool) -> Callable[..., None]:
     """`matmul.multiply` for a PackedQ8."""
-    return _product(q8_tile, together(isa_class, activations_class, 8))
+    return _product(8, q8_tile, together(isa_class, activations_class, 8), many)
 
 
 def q4_product(isa_class: type, activations_class: type, many: bool) -> Callable[..., None]:
     """`matmul.multiply` for a PackedQ4."""
-    return _product(q4_tile, together(isa_class, activations_class, 4))
+    return _product(4, q4_tile, together(isa_class, activations_class, 4), many)
 
 
-def _product(multiply_tile: Any, in_flight: int) -> Callable[..., None]:
+def _product(bits: int, multiply_tile: Any, in_flight: int, many: bool) -> Callable[..., None]:
     room = 64 * in_flight
 
-    def body(isa, activations, packed, s, rows, k, block, out, add, tid, threads):
+    def tiles_of_rows(isa, activations, packed, s, rows, out, add, first, end):
         codes, scales = packed.codes, packed.scales
         blocks = scales.shape[1]
         q_stride, b_stride = s.low.strides[0], s.q_scale.shape[1]
@@ -43,7 +44,6 @@ def _product(multiply_tile: Any, in_flight: int) -> Callable[..., None]:
             address(s.q_sum),
         )
         y = stack(room)
-        first, end = share(codes.shape[0], tid, threads)
         for tile in range(first, end):
             codes_at, scales_at = address(codes[tile]), address(scales[tile])
             r = 0
@@ -63,7 +63,18 @@ def _product(multiply_tile: Any, in_flight: int) -> Callable[..., None]:
                 put_row(out, r, tile, y, add)
                 r += 1
 
-    return body
+    by_tiles = kernel(tiles_of_rows)
+
+    def for_few(isa, activations, packed, s, rows, k, block, out, add, tid, threads):
+        first, end = share(packed.codes.shape[0], tid, threads)
+        by_tiles(isa, activations, packed, s, rows, out, add, first, end)
+
+    def for_many(isa, activations, packed, s, rows, k, block, out, add, tid, threads):
+        first, end = share(packed.codes.shape[0], tid, threads)
+        if blocks_by_amx(isa, activations, bits, packed.codes, packed.scales, s, rows, out, add, first, end) == 0:
+            by_tiles(isa, activations, packed, s, rows, out, add, first, end)
+
+    return for_many if many else for_few
 
 
 def embed_q8(packed, token, out):

@@ -57,13 +57,13 @@ def activations(rows: int, k: int) -> dict[str, np.ndarray]:
     """The arrays of a Scratch that a product reads: rows of up to k values, and what quantising them gives."""
     # 64 more than needed: rows a power of two apart would compete for the same cache sets
     width = -(-k // 64) * 64 + 64
-    sixteens = -(-rows // 16) * 16  # AMX reads the planes of 16 rows at a time
+    sixteens = -(-rows // 16) * 16  # AMX reads 16 rows at a time
     return {
         "wide": np.zeros((rows, width), np.float32),
         "q": np.zeros((rows, width), np.int16),
         "high": np.zeros((sixteens, width), np.int8),
         "low": np.zeros((sixteens, width), np.int8),
-        "q_scale": np.zeros((rows, -(-width // 32)), np.float32),
+        "q_scale": np.zeros((sixteens, -(-width // 32)), np.float32),
         "q_sum": np.zeros((rows, -(-width // 32)), np.int32),
     }
 

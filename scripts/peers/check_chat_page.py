@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from scripts.peers.check_web import Browser
+from scripts.peers.browsers import Browser, Chromium
 from tests.serve.running import TEMPLATE, Server
 from tmexport.cli.app import run_command
 
@@ -26,13 +26,12 @@ _FILL = "for (const [id, value] of Object.entries(arguments[0])) document.getEle
 @click.command()
 @click.option("--prompt", default="How is the Union?", show_default=True)
 @click.option("--screenshot", type=click.Path(path_type=Path))
-@click.option("--port", default=9517, show_default=True, help="Of chromedriver.")
-def check(prompt: str, screenshot: Path | None, port: int) -> None:
+def check(prompt: str, screenshot: Path | None) -> None:
     """Chat with the demo model through the page."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "chat.jinja").write_text(TEMPLATE)
         with Server("--chat-template", Path(folder) / "chat.jinja", "--threads", 1) as server:
-            browser = Browser(port)
+            browser = Chromium()
             try:
                 browser.open(server.url + "/")
                 _wait(browser, "Ready")
@@ -42,7 +41,7 @@ def check(prompt: str, screenshot: Path | None, port: int) -> None:
                 shown = browser.script("return [...document.querySelectorAll('#log > div')].map(d => [d.className, d.textContent])")  # fmt: skip
                 if screenshot:
                     screenshot.write_bytes(browser.screenshot())
-                errors = [entry for entry in browser.console() if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]  # fmt: skip
+                errors = [message for message in browser.errors() if "favicon" not in message]
             finally:
                 browser.close()
             message = [{"role": "user", "content": prompt}]

@@ -1,80 +1,34 @@
-"""Open a folder written by `tmexport web` in a headless Chromium, generate text, and compare with OrtModel.
+"""Open a folder written by `tmexport web` in a headless browser, generate text, and compare with runtime_ref.
 
     python scripts/peers/check_web.py SITE --prompt "Fellow citizens" --screenshot docs/web.png
 
-Needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver). Speaks the WebDriver protocol itself.
-The last line on stdout is one JSON object; the exit code is 0 if the page's tokens are OrtModel's.
+A page that runs a GGUF must give the tokens and the digest of logits of runtime_ref's profile `exact`, one that runs ONNX those
+of OrtModel. Then the page is opened again and continues the kept text, and a third time without its server.
+The last line on stdout is one JSON object; the exit code is 0 if all of it is as it should be.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import http.server
 import json
-import shutil
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import click
 from tokenizers import Tokenizer
 
+from runtime_ref.gguf_source import gguf_source
+from runtime_ref.model import Model
 from runtime_ref.ort import OrtModel
+from scripts.machines.logit_hashes import logits_digest
+from scripts.peers.browsers import BROWSERS, Browser
 from tmexport.cli.app import run_command
 
-
-class Browser:
-    """One WebDriver session (W3C WebDriver) of a chromedriver that this object starts and ends."""
-
-    def __init__(self, port: int) -> None:
-        self._driver = subprocess.Popen(["chromedriver", f"--port={port}", "--silent"], stdout=subprocess.DEVNULL)
-        self._base = f"http://127.0.0.1:{port}"
-        arguments = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--window-size=900,900",
-            "--disable-dev-shm-usage",
-        ]
-        options = {"args": arguments}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        for _ in range(100):
-            try:
-                answer = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-                break
-            except OSError:
-                time.sleep(0.1)
-        self._base += f"/session/{answer['sessionId']}"
-
-    def _call(self, method: str, path: str, body: dict | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._base + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, url: str) -> None:
-        self._call("POST", "/url", {"url": url})
-
-    def script(self, code: str, *args: object) -> Any:
-        return self._call("POST", "/execute/sync", {"script": code, "args": list(args)})
-
-    def screenshot(self) -> bytes:
-        return base64.b64decode(self._call("GET", "/screenshot"))
-
-    def console(self) -> list[dict]:
-        return self._call("POST", "/se/log", {"type": "browser"})
-
-    def close(self) -> None:
-        try:
-            self._call("DELETE", "")
-        finally:
-            self._driver.terminate()
-            self._driver.wait(10)
+IDS = ["rate", "prefill", "position", "size", "memory", "all-memory", "state", "sha256", "text"]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -82,62 +36,115 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Site:
+    """The folder behind an address of this machine; `close` leaves the page without its server."""
+
+    def __init__(self, folder: Path) -> None:
+        handler = functools.partial(Quiet, directory=str(folder))
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 @click.command()
 @click.argument("site", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--browser", "name", type=click.Choice(list(BROWSERS)), default="chromium", show_default=True)
 @click.option("--prompt", default="Fellow citizens", show_default=True)
 @click.option("-n", "--tokens", "count", default=64, show_default=True)
 @click.option("--screenshot", type=click.Path(path_type=Path))
 @click.option("--seconds", default=300, show_default=True, help="How long the page may take.")
-def check(site: Path, prompt: str, count: int, screenshot: Path | None, seconds: int) -> None:
-    """Run SITE in Chromium and compare its greedy continuation with OrtModel's."""
-    for program in ("chromedriver", "chromium"):
-        if shutil.which(program) is None:
-            raise click.ClickException(f"no {program} on the PATH; on Debian: apt-get install chromium chromium-driver")
-    handler = functools.partial(Quiet, directory=str(site))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/"
-    browser = Browser(server.server_port + 1 if server.server_port < 65535 else 9515)
+def check(site: Path, name: str, prompt: str, count: int, screenshot: Path | None, seconds: int) -> None:
+    """Run SITE in a browser and compare its greedy continuation with runtime_ref's."""
+    described = json.loads((site / "page.json").read_text())
+    packed = described["engine"] == "packed"
+    server, browser = Site(site), BROWSERS[name]()
     try:
-        browser.open(address)
-        wait(browser, "Ready", seconds)
+        browser.open(server.address)
+        wait(browser, seconds)
         loaded = browser.script("return performance.now()")
-        fill = "document.getElementById('prompt').value = arguments[0]; document.getElementById('count').value = arguments[1];"
-        browser.script(fill + "document.getElementById('go').click();", prompt, count)
-        time.sleep(0.2)
-        wait(browser, "Ready", seconds)
-        read = "return Object.fromEntries(['rate','prefill','position','size','state','text'].map(i => [i, document.getElementById(i).textContent]))"
-        page = browser.script(read)
-        tokens = json.loads(browser.script("return document.getElementById('output').dataset.tokens"))
+        press(browser, "go", seconds, prompt, count)
+        if packed:
+            press(browser, "digest", seconds)
+        page, first = read(browser), tokens_of(browser)
         urls = browser.script("return performance.getEntriesByType('resource').map(e => e.name)")
         if screenshot:
             screenshot.write_bytes(browser.screenshot())
-        errors = [entry for entry in browser.console() if entry["level"] == "SEVERE"]
+        browser.open(server.address)
+        wait(browser, seconds)
+        press(browser, "more", seconds, count=count)
+        continued = tokens_of(browser)
+        errors = browser.errors()
+        server.close()
+        browser.open(server.address)
+        wait(browser, seconds)
+        press(browser, "go", seconds, prompt, count)
+        alone = tokens_of(browser)
     finally:
         browser.close()
-        server.shutdown()
     tokenizer = Tokenizer.from_file(str(site / "model.tokenizer.json"))
-    model = OrtModel.load(site / "model.onnx")
-    stop = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
-    wanted = list(model.generate(tokenizer.encode(prompt, add_special_tokens=False).ids, count, stop=stop))
-    same = next((i for i, pair in enumerate(zip(tokens, wanted, strict=False)) if pair[0] != pair[1]), len(wanted))
-    elsewhere = [url for url in urls if not url.startswith(address)]
-    result = {"tokens": len(tokens), "equal_tokens": same, "text_equal": page["text"] == tokenizer.decode(tokens),
-              "loaded_ms": round(loaded), "elsewhere": elsewhere, "console_errors": errors, **page}  # fmt: skip
-    click.echo(json.dumps(result))
-    sys.exit(0 if tokens == wanted and result["text_equal"] and not elsewhere and not errors else 1)
+    wanted, digest = expected(site / described["model"], tokenizer.encode(prompt, add_special_tokens=False).ids, 2 * count, described["stop"])  # fmt: skip
+    shown = {
+        "tokens": len(first),
+        "equal": first == wanted[:count],
+        "text_equal": page["text"] == tokenizer.decode(first),
+        "continued_equal": continued == wanted,
+        "without_server_equal": alone == wanted[:count],
+        "digest_equal": page["sha256"] == digest,
+        "elsewhere": [url for url in urls if not url.startswith(server.address)],
+        "console_errors": errors,
+    }
+    click.echo(json.dumps({"browser": name, "loaded_ms": round(loaded), **shown, **page}))
+    good = all(value for key, value in shown.items() if key.endswith("equal"))
+    sys.exit(0 if good and not shown["elsewhere"] and not errors else 1)
 
 
-def wait(browser: Browser, wanted: str, seconds: int) -> None:
-    """Until the page's status is `wanted`; its own error ends the wait."""
-    end = time.monotonic() + seconds
+def expected(model: Path, prompt: list[int], count: int, stop: list[int]) -> tuple[list[int], str]:
+    """The greedy continuation, and the digest that the page shows ("" for a page that shows none)."""
+    if model.suffix == ".onnx":
+        return list(OrtModel.load(model).generate(prompt, count, stop=stop)), ""
+    exact = Model(gguf_source(model), "exact")
+    found = list(exact.generate(prompt, count, stop=stop)), logits_digest(exact)
+    exact.close()
+    return found
+
+
+def press(browser: Browser, button: str, seconds: int, prompt: str | None = None, count: int | None = None) -> None:
+    """Press a button of the page, after filling in what is given, and wait until it is ready again."""
+    for field, value in (("prompt", prompt), ("count", count)):
+        if value is not None:
+            browser.script("document.getElementById(arguments[0]).value = arguments[1]", field, value)
+    browser.script("document.getElementById(arguments[0]).click()", button)
+    wait(browser, seconds)
+
+
+def read(browser: Browser) -> dict[str, str]:
+    """What the page shows, by the names of its elements."""
+    code = "return Object.fromEntries(arguments[0].map(i => [i, document.getElementById(i).textContent]))"
+    found: dict[str, str] = browser.script(code, IDS)
+    return found
+
+
+def tokens_of(browser: Browser) -> list[int]:
+    """The tokens that the page shows."""
+    found: list[int] = json.loads(browser.script("return document.getElementById('output').dataset.tokens"))
+    return found
+
+
+def wait(browser: Browser, seconds: int) -> None:
+    """Until the page is ready; its own error ends the wait."""
+    end, text = time.monotonic() + seconds, ""
     while time.monotonic() < end:
-        text, error = browser.script(
+        state: Any = browser.script(
             "const s = document.getElementById('status'); return [s.textContent, s.dataset.error]"
         )
+        text, error = state
         if error == "true":
             raise click.ClickException(f"the page says: {text}")
-        if text == wanted:
+        if text == "Ready":
             return
         time.sleep(0.1)
     raise click.ClickException(f"the page still says {text!r} after {seconds} s")

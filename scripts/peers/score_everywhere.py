@@ -25,11 +25,19 @@ from runtime_ref.perplexity import end_of_text, read_documents, score_tokens
 from runtime_ref.tokenizer import Tokenizer
 from tmexport.cli.app import run_command
 
-# Reads a JSON list of documents (lists of token ids), prints the nats of all tokens but each document's first.
-_LLAMA = """
+# Reads a JSON list of documents (lists of token ids), prints the nats of all tokens but each document's first. Weights lie as in
+# the file: in the layout for AMX, llama-cpp-python 0.3.36 built on a CPU with AMX dies of SIGILL (tileloadd) at Q8_0 matrices.
+LLAMA = """
 import json, sys
+import llama_cpp.llama_cpp as low
 import numpy as np
 from llama_cpp import Llama
+defaults = low.llama_model_default_params
+def plain():
+    found = defaults()
+    found.use_extra_bufts = False
+    return found
+low.llama_model_default_params = plain
 documents = json.load(sys.stdin)
 llama = Llama(sys.argv[1], n_ctx=max(map(len, documents)), logits_all=True, n_threads=int(sys.argv[2]), verbose=False)
 nats = 0.0
@@ -68,7 +76,7 @@ def main(checkpoint: Path, gguf: Path, text: Path, llama_python: str, tokens: in
     nats = {"torch": sum(score_document(model, np.array(ids)) for ids in documents)}
     for profile, loaded in runtime.items():
         nats[f"runtime_ref, {profile}"] = sum(score_tokens(loaded, ids) for ids in documents)
-    command = [llama_python, "-c", _LLAMA, str(gguf), str(threads)]
+    command = [llama_python, "-c", LLAMA, str(gguf), str(threads)]
     answer = subprocess.run(command, input=json.dumps(documents), capture_output=True, text=True, check=False)
     if answer.returncode:
         last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]

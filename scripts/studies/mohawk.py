@@ -2,7 +2,7 @@
 
     python scripts/studies/mohawk.py --data train.jsonl --held-out heldout.jsonl --out study --seeds 3
 
-Trains a small Transformer, then every row: no attention kept or one layer in four, mixers started at random or from the attention,
+Trains a small Transformer (3.1M parameters; kept as OUT/teacher.pt, which is all that another machine needs), then every row: no attention kept or one layer in four, mixers started at random or from the attention,
 stage 3 (distill) alone, 2 + 3 (align first) or 1 + 2 + 3 (orient before). Each row sees `--steps` steps in all. What is done is kept in
 OUT and a second start goes on where the first stopped. Writes OUT/table.md, OUT/mohawk.png and, last on stdout, one JSON object.
 """
@@ -10,9 +10,10 @@ OUT and a second start goes on where the first stopped. Writes OUT/table.md, OUT
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from qat.convert.fitting import fit_layers
 from qat.convert.making import started, untrained
 from qat.data import Batches, TokenStream, tokenize_files
-from qat.evaluate import documents_in
+from qat.evaluate import documents_in, score_document
 from qat.memory import keep_freed_memory
 from qat.model import LanguageModel
 from qat.recipe import Recipe
@@ -32,11 +33,14 @@ from qat.train.loop import fit
 from qat.train.run import Run
 from qat.train.stages import DEFAULTS
 from qat.train.training import first_tokens
+from scripts.studies.rows import results
 from tmexport.cli.app import run_command
-from tmexport.documents import Document
+from tmexport.cli.progress import progress_bar
+from tmexport.documents import Document, score_documents
+from tmexport.files import atomic_write
 from tmexport.model import llama_model
 
-SHAPE: dict[str, Any] = {"d_model": 128, "n_layer": 4, "n_heads": 4, "d_ff": 384}
+SHAPE: dict[str, Any] = {"d_model": 256, "n_layer": 4, "n_heads": 4, "d_ff": 512}
 VOCABULARY, SEQUENCE, BATCH, CALIBRATION = 2048, 256, 4, 32
 PLANS = {
     "3": {"distill": 1.0},
@@ -87,17 +91,27 @@ class Study:
     @cached_property
     def documents(self) -> list[Document]:
         config = llama_model(vocab_size=VOCABULARY, eos_token_id=0, **SHAPE)
-        return first_tokens(documents_in(self.held_out, self.tokenizer, config), 16384, self.tokenizer)
+        return first_tokens(documents_in(self.held_out, self.tokenizer, config), 8192, self.tokenizer)
 
     @cached_property
     def teacher(self) -> LanguageModel:
-        """The Transformer, trained now if it is not there."""
+        """The Transformer, its weights fp16 numbers; trained now if it is not there."""
+        path = self.out / "teacher.pt"
         torch.manual_seed(0)
         model = LanguageModel(llama_model(vocab_size=VOCABULARY, eos_token_id=0, tie_embeddings=True, **SHAPE))
-        every = max(1, self.teacher_steps // 4)
-        recipe = Recipe(**self._settings(self.teacher_steps, 0) | {"lr": 3e-3, "eval_every": every})
-        self.fit(recipe, model, None, "teacher")
+        if not path.is_file():
+            every = max(1, self.teacher_steps // 4)
+            recipe = Recipe(**self._settings(self.teacher_steps, 0) | {"lr": 3e-3, "eval_every": every})
+            self.fit(recipe, model, None, "teacher")
+            with atomic_write(path) as file:
+                torch.save({name: tensor.half() for name, tensor in model.state_dict().items()}, file)
+        model.load_state_dict(torch.load(path, weights_only=True))
         return model.requires_grad_(False).eval()
+
+    @property
+    def teacher_score(self) -> float:
+        """Its bits per byte of the held-out text."""
+        return score_documents(self.documents, partial(score_document, self.teacher)).bits_per_byte
 
     def _settings(self, steps: int, seed: int) -> dict[str, Any]:
         return {
@@ -131,6 +145,7 @@ class Study:
 
     def run(self, row: Row, seed: int) -> list[dict[str, float]]:
         """The curve of one row: tokens, bits per byte of the held-out text and, while it distils, the KL of that step."""
+        keep_freed_memory()
         model, done = self.begin(row, seed), 0
         curve = []
         for stage, share in PLANS[row.plan].items():
@@ -144,13 +159,18 @@ class Study:
             model.requires_grad_(True)
         return curve
 
-    def kept(self, row: Row, seed: int, make: bool) -> list[dict[str, float]] | None:
-        """The curve in OUT, or else made now."""
-        path = self.out / f"{row.slug}-{seed}.json"
-        if not path.is_file() and make:
-            curve = self.run(row, seed)
-            path.write_text(json.dumps(curve), encoding="utf-8")
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    def path(self, row: Row, seed: int) -> Path:
+        """Where the curve of a row is kept."""
+        return self.out / f"{row.slug}-{seed}.json"
+
+    def make(self, key: tuple[Row, int]) -> tuple[Row, int]:
+        """Train a row and keep its curve; its checkpoints go."""
+        row, seed = key
+        curve = self.run(row, seed)
+        with atomic_write(self.path(row, seed)) as file:
+            file.write(json.dumps(curve).encode())
+        shutil.rmtree(self.out / f"{row.slug}-{seed}")
+        return key
 
 
 def table(curves: Mapping[Row, list[list[dict[str, Any]]]], teacher: float) -> Iterator[str]:
@@ -167,6 +187,18 @@ def table(curves: Mapping[Row, list[list[dict[str, Any]]]], teacher: float) -> I
             f"| {row.kept} | {row.start} | {row.plan} | {len(scores)} | {mean(scores):.4f}{spread} | "
             f"{mean(scores) - teacher:+.4f} | {kl:.3f} |"
         )
+
+
+def write_table(study: Study, keys: Sequence[tuple[Row, int]], teacher: float) -> dict[Row, list[list[dict[str, Any]]]]:
+    """Write OUT/table.md; the curves that there are, by row."""
+    curves: dict[Row, list[list[dict[str, Any]]]] = {}
+    for row, seed in sorted(keys, key=lambda key: (ROWS.index(key[0]), key[1])):
+        path = study.path(row, seed)
+        if path.is_file():
+            curves.setdefault(row, []).append(json.loads(path.read_text(encoding="utf-8")))
+    with atomic_write(study.out / "table.md") as file:
+        file.write(("\n".join(table(curves, teacher)) + "\n").encode())
+    return curves
 
 
 def draw(curves: Mapping[Row, list[list[dict[str, Any]]]], teacher: float, out: Path) -> None:
@@ -188,6 +220,7 @@ def draw(curves: Mapping[Row, list[list[dict[str, Any]]]], teacher: float, out: 
             axis.plot(tokens, scores, style, color=colours[row.plan], label=f"{row.start}, stages {row.plan}")
         axis.axhline(teacher, color="black", lw=0.8)
         axis.set(title=f"attention kept: {kept}", xlabel="tokens", ylabel="bits per byte, held out")
+        axis.set_ylim(teacher - 0.05, teacher + 0.3)  # what comes before is far above
         axis.legend(fontsize="x-small")
     figure.savefig(out, dpi=110)
     plt.close(figure)
@@ -202,30 +235,28 @@ def draw(curves: Mapping[Row, list[list[dict[str, Any]]]], teacher: float, out: 
 @click.option("--seeds", default=1, show_default=True, help="Runs a row.")
 @click.option("--report", is_flag=True, help="Only write the table and the plot of the rows that there are.")
 @click.option("-t", "--threads", default=1, show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Rows at a time.")
+@click.option("--minutes", type=float, help="Give up what has not finished by then.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole curves, not the last scores alone.")
 def main(
     data: tuple[Path, ...], held_out: tuple[Path, ...], out: Path, teacher_steps: int, steps: int, seeds: int,
-    report: bool, threads: int, as_json: bool,
+    report: bool, threads: int, jobs: int, minutes: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """The study of the stages of a hybrid, at small scale."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     study = Study(list(data), list(held_out), out, teacher_steps, steps, threads)
-    _ = study.teacher
-    lines = (out / "teacher" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    teacher = json.loads(lines[-1])["held_out_bits_per_byte"]
-    curves: dict[Row, list[list[dict[str, Any]]]] = {}
-    for seed in range(seeds):
-        for row in ROWS:
-            curve = study.kept(row, seed, not report)
-            if curve is not None:
-                curves.setdefault(row, []).append(curve)
-            text = "\n".join(table({r: curves[r] for r in ROWS if r in curves}, teacher))
-            (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    wanted = [(row, seed) for seed in range(seeds) for row in ROWS]
+    teacher = study.teacher_score  # before the rows: they find it, the tokenizer and the tokens in OUT
+    left = [] if report else [key for key in wanted if not study.path(*key).is_file()]
+    with progress_bar("rows", len(left), keep=True) as bar:
+        for row, seed in results(replace(study).make, left, jobs, minutes):
+            write_table(study, wanted, teacher)
+            bar.advance(1, what=f"{row.slug}-{seed}")
+    curves = write_table(study, wanted, teacher)
     if curves:
         draw(curves, teacher, out / "mohawk.png")
-    click.echo(text, err=True)
+    click.echo((out / "table.md").read_text(encoding="utf-8"), err=True)
     said = {row.slug: found if as_json else [curve[-1] for curve in found] for row, found in curves.items()}
     click.echo(json.dumps({"teacher": teacher, "rows": said}))
 

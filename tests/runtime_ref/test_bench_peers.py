@@ -12,10 +12,11 @@ from click.testing import CliRunner
 
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.bench.cli import bench
+from runtime_ref.bench.peers import PeerSettings, compare_peers
 from runtime_ref.bench.peers.llama import library_of
 from runtime_ref.bench.peers.products import by_ggml, by_kernels, by_onnxruntime, problem_of
-from tests.models import SMALL, mixer, write_small
-from tmexport.checkpoint import open_checkpoint
+from tests.models import SMALL, coded_tensors, mixer, train_tokenizer, write_small
+from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.gguf.export import plan_export
 
 
@@ -122,8 +123,6 @@ def test_refusals(gguf, arguments, says):
 
 
 def test_a_python_that_is_none_is_named(gguf):
-    from runtime_ref.bench.peers import PeerSettings, compare_peers
-
     settings = PeerSettings(8, 2, (1,), 1, ("fast",), llama_python=str(Path(__file__)))
     with open("/dev/null", "w") as log:
         result = compare_peers(gguf, settings, log, lambda what, done: None)
@@ -132,11 +131,34 @@ def test_a_python_that_is_none_is_named(gguf):
 
 
 def test_generation_after_a_context(gguf, tmp_path):
-    from runtime_ref.bench.peers import PeerSettings, compare_peers
-
     with open(tmp_path / "log", "w") as log:
         result = compare_peers(gguf, PeerSettings(8, 2, (1,), 1, ("fast",), depth=24), log, lambda what, done: None)
     assert {"tmexport fast", "xllamacpp"} <= {row["who"] for row in result["rows"] if row["test"] == "tg2 @ d24"}
     lines = (tmp_path / "log").read_text(errors="replace").splitlines()  # what the others print is there too
     depths = {line["test"]: line["depth"] for line in map(json.loads, filter(lambda line: line[:1] == "{", lines))}
     assert depths == {"product": 0, "pp": 0, "tg": 24}
+
+
+def test_a_model_of_int4_blocks(tmp_path):
+    """No codes: the libraries that multiply nothing else say so, the others are measured."""
+    write_checkpoint(
+        tmp_path / "ckpt", SMALL, coded_tensors(SMALL, "int4"), train_tokenizer(tmp_path / "tokenizer.json")
+    )
+    plan_export(open_checkpoint(tmp_path / "ckpt"), "auto", "q8_0").write(tmp_path / "small.gguf", lambda t: None)
+    problem = problem_of(tmp_path / "small.gguf")
+    with open(tmp_path / "log", "w") as log:
+        result = compare_peers(problem.gguf.path, PeerSettings(8, 2, (1,), 1, ("fast",)), log, lambda what, done: None)
+    assert result["type"] == "Q4_0"
+    missing = {m["name"]: m["reason"] for m in result["missing"]}
+    assert missing["onnxruntime"] == f"{problem.name} is Q4_0; expected codes -1, 0, 1"
+    assert {row["test"] for row in result["rows"] if row["who"] == "xllamacpp"} == {
+        "product1",
+        "product64",
+        "pp8",
+        "tg2",
+    }
+    x = problem.inputs(3)
+    library = library_of("xllamacpp")
+    assert library is not None
+    ggml, fast = by_ggml(problem, library[0], x), by_kernels(problem, "fast", x)
+    assert np.abs(ggml.run() - fast.run()).max() < 5e-4 * np.abs(fast.run()).max()  # ggml rounds scales to fp16

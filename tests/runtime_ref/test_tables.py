@@ -9,6 +9,7 @@ from runtime_ref.kernels import isa, tables
 from runtime_ref.kernels.kinds import pack
 from runtime_ref.kernels.matmul import multiply
 from runtime_ref.kernels.scratch import Room, allocate
+from runtime_ref.reference.blocks import BlockMatrix
 from runtime_ref.reference.ternary import TernaryMatrix
 from tests.runtime_ref.integer_sums import specified
 
@@ -36,7 +37,7 @@ def quantised(q, q_scale, block):
     s = allocate(tokens, Room(wide=k))
     upper = (q + 128) >> 8
     s.q[:, :k], s.high[:tokens, :k], s.low[:tokens, :k] = q, upper, q - 256 * upper
-    s.q_scale[:, : k // block] = q_scale
+    s.q_scale[:tokens, : k // block] = q_scale
     s.q_sum[:, : k // block] = q.reshape(tokens, -1, block).sum(2)
     return s
 
@@ -58,11 +59,29 @@ def chosen(name):
 )
 def test_products_of_many_tokens(name, profile, n, k, group, block):
     rng = np.random.default_rng(n)
-    top, how = LARGEST[profile], PRESETS[profile].activations
     codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
     codes[1], codes[2] = 1, -1
     scales = rng.uniform(0.01, 0.1, (n, k // group)).astype(np.float16)
-    packed = packed_of(codes, scales)
+    same_bits(name, profile, packed_of(codes, scales), codes, scales, block)
+
+
+@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("n", "k"), [(40, 96), (576, 576)])
+def test_blocks_times_many_tokens(name, profile, bits, n, k):
+    rng = np.random.default_rng(k)
+    least = -(2 ** (bits - 1))
+    codes = rng.integers(least, -least, (n, k)).astype(np.int8)
+    codes[1], codes[2] = least, -least - 1
+    scales = rng.uniform(-0.1, 0.1, (n, k // 32)).astype(np.float16)
+    same_bits(name, profile, pack(BlockMatrix(codes, scales, bits)), codes, scales, 32)
+
+
+def same_bits(name, profile, packed, codes, scales, block):
+    """Asserts that products of several numbers of tokens, by two threads, are the specified bits."""
+    (n, k), rng = codes.shape, np.random.default_rng(len(codes))
+    top, how = LARGEST[profile], PRESETS[profile].activations
     for tokens in (8, 16, 23, 41, 64, 70):
         q = rng.integers(-top, top + 1, (tokens, k)).astype(np.int32)
         q[0], q[3], q[5] = top, -top, 0

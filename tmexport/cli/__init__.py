@@ -30,7 +30,7 @@ VERBS = {
     "evaluate": Verb(TRAIN, "qat.evaluate:main", "Bits per byte and perplexity of a checkpoint folder.", "qat"),
     "gguf": Verb(EXPORT, "tmexport.cli.gguf:gguf", "Export a checkpoint to a GGUF that stock llama.cpp loads."),
     "onnx": Verb(EXPORT, "tmexport.cli.onnx:onnx", "Export a checkpoint to an ONNX file.", "onnx"),
-    "web": Verb(EXPORT, "tmexport.cli.web:web", "Write a page that runs a checkpoint in a browser.", "onnx"),
+    "web": Verb(EXPORT, "tmexport.cli.web:web", "Write a page that runs a model in a browser."),
     "verify": Verb(EXPORT, "tmexport.cli.verify:verify", "Prove that an exported file holds the checkpoint."),
     "inspect": Verb(EXPORT, "tmexport.cli.inspect:inspect", "Show dimensions, types, sizes and zero ratios of a model."),
     "card": Verb(EXPORT, "tmexport.cli.card:card", "Write the model card of a checkpoint folder, for the Hub."),

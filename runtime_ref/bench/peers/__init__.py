@@ -196,7 +196,7 @@ def compare_peers(
 
     problem = problem_of(path)
     macs, nbytes = multiply_adds(problem.gguf), token_bytes(problem.gguf)
-    n, k = problem.codes.shape
+    n, k = problem.shape
     tests = [("product", m, 1, 0) for m in PRODUCTS]
     texts = (("pp", settings.prompt, 0), ("tg", settings.count, settings.depth))
     tests += [(t, c, number, depth) for number in settings.threads for t, c, depth in texts]

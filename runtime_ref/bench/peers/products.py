@@ -24,7 +24,7 @@ from runtime_ref.team import Team
 from tmexport.errors import TmexportError
 from tmexport.gguf.names import config_from_metadata, group_sizes_of
 from tmexport.gguf.reader import GGUFFile, open_gguf
-from tmexport.types import decode_codes
+from tmexport.types import decode_codes, decode_values
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
@@ -33,23 +33,32 @@ Run = Callable[[], np.ndarray]  # computes the product `repeated` times and retu
 
 @dataclass(frozen=True)
 class Problem:
-    """The model's first coded projection. codes int8 [n, k], scales fp32 [n, k / group]; x is chosen by `inputs`."""
+    """The model's first projection of codes, or its first of all; shape (n, k); x is chosen by `inputs`."""
 
     gguf: GGUFFile
     name: str
-    group: int
-    codes: np.ndarray
-    scales: np.ndarray
+    shape: tuple[int, int]
 
     def inputs(self, m: int) -> np.ndarray:
         """Activations fp32 [m, k], the same for every library."""
-        return np.random.default_rng(0).standard_normal((m, self.codes.shape[1])).astype(np.float32)
+        return np.random.default_rng(0).standard_normal((m, self.shape[1])).astype(np.float32)
 
     def dense(self) -> np.ndarray:
         """The weights in fp64."""
-        return self.codes * np.repeat(
-            self.scales.astype(np.float64), self.codes.shape[1] // self.scales.shape[1], axis=1
-        )
+        info = self.gguf.tensors[self.name]
+        return decode_values(self.gguf.blocks(self.name), info.type, info.shape[-1], self.name).astype(np.float64)
+
+    def codes(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Codes int8 [n, k], scales fp32 [n, blocks of the file], and the group that has one scale.
+
+        Raises:
+            TmexportError: the projection holds other values than codes -1, 0, 1.
+        """
+        info, groups = self.gguf.tensors[self.name], group_sizes_of(self.gguf)
+        if self.name not in groups:
+            raise TmexportError(f"{self.name} is {info.type.name}; expected codes -1, 0, 1")
+        codes, scales = decode_codes(self.gguf.blocks(self.name), info.type, info.shape[-1], self.name)
+        return codes, np.asarray(scales, np.float32), groups[self.name]
 
 
 @dataclass(frozen=True)
@@ -67,15 +76,13 @@ class Product:
 
 
 def problem_of(path: Path) -> Problem:
-    """Raises TmexportError if the model has no projection of codes."""
+    """Raises TmexportError if the file is damaged."""
     gguf = open_gguf(path)
     groups, model = group_sizes_of(gguf), config_from_metadata(gguf)
-    names = [tensor.gguf for tensor in model.tensors.values() if tensor.block is not None and tensor.gguf in groups]
-    if not names:
-        raise TmexportError(f"{path}: has no projection of codes and scales; expected a ternary or binary model")
-    info = gguf.tensors[names[0]]
-    codes, scales = decode_codes(gguf.blocks(names[0]), info.type, info.shape[-1], names[0])
-    return Problem(gguf, names[0], groups[names[0]], codes, np.asarray(scales, np.float32))
+    inside = [tensor.gguf for tensor in model.tensors.values() if tensor.block is not None and tensor.low_bit]
+    name = next((name for name in inside if name in groups), inside[0])
+    n, k = gguf.tensors[name].shape
+    return Problem(gguf, name, (n, k))
 
 
 @cached(nogil=True)
@@ -95,7 +102,7 @@ def by_kernels(problem: Problem, profile: str, x: np.ndarray) -> Product:
     source, preset = source_of(problem.gguf), preset_of(profile)
     packed = source.packed(problem.name)
     block = source.activation_block(problem.name, preset)
-    (n, k), m = problem.codes.shape, len(x)
+    (n, k), m = problem.shape, len(x)
     scratch, team, isa = product_scratch(m, k), Team(1), select()
     out = np.zeros((m, -(-n // 16) * 16), np.float32)
 
@@ -109,7 +116,7 @@ def by_kernels(problem: Problem, profile: str, x: np.ndarray) -> Product:
 def by_ggml(problem: Problem, library: Path, x: np.ndarray) -> Product:
     """ggml's mul_mat in the file's own type, with one thread."""
     info = problem.gguf.tensors[problem.name]
-    blocks, (n, k) = problem.gguf.blocks(problem.name), problem.codes.shape
+    blocks, (n, k) = problem.gguf.blocks(problem.name), problem.shape
     product = GgmlProduct(open_library(library), int(info.type), blocks, (n, k), x)
 
     def run() -> np.ndarray:
@@ -124,13 +131,14 @@ def by_onnxruntime(problem: Problem, x: np.ndarray) -> Product:
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
-    n, k = problem.codes.shape
-    block = min(128, problem.group, k // problem.scales.shape[1])
-    fields = (problem.codes + 1).astype(np.uint8).reshape(n, k // block, block // 4, 4)
+    codes, scales, group = problem.codes()
+    n, k = codes.shape
+    block = min(128, group, k // scales.shape[1])
+    fields = (codes + 1).astype(np.uint8).reshape(n, k // block, block // 4, 4)
     packed = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
     weights = {
         "b": packed,
-        "s": np.repeat(problem.scales, k // block // problem.scales.shape[1], axis=1),
+        "s": np.repeat(scales, k // block // scales.shape[1], axis=1),
         "z": np.full((n, -(-(k // block) // 4)), 0x55, np.uint8),
     }
     node = helper.make_node("MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft", N=n, K=k, bits=2,
@@ -162,15 +170,16 @@ def by_pytritium(problem: Problem, x: np.ndarray) -> Product:
     from tritium.nn import TernaryLinear
 
     torch.set_num_threads(1)
-    n, k = problem.codes.shape
+    codes, _, _ = problem.codes()
+    n, k = codes.shape
     layer = TernaryLinear(k, n, bias=False).eval()
     inputs = torch.from_numpy(x)
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(problem.codes.astype(np.float32)))
-    scale = np.abs(problem.codes.astype(np.float64)).mean()  # it makes its scale this mean of the absolute weights
+        layer.weight.copy_(torch.from_numpy(codes.astype(np.float32)))
+    scale = np.abs(codes.astype(np.float64)).mean()  # it makes its scale this mean of the absolute weights
 
     def run() -> np.ndarray:
         with torch.inference_mode():
             return layer(inputs).numpy()
 
-    return Product(run, problem.codes * scale, n * k // 4)
+    return Product(run, codes * scale, n * k // 4)

@@ -126,6 +126,7 @@ def tests_of(path: Path, about: dict[str, str]) -> dict[str, Timed]:
             "tg": text,
             "product": _products(problem, lambda x: by_ggml(problem, Path(about["library"]), x)),
         }
+    problem.codes()  # all that these two multiply
     by = {"onnxruntime": by_onnxruntime, "pytritium": by_pytritium}[kind]
     return {"product": _products(problem, lambda x: by(problem, x))}
 

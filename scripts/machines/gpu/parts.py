@@ -7,17 +7,19 @@ writes .gpu/0/part, .gpu/1/part, ... of at most 40 MiB: a folder a call.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tmexport.cli.app import run_command
 from tmexport.errors import TmexportError
 from tmexport.safetensors_io import index_safetensors
 
+_KEPT = "embed_tokens"
 CARRIED, RETURNED = 40 * 2**20, 15 * 2**20  # of 64 MiB with the working tree; of 16 MiB a file
 
 
@@ -73,21 +75,49 @@ def _pieces(tensors: Mapping[str, np.ndarray], size: int) -> Iterator[tuple[str,
 
 
 def pack_checkpoint(folder: Path, out: Path, size: int = RETURNED) -> list[Path]:
-    """What a trained hybrid has of its own, in out/NAME-0.safetensors, ...: codes and scales as they are, the rest as fp16.
+    """What a trained hybrid has of its own, in out/NAME-0.safetensors, ...: codes, scales and vectors as they are, dense matrices as
+    fp16; and its config.json as NAME-config.json. `restore_checkpoint` puts it together.
 
     The embedding, which stays the teacher's, is left out where it is not coded.
     """
     own = {}
     for name, stored in index_safetensors(folder / "model.safetensors").items():
         tensor = stored.read()
-        if name.split(".")[-2] != "embed_tokens":
-            own[name] = tensor.astype(np.float16) if tensor.dtype == np.float32 else tensor
+        if name.split(".")[-2] != _KEPT:
+            own[name] = tensor.astype(np.float16) if tensor.dtype == np.float32 and tensor.ndim == 2 else tensor
     out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "config.json", out / f"{folder.name}-config.json")
     paths = []
     for number, part in enumerate(shards(own, size)):
         paths.append(out / f"{folder.name}-{number}.safetensors")
         save_file(part, paths[-1])
     return paths
+
+
+def restore_checkpoint(packed: Path, name: str, teacher: Path, out: Path) -> None:
+    """The checkpoint folder `out` of the files that `pack_checkpoint` wrote of one called `name`, with the teacher's embedding.
+
+    Raises:
+        TmexportError: there are none.
+    """
+    paths = sorted(packed.glob(f"{name}-[0-9]*.safetensors"))
+    if not paths:
+        raise TmexportError(f"{packed}: has no {name}-0.safetensors; expected what pack_checkpoint wrote")
+    pieces = {key: tensor for path in paths for key, tensor in load_file(path).items()}
+    cut: dict[str, dict[int, np.ndarray]] = {}
+    for key, tensor in pieces.items():
+        whole, _, number = key.partition(":")
+        cut.setdefault(whole, {})[int(number or 0)] = tensor
+    tensors = {key: np.concatenate([rows[n] for n in sorted(rows)]) for key, rows in cut.items()}
+    for key, stored in index_safetensors(teacher / "model.safetensors").items():
+        if key.split(".")[-2] == _KEPT and f"{key}.codes" not in tensors:
+            tensors[key] = stored.read()
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.safetensors")
+    shutil.copyfile(packed / f"{name}-config.json", out / "config.json")
+    for path in teacher.iterdir():
+        if path.name not in ("config.json", "model.safetensors") and path.is_file():
+            shutil.copyfile(path, out / path.name)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
