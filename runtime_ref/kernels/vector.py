@@ -166,6 +166,17 @@ def ask_for_line(builder: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> No
 
 
 @intrinsic
+def ask(typingctx, address):
+    """`ask_for_line` of an address that is written soon: into the second cache."""
+
+    def codegen(context, builder, sig, args):
+        ask_for_line(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), level=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def widen(typingctx, vector):
     """F32 as F64; exact."""
     return F64(F32), lambda context, builder, sig, args: builder.fpext(args[0], F64.llvm)
