@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from runtime_ref.kernels.compiled import kernel, overload
 from runtime_ref.kernels.isa import PRIMITIVES, constant
 from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, PLANES, ROWS, Code
-from runtime_ref.kernels.vector import address, ask, ask_for_line, peek, poke, splatted
+from runtime_ref.kernels.vector import address, ask_for, ask_for_line, peek, poke, splatted
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
@@ -214,7 +214,7 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
             y[:] = np.float32(0.0)
             for r in range(rows):  # the states that passed since have taken these out of the caches
                 for tile in range(tiles):
-                    ask(address(out) + r * out.strides[0] + 64 * (start + tile))
+                    ask_for(address(out) + r * out.strides[0] + 64 * (start + tile))
             for i in range(blocks):
                 for tile in range(tiles):
                     at = address(codes) + (start + tile) * codes.strides[0] + i * (block // 16) * codes.strides[1]

@@ -52,14 +52,19 @@ class Arena:
 
     def keep(self, array: np.ndarray) -> np.ndarray:
         """A copy of the array in here."""
-        size = -(-array.nbytes // 64) * 64
+        copy = self.room(array.shape, array.dtype)
+        copy[...] = array
+        return copy
+
+    def room(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array in here, its contents undefined."""
+        n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = -(-n_bytes // 64) * 64
         with self._lock:
             if len(self._free) < size:
                 self._free = aligned((max(self.SIZE, size),), np.dtype(np.uint8))
             room, self._free = self._free[:size], self._free[size:]
-        copy = room[: array.nbytes].view(array.dtype).reshape(array.shape)
-        copy[...] = array
-        return copy
+        return room[:n_bytes].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)

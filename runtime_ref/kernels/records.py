@@ -129,6 +129,17 @@ def floats_at(typingctx, address, count):
     return kind(types.int64, types.int64), codegen
 
 
+@intrinsic
+def words_at(typingctx, address, count):
+    """The `count` int64 numbers at an address, as an array."""
+    kind = types.Array(types.int64, 1, "C")
+
+    def codegen(context, builder, sig, args):
+        return _array(context, builder, kind, args[0], [args[1]])
+
+    return kind(types.int64, types.int64), codegen
+
+
 def _array(context, builder, kind: types.Array, address: ir.Value, lengths: list[ir.Value]) -> ir.Value:
     array = make_array(kind)(context, builder)
     size = context.get_abi_sizeof(context.get_data_type(kind.dtype))

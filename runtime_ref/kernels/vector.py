@@ -166,8 +166,8 @@ def ask_for_line(builder: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> No
 
 
 @intrinsic
-def ask(typingctx, address):
-    """`ask_for_line` of an address that is written soon: into the second cache."""
+def ask_for(typingctx, address):
+    """`ask_for_line` of the second level."""
 
     def codegen(context, builder, sig, args):
         ask_for_line(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), level=2)
@@ -286,6 +286,77 @@ def tree_sums(typingctx, array):
         return vectors[0]
 
     return F32(array), codegen
+
+
+@intrinsic
+def transpose(typingctx, source, source_row, target, target_row):
+    """16 x 16 fp32 from one address to another with rows and columns exchanged; the rows lie so many bytes apart."""
+
+    def codegen(context, builder, sig, args):
+        def place(address, row, i):
+            at = builder.add(address, builder.mul(row, ir.Constant(ir.IntType(64), i)))
+            return _at(builder, at, ir.FloatType())
+
+        rows = [builder.load(place(args[0], args[1], i), align=4) for i in range(LANES)]
+        half = LANES // 2
+        while half:  # blocks off the diagonal change places: of 8 x 8, then of 4 x 4, ...
+            low, high = (
+                _mask(j + at if not j & half else LANES + j - half + at for j in range(LANES)) for at in (0, half)
+            )
+            turned = list(rows)
+            for i in (i for i in range(LANES) if not i & half):
+                turned[i] = builder.shuffle_vector(rows[i], rows[i + half], low)
+                turned[i + half] = builder.shuffle_vector(rows[i], rows[i + half], high)
+            rows, half = turned, half // 2
+        for i, row in enumerate(rows):
+            builder.store(row, place(args[2], args[3], i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+def _mask(lanes) -> ir.Constant:
+    lanes = list(lanes)
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+
+
+def _joined(builder, parts):
+    """Three vectors as two of 32 lanes, whose lanes a shuffle counts from 0 to 47."""
+    return builder.shuffle_vector(*parts[:2], _mask(range(32))), builder.shuffle_vector(
+        parts[2], parts[2], _mask(range(32))
+    )
+
+
+@intrinsic
+def part_threes(typingctx, source, target, row):
+    """16 threes of fp32 -> the firsts, the seconds and the thirds, `row` bytes apart."""
+
+    def codegen(context, builder, sig, args):
+        places = [builder.add(args[0], ir.Constant(ir.IntType(64), 4 * LANES * i)) for i in range(3)]
+        joined = _joined(builder, [builder.load(_at(builder, place, ir.FloatType()), align=4) for place in places])
+        for i in range(3):
+            place = builder.add(args[1], builder.mul(args[2], ir.Constant(ir.IntType(64), i)))
+            picked = builder.shuffle_vector(*joined, _mask(3 * j + i for j in range(LANES)))
+            builder.store(picked, _at(builder, place, ir.FloatType()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def join_threes(typingctx, source, row, target):
+    """What `part_threes` parted."""
+
+    def codegen(context, builder, sig, args):
+        places = [builder.add(args[0], builder.mul(args[1], ir.Constant(ir.IntType(64), i))) for i in range(3)]
+        joined = _joined(builder, [builder.load(_at(builder, place, ir.FloatType()), align=4) for place in places])
+        for i in range(3):
+            place = builder.add(args[2], ir.Constant(ir.IntType(64), 4 * LANES * i))
+            mask = _mask(16 * (m % 3) + m // 3 for m in range(LANES * i, LANES * i + LANES))
+            builder.store(builder.shuffle_vector(*joined, mask), _at(builder, place, ir.FloatType()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

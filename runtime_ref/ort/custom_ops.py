@@ -1,23 +1,27 @@
-"""The operators of the custom form computed by runtime_ref's kernels, to the bit (onnxruntime-extensions' Python operators).
+"""The operators of the custom form computed by runtime_ref's kernels, to the bit.
 
     options = onnxruntime.SessionOptions()
     register_kernels(options)
     session = onnxruntime.InferenceSession("model.onnx", options)   # written with --ops custom
 
 The same file without this call runs its function bodies. What each operator computes is `runtime_ref.reference`, profile
-exact; runtime_ref and Numba are imported when this is called. Every call hands copies of its tensors to Python and back,
-the weights too, so this is the path for proofs; for speed use the ort form or runtime_ref itself.
+exact; runtime_ref and Numba are imported when this is called. On Linux (x86-64, aarch64) onnxruntime calls the compiled kernels itself
+(`runtime_ref.ort.native`). Elsewhere it calls the Python functions below through onnxruntime-extensions, with the same bits: every
+call then copies its tensors to Python and back, the weights too.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime_ref.ort import shim
 from tmexport.errors import UsageError
 from tmexport.onnx.names import DOMAIN
+from tmexport.threads import default_threads
 
 if TYPE_CHECKING:
     from runtime_ref.kernels.packed import Packed
@@ -28,15 +32,32 @@ _registered = False
 _failures: list[BaseException] = []
 
 
-def register_kernels(session_options: Any) -> None:
+def register_kernels(session_options: Any) -> bool:
     """Make sessions with these options compute the operators of domain `tmexport` by runtime_ref's profile exact.
 
     Args:
-        session_options: an onnxruntime.SessionOptions.
+        session_options: an onnxruntime.SessionOptions, with the number of threads it will have.
+
+    Returns: whether onnxruntime calls the kernels itself; otherwise through Python.
 
     Raises:
-        UsageError: onnxruntime-extensions or Numba is not installed.
+        UsageError: Numba is not installed; or onnxruntime-extensions, where it is needed.
     """
+    _failures.clear()  # of sessions before
+    if shim.supported():
+        try:
+            from runtime_ref.ort import native
+        except ImportError as error:
+            raise UsageError(f"runtime_ref's kernels cannot be imported: {error}; run: pip install numba") from None
+        with contextlib.suppress(OSError):  # a system that runs no code from memory: through Python
+            native.register(session_options, session_options.intra_op_num_threads or default_threads())
+            return True
+    _register_functions(session_options)
+    return False
+
+
+def _register_functions(session_options: Any) -> None:
+    """The Python functions, by onnxruntime-extensions."""
     try:
         import onnxruntime_extensions as extensions
     except ImportError:
@@ -109,7 +130,7 @@ def _guarded(function: Callable[..., Any], shapes: Callable[..., list[tuple[int,
             results = function(*args, **kwargs)
             results = results if isinstance(results, tuple) else (results,)
         except BaseException as error:
-            _failures.append(error)
+            keep_failure(error)
             results = tuple(np.full(shape, np.nan, np.float32) for shape in shapes(*args))
         fast = tuple(np.ascontiguousarray(result).view(_Result) for result in results)
         return fast[0] if len(fast) == 1 else fast
@@ -117,8 +138,13 @@ def _guarded(function: Callable[..., Any], shapes: Callable[..., list[tuple[int,
     return call
 
 
+def keep_failure(error: BaseException) -> None:
+    """What was raised where onnxruntime cannot pass it on."""
+    _failures.append(error)
+
+
 def raise_failure() -> None:
-    """Raise what an operator raised since the last call; `OrtModel` asks after every run."""
+    """Raise what an operator raised since the last call; `OrtModel` asks after every run, and when it cannot load."""
     if _failures:
         first = _failures[0]
         _failures.clear()
@@ -127,7 +153,8 @@ def raise_failure() -> None:
 
 def ternary_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_size: int, profile: str) -> np.ndarray:
     """x [B, T, k], codes uint8 [n, k/4], scales fp32 [n, k/g] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_ternary
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_ternary
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_ternary, codes, scales), len(codes), group_size), x)
@@ -135,7 +162,8 @@ def ternary_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, group_s
 
 def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], codes int8 [n, k], scales fp32 [n, k/32] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_q8
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_q8
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_q8, codes, scales), len(codes), 32), x)
@@ -143,7 +171,8 @@ def q8_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str
 
 def q4_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], codes uint8 [n, k/2], scales fp32 [n, k/32] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_q4
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_q4
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, _once(pack_q4, codes, scales), len(codes), 32), x)
@@ -151,7 +180,8 @@ def q4_matmul(x: np.ndarray, codes: np.ndarray, scales: np.ndarray, profile: str
 
 def dense_matmul(x: np.ndarray, weight: np.ndarray, profile: str) -> np.ndarray:
     """x [B, T, k], weight fp32 [n, k] -> [B, T, n]."""
-    from runtime_ref.ort.operators import matmul, pack_dense
+    from runtime_ref.ort.operators import matmul
+    from runtime_ref.ort.packing import pack_dense
 
     _check_profile(profile)
     return _by_rows(lambda rows: matmul(rows, pack_dense(weight), len(weight), 32), x)

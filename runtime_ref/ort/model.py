@@ -6,8 +6,8 @@
     logits = model.decode(state, 4)
 
 The recurrent state (100 MB for a 1.3B model) is never copied to Python: each call reads one set of buffers, writes the
-other, and the two change places. In the ort form the larger part, the SSM state, has one buffer for both. Keys and values of
-attention grow: onnxruntime writes them anew at every call.
+other, and the two change places. In the ort form, and with the kernels of the custom one, the larger part, the SSM state, has one
+buffer for both. Keys and values of attention grow: onnxruntime writes them anew at every call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OrtState:
     """What a model remembers of `batch` texts: two sets of buffers, the current one and the one written next.
 
     With `in_place` a recurrent state has the same buffer in both sets. LinearAttention (CPU) copies the one to the other and
-    then works on that; sharing saves the copy, some 40 % of the operator's time at decode. After an error inside onnxruntime
+    then works on that; sharing saves the copy, some 40 % of the operator's time at decode. Our kernels read what they write. After an error inside onnxruntime
     such a state is no longer meaningful.
     """
 
@@ -95,8 +95,9 @@ class OrtState:
 class OrtModel:
     """A session and what the file says about itself. One model serves many states, one call at a time."""
 
-    def __init__(self, session: Any, info: ModelInfo, path: Path, kernels: bool) -> None:
+    def __init__(self, session: Any, info: ModelInfo, path: Path, kernels: bool, native: bool = False) -> None:
         self.session, self.info, self.path, self.kernels = session, info, path, kernels
+        self._in_place = native or info.form == "ort"
         self.config = info.config
         self._states = model_states(info.config, info.io_names)
         grows = any(state.grows for state in self._states)
@@ -124,19 +125,23 @@ class OrtModel:
         if threads is not None and not 1 <= threads <= 1024:
             raise UsageError(f"{threads} threads; expected 1 to 1024")
         options.intra_op_num_threads = threads or default_threads()
+        native = False
         if kernels:
-            from runtime_ref.ort.custom_ops import register_kernels
+            from runtime_ref.ort.custom_ops import raise_failure, register_kernels
 
-            register_kernels(options)
+            native = register_kernels(options)
         try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            source: bytes | str = _mapped(path, options) if native else str(path)
+            session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base of their own
+            if kernels:
+                raise_failure()
             raise OnnxError(
                 f"{path}: onnxruntime {ort.__version__} cannot load it: {_one_line(error)}; see docs/onnx.md for the versions"
             ) from None
         _return_memory()
         info = info_from_metadata(session.get_modelmeta().custom_metadata_map, path)
-        model = cls(session, info, path, kernels)
+        model = cls(session, info, path, kernels, native)
         model._check_inputs()
         return model
 
@@ -166,7 +171,7 @@ class OrtModel:
         return self._state(batch, found)
 
     def _state(self, batch: int, arrays: Sequence[np.ndarray]) -> OrtState:
-        return OrtState(batch, self._states, arrays, in_place=self.info.form == "ort")
+        return OrtState(batch, self._states, arrays, in_place=self._in_place)
 
     def run(self, state: OrtState, ids: np.ndarray) -> np.ndarray:
         """Feed ids int64 [batch, time]; logits fp32 [batch, time, vocab] ([batch, 1, vocab] if the file gives the last only).
@@ -265,6 +270,15 @@ class OrtModel:
                 from runtime_ref.ort.custom_ops import raise_failure
 
                 raise_failure()
+
+
+def _mapped(path: Path, options: Any) -> bytes:
+    """The file's graph; its weights are mapped, and released when the kernels have them in their own layout."""
+    from runtime_ref.ort.mapped import without_weights
+
+    real = path.resolve()  # onnxruntime follows no links to weights
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(real.parent))
+    return without_weights(real)
 
 
 def _return_memory() -> None:

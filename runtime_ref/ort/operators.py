@@ -16,83 +16,19 @@ from runtime_ref.arithmetic import PRESETS
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.convolution import Convolution, convolve
 from runtime_ref.kernels.isa import Isa, select
-from runtime_ref.kernels.kinds import pack_blocks
 from runtime_ref.kernels.mamba2 import GateNorm, Scan, scan_head
 from runtime_ref.kernels.matmul import multiply, prepare
 from runtime_ref.kernels.norm import rms_norm as norm_row
 from runtime_ref.kernels.packed import Packed
-from runtime_ref.kernels.packed.dense import PackedFloat
 from runtime_ref.kernels.scratch import CHUNK, Room, Scratch, activations, allocate
 from runtime_ref.kernels.vector import address
+from runtime_ref.ort.packing import sixteens
 from runtime_ref.reference.attention import attend
-from tmexport.errors import UsageError
-from tmexport.types import GGMLType
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
 _EXACT = PRESETS["exact"]
 _WORDS = 4096  # compared before looking whether they were equal
-
-
-def pack_ternary(codes: np.ndarray, scales: np.ndarray) -> Packed:
-    """codes uint8 [n, k/4] (the checkpoint's packing), scales fp32 [n, k/g] that fp16 holds -> the kernels' layout.
-
-    The detour is a Q2_0 tensor: its blocks of 64 hold the scale and then the codes' own bytes.
-
-    Raises:
-        UsageError: rows that are no multiple of 64, or scales that fp16 does not hold.
-        GGUFError: a code or a scale is none.
-    """
-    n, k, groups = len(codes), codes.shape[1] * 4, scales.shape[1]
-    if k % 64 or not groups or k // 64 % groups:
-        raise UsageError(f"a ternary weight has rows of {k} and {groups} scales; expected groups of whole 64s")
-    blocks = np.empty((n, k // 64, 18), np.uint8)
-    blocks[..., :2] = np.repeat(_half(scales), k // 64 // groups, axis=1)[..., None].view(np.uint8)
-    blocks[..., 2:] = codes.reshape(n, k // 64, 16)
-    return pack_blocks(blocks.reshape(n, -1), GGMLType.Q2_0, k, k // groups, "a ternary weight")
-
-
-def pack_q8(codes: np.ndarray, scales: np.ndarray) -> Packed:
-    """codes int8 [n, k], scales fp32 [n, k/32] that fp16 holds -> the kernels' layout. Raises: as `pack_ternary`."""
-    return _pack_blocks(codes.view(np.uint8), scales, codes.shape[1], GGMLType.Q8_0)
-
-
-def pack_q4(codes: np.ndarray, scales: np.ndarray) -> Packed:
-    """codes uint8 [n, k/2] (the checkpoint's packing), scales fp32 [n, k/32] that fp16 holds. Raises: as `pack_ternary`."""
-    k = codes.shape[1] * 2
-    fields = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), k)
-    halves = fields[:, : k // 32 * 32].reshape(len(codes), -1, 2, 16)  # a Q4_0 has element j and j + 16 in one byte
-    packed = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(codes), -1)
-    return _pack_blocks(packed, scales, k, GGMLType.Q4_0)
-
-
-def _pack_blocks(packed: np.ndarray, scales: np.ndarray, k: int, kind: GGMLType) -> Packed:
-    n, what = len(packed), f"a weight of {kind.name}"
-    if k % 32 or scales.shape != (n, k // 32):
-        raise UsageError(f"{what} has rows of {k} and {scales.shape[-1]} scales; expected one for every 32")
-    blocks = np.empty((n, k // 32, kind.block_bytes), np.uint8)
-    blocks[..., :2] = _half(scales)[..., None].view(np.uint8)
-    blocks[..., 2:] = packed.reshape(n, k // 32, -1)
-    return pack_blocks(blocks.reshape(n, -1), kind, k, None, what)
-
-
-def pack_dense(values: np.ndarray) -> Packed:
-    """values fp32 [n, k] as they lie. Raises UsageError if k is no multiple of 16."""
-    _sixteens("rows of a weight", values.shape[1])
-    return PackedFloat(values)
-
-
-def _half(scales: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        half = scales.astype(np.float16)
-    if not np.array_equal(half.astype(np.float32), scales):
-        raise UsageError("a weight has a scale that fp16 does not hold; expected those of a file by `tmexport onnx`")
-    return half
-
-
-def _sixteens(what: str, size: int) -> None:
-    if size % 16:
-        raise UsageError(f"{what} have {size} values; the kernels need a multiple of 16")
 
 
 @cache
@@ -114,7 +50,7 @@ def matmul(x: np.ndarray, packed: Packed, n: int, block: int) -> np.ndarray:
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """`reference.rms_norm` of x fp32 [R, k] with weight [k]."""
-    _sixteens("the rows to normalise", x.shape[1])
+    sixteens("the rows to normalise", x.shape[1])
     out = np.empty_like(x)
     _rms_norm(x, weight, out, float(np.float32(eps)))
     return out
@@ -148,7 +84,7 @@ def selective_scan(
     channels = mixer.conv_weight.shape[1]
     d_inner = heads * width
     for what, size in (("the channels of a head", width), ("a channel's states", n)):
-        _sixteens(what, size)
+        sixteens(what, size)
     groups = (channels - d_inner) // (2 * n)
     convolution = Convolution(mixer.conv_weight, mixer.conv_bias, d_inner, 0, 0)
     scan = Scan(heads, width, n, groups, mixer.dt_bias, mixer.a, mixer.d, 0, 0)

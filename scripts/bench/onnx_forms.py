@@ -1,6 +1,7 @@
-"""The ort form in onnxruntime, the same weights as TQ2_0 in llama.cpp and in runtime_ref: speed, load time, memory, sizes.
+"""A form in onnxruntime, the same weights as TQ2_0 in llama.cpp and in runtime_ref: speed, load time, memory, sizes.
 
     python scripts/bench/onnx_forms.py --size 1.3b --llama-python .lcp/bin/python --work /tmp/bench -t 1,2 -r 5
+    python scripts/bench/onnx_forms.py --size 130m --form custom --profile exact --work /tmp/bench
 
 Weights are random ternary ones at a published shape (scripts/bench/random_model.py), written once into --work. Every runtime is a
 process of its own that stays alive; rounds alternate between them, so that a machine that slows down slows all. llama.cpp
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -56,14 +57,18 @@ class Runner:
         self._process.wait()
 
 
-def serve(path: str, threads: int) -> None:
-    """The onnxruntime end of a Runner; "ready" comes with the seconds of loading and the peaks of memory in MB, of one token
-    and with a prefill of 128.
+def serve(path: str, threads: int, profile: str) -> None:
+    """The other end of a Runner, onnxruntime's or runtime_ref's; "ready" comes with the seconds of loading and the peaks of memory in
+    MB, of one token and with a prefill of 128. The custom form runs with the runtime's kernels.
     """
+    from runtime_ref.model import Model
     from runtime_ref.ort import OrtModel
 
-    start = time.perf_counter()
-    model = OrtModel.load(path, threads)
+    start, model = time.perf_counter(), cast(Any, None)
+    if path.endswith(".gguf"):
+        model = Model.load(path, profile, threads)
+    else:
+        model = OrtModel.load(path, threads, kernels=path.endswith("-custom.onnx"))
     state = model.new_state()
     model.decode(state, 0)
     seconds, first = time.perf_counter() - start, peak_rss()
@@ -82,8 +87,8 @@ def serve(path: str, threads: int) -> None:
         print("seconds", time.perf_counter() - clock, time.process_time() - cpu, flush=True)
 
 
-def prepare(work: Path, size: str) -> dict[str, Path]:
-    """The checkpoint, the GGUF and the three ONNX files, written unless they are there."""
+def prepare(work: Path, size: str, form: str) -> dict[str, Path]:
+    """The checkpoint, the GGUF and the ONNX file, written unless they are there."""
     from scripts.bench.random_model import SIZES, random_ternary, random_values
     from tmexport.checkpoint import expected_shapes, open_checkpoint, write_checkpoint
     from tmexport.gguf.export import plan_export
@@ -112,10 +117,9 @@ def prepare(work: Path, size: str) -> dict[str, Path]:
     checkpoint, files = open_checkpoint(folder), {"gguf": work / f"{size}.gguf"}
     if not files["gguf"].exists():
         plan_export(checkpoint, "tq2_0", "q8_0").write(files["gguf"], lambda tensor: None)
-    for form in ("ort", "custom", "portable"):
-        files[form] = work / f"{size}-{form}.onnx"
-        if not files[form].exists():
-            export_onnx(files[form], build_graph(checkpoint, form, "q8", logits="last"), None)
+    files[form] = work / f"{size}-{form}.onnx"
+    if not files[form].exists():
+        export_onnx(files[form], build_graph(checkpoint, form, "q8", logits="last"), None)
     return files
 
 
@@ -126,39 +130,45 @@ def prepare(work: Path, size: str) -> dict[str, Path]:
 @click.option(
     "--work", type=click.Path(path_type=Path), required=True, help="Where the files go; kept for the next time."
 )
+@click.option("--form", type=click.Choice(["ort", "custom", "portable"]), default="ort", show_default=True)
 @click.option("--llama-python", help="The Python that has llama-cpp-python.")
 @click.option("-p", "prompt", default=128, show_default=True)
 @click.option("-n", "count", default=16, show_default=True)
 @click.option("-t", "threads", default="1,2", show_default=True)
 @click.option("-r", "rounds", default=5, show_default=True)
 @click.option("--profile", "profiles", default="fast", show_default=True, help="Of runtime_ref; empty leaves it out.")
-@click.option("--serve", "served", nargs=2, type=(str, int), hidden=True)
-def main(size: str, work: Path, llama_python: str | None, prompt: int, count: int, threads: str, rounds: int,
-         profiles: str, served: tuple[str, int] | None) -> None:  # fmt: skip
+@click.option("--serve", "served", nargs=3, type=(str, int, str), hidden=True)
+def main(size: str, work: Path, form: str, llama_python: str | None, prompt: int, count: int, threads: str, rounds: int,
+         profiles: str, served: tuple[str, int, str] | None) -> None:  # fmt: skip
     """Compare onnxruntime with llama.cpp and runtime_ref at a published shape."""
     if served:
         serve(*served)
         return
     work.mkdir(parents=True, exist_ok=True)
-    files = prepare(work, size)
+    files = prepare(work, size, form)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     click.echo("  ".join(f"{name} {n / 1e6:.1f} MB" for name, n in sizes.items()))
     rows: list[dict[str, Any]] = []
-    loads: dict[int, dict[str, float]] = {}
+    loads: dict[str, dict[str, float]] = {}
     for number in map(int, threads.split(",")):
-        ours = [sys.executable, __file__, "--work", str(work), "--serve", str(files["ort"]), str(number)]
-        first = Runner(*ours)
-        runners: dict[str, Runner | Worker] = {"onnxruntime": first}
-        seconds, peak, later = map(float, first.ready)
-        loads[number] = {"load_and_first_token_seconds": seconds, "peak_rss_mb": peak, "peak_rss_mb_after_128": later}
-        click.echo(
-            f"{number} thread(s): loaded, one token made in {seconds:.1f} s, peak RSS {peak:.0f} MB; {later:.0f} MB after a prefill of 128"
-        )
-        about = {f"runtime_ref {p}": {"kind": "tmexport", "profile": p} for p in filter(None, profiles.split(","))}
+        served_by = {"onnxruntime": (files[form], "")}
+        served_by |= {f"runtime_ref {p}": (files["gguf"], p) for p in filter(None, profiles.split(","))}
+        runners: dict[str, Runner | Worker] = {}
+        for name, (path, profile) in served_by.items():
+            ours = Runner(sys.executable, __file__, "--work", str(work), "--serve", str(path), str(number), profile)
+            seconds, peak, later = map(float, ours.ready)
+            loads[f"{name}, {number} thread(s)"] = {
+                "load_and_first_token_seconds": seconds,
+                "peak_rss_mb": peak,
+                "peak_rss_mb_after_128": later,
+            }
+            click.echo(
+                f"{name}, {number} thread(s): loaded, one token made in {seconds:.1f} s, peak RSS {peak:.0f} MB; {later:.0f} MB after a prefill of 128"
+            )
+            runners[name] = ours
         if llama_python and (library := library_of("llama_cpp", llama_python)):
-            about["llama.cpp"] = {"kind": "llama", "library": str(library[0])}
-        for name, what in about.items():
-            runners[name] = Worker(name, "", files["gguf"], what, subprocess.DEVNULL)
+            what = {"kind": "llama", "library": str(library[0])}
+            runners["llama.cpp"] = Worker("llama.cpp", "", files["gguf"], what, subprocess.DEVNULL)
         for test, tokens in (("pp", prompt), ("tg", count)):
             speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
             for _ in range(rounds):

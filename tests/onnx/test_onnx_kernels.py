@@ -55,6 +55,24 @@ def test_logits_equal_the_specification(tied, files, tmp_path):
         assert np.array_equal(arrays[f"past_conv.{i}"][0].T, state.branches[i]["conv"])
 
 
+@pytest.fixture
+def through_python(monkeypatch):
+    """As on a system that loads no library from memory."""
+    from runtime_ref.ort import shim
+
+    monkeypatch.setattr(shim, "supported", lambda: False)
+
+
+@pytest.mark.parametrize("source", ["tied", "groups"])
+def test_python_operators_give_the_same_bits(request, tmp_path, source, through_python):
+    checkpoint = request.getfixturevalue(source)
+    ids = token_ids(checkpoint.config, IDS)
+    runtime = Model.load(gguf_of(checkpoint, tmp_path / "m.gguf", "q8_0"), "exact", threads=1)
+    want = np.concatenate(list(runtime.score(runtime.new_state(), ids)))
+    model = OrtModel.load(export(checkpoint, tmp_path / "m.onnx", "custom", "q8"), threads=1, kernels=True)
+    assert digest(model.run(model.new_state(), ids[None])[0]) == digest(want)
+
+
 @pytest.fixture(scope="module")
 def exact(files):
     model = OrtModel.load(files["custom", "q8"], threads=1, kernels=True)
@@ -107,8 +125,12 @@ def test_what_the_kernels_cannot_compute_is_one_clear_error():
         rms_norm(x[..., :20], np.ones(20, np.float32), np.float32(1e-5), "exact")
 
 
-def test_another_profile_is_refused(files, tmp_path):
+@pytest.mark.parametrize("native", [True, False])
+def test_another_profile_is_refused(request, files, tmp_path, native):
     import onnx
+
+    if not native:
+        request.getfixturevalue("through_python")
 
     model = onnx.load(files["custom", "q8"])
     for node in model.graph.node:
@@ -116,12 +138,16 @@ def test_another_profile_is_refused(files, tmp_path):
             if attribute.name == "profile":
                 attribute.s = b"fast"
     onnx.save(model, tmp_path / "m.onnx")
-    broken = OrtModel.load(tmp_path / "m.onnx", threads=1, kernels=True)
-    with pytest.raises(UsageError, match="profile 'fast'; these kernels compute 'exact'"):
+
+    def use():  # at load, or at the first run
+        broken = OrtModel.load(tmp_path / "m.onnx", threads=1, kernels=True)
         broken.decode(broken.new_state(), 1)
 
+    with pytest.raises(UsageError, match="profile 'fast'; these kernels compute 'exact'"):
+        use()
 
-def test_ctrl_c_inside_an_operator_reaches_the_caller(files, monkeypatch):
+
+def test_ctrl_c_inside_an_operator_reaches_the_caller(files, monkeypatch, through_python):
     from runtime_ref.ort import custom_ops as kernels
 
     def interrupted(*args):
