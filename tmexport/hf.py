@@ -4,7 +4,7 @@ Codes and scales are multiplied out once, exactly, while loading; what transform
 its fused Mamba-2 path, which reads weights beside their modules), and what it saves is one. The folder itself is what to
 upload: its layout is the one the Hub expects.
 
-Needs transformers 5 and torch.
+Needs transformers 5.24 and torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from tmexport.model import Model, parse_config
 from tmexport.quantization import Stored, read_quantization
 from tmexport.types import KINDS
 
+LOWEST = (5, 24)  # releases before it take these classes, and load other weights in silence or cannot save
+NEEDED = f"tmexport.hf needs torch and transformers {LOWEST[0]}.{LOWEST[1]} or newer"
+HOW = f"run: pip install torch 'transformers>={LOWEST[0]}.{LOWEST[1]}'"
+
 try:
     import torch
+    import transformers
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
-    raise UsageError(f"tmexport.hf needs torch and transformers 5 ({error}); run: pip install torch 'transformers>=5'") from None  # fmt: skip
+    raise UsageError(f"{NEEDED} ({error}); {HOW}") from None
+if tuple(map(int, transformers.__version__.split(".")[:2])) < LOWEST:
+    raise UsageError(f"{NEEDED}; this is {transformers.__version__}; {HOW}")
 
 METHODS = ("ternary", "tmexport")  # quant_method of versions 1 and 2 of our quantization_config
 

@@ -52,8 +52,9 @@ def fit_out_proj(block: ResidualBlock, hidden: Tensor, wanted: Tensor) -> float:
         for part, target in zip(hidden.split(_AT_ONCE), wanted.split(_AT_ONCE), strict=True):
             block(part)
             features, y = found.pop().flatten(0, -2).float(), target.flatten(0, -2).float() / block.multiplier
-            moments += (features.T @ features).double()
-            products += (features.T @ y).double()
+            with torch.autocast(hidden.device.type, enabled=False):  # in bf16 the moments would be ruin
+                moments += (features.T @ features).double()
+                products += (features.T @ y).double()
             total += y.double().square().sum().item()
     finally:
         handle.remove()

@@ -77,7 +77,7 @@ def chunked_scan(
 
     x = x.view(batch, count, chunk, heads, headdim)
     dt = dt.view(batch, count, chunk, heads).transpose(2, 3)  # [batch, chunks, heads, chunk]
-    decay = (dt * a[:, None]).cumsum(-1)  # logarithm, from the start of the chunk up to and including a position
+    decay = _running_sum(dt * a[:, None])  # logarithm, from the start of the chunk up to and including a position
     b = b.view(batch, count, chunk, groups, d_state).transpose(2, 3)  # [batch, chunks, groups, chunk, d_state]
     c = c.view(batch, count, chunk, groups, d_state).transpose(2, 3)
 
@@ -111,6 +111,14 @@ def chunked_scan(
         carried.view(batch, groups, d_state, per_group, headdim).transpose(2, 3).reshape(batch, heads, d_state, headdim)
     )
     return y.reshape(batch, time + padding, heads, headdim)[:, :time], last
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    """The cumulative sum of the last axis. Compiled, a masked sum that is fused: torch 2.11's inductor fails at this cumsum on a GPU."""
+    if torch.compiler.is_compiling():
+        before = torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device).tril()
+        return (x[..., None, :] * before).sum(-1)
+    return x.cumsum(-1)
 
 
 @cache

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qat.errors import TrainingError
 from qat.recipe import Recipe
-from qat.train.hooks import Hook, Training, hooks_of
+from qat.train.hooks import Hook, Interruption, Training, hooks_of
 from qat.train.run import Run
 from qat.train.saving import load_state, trim_metrics
 from qat.train.sharding import shard, whole
@@ -47,6 +47,8 @@ def fit(run: Run, resume: bool, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
         entered = [stack.enter_context(hook) for hook in hooks_of(run, hooks)]
         while training.step < recipe.steps and training.stopped_by is None:
             loop.advance(entered)
+        if training.stopped_by is None and any(isinstance(hook, Interruption) and hook.seen for hook in entered):
+            training.stopped_by = "interruption"  # after the last vote: what follows this run shall not begin
     return {
         "steps": training.step,
         "stopped_by": training.stopped_by or "steps",

@@ -73,7 +73,7 @@ def train_stages(
         resume: go on with what is in `out`.
 
     Raises:
-        as `train`.
+        as `train`; KeyboardInterrupt also after a stage that was complete when Ctrl-C came, and is not the last.
     """
     cache = cache or out / "cache"
     if not resume and (begun := [stage for stage in stages if (out / stage / "checkpoints" / "latest.pt").is_file()]):
@@ -86,6 +86,8 @@ def train_stages(
             recipe, data, out / stage, imitated, held_out, tokenizer, resume, cache, hooks, student, stage
         )  # fmt: skip
         summaries[stage] = summary
+        if summary["stopped_by"] == "interruption" and stage != list(stages)[-1]:
+            raise KeyboardInterrupt
         if summary["stopped_by"] != "steps":
             break
         student = out / stage

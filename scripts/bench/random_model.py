@@ -1,4 +1,4 @@
-"""A GGUF with random ternary weights at a published shape, Mamba-2 or a hybrid, for measuring speed without a download.
+"""A GGUF with random weights at a published shape, Mamba-2 or a hybrid, for measuring speed without a download.
 
 Example: python scripts/bench/random_model.py --size 1.3b --type tq2_0 /tmp/1.3b.gguf
 
@@ -38,7 +38,8 @@ HYBRIDS = {
     "granite-350m": (768, 32, (10, 13, 17, 27), 2048, 64, 32),
     "granite-1b": (1536, 40, (5, 15, 25, 35), 4096, 128, 64),
 }
-BODY = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0}
+TERNARY = {"tq1_0": GGMLType.TQ1_0, "tq2_0": GGMLType.TQ2_0, "q2_0": GGMLType.Q2_0}
+BODY = TERNARY | {"q4_0": GGMLType.Q4_0, "q8_0": GGMLType.Q8_0, "f16": GGMLType.F16}
 EMBEDDING = {"f16": GGMLType.F16, "q8_0": GGMLType.Q8_0, "q4_0": GGMLType.Q4_0}
 
 
@@ -90,23 +91,28 @@ def random_ternary(shape: tuple[int, ...], group: int, rng: np.random.Generator)
 @click.option("--size", type=click.Choice([*SIZES, *HYBRIDS]), default="1.3b", show_default=True)
 @click.option("--type", "kind", type=click.Choice(list(BODY)), default="tq2_0", show_default=True)
 @click.option("--embedding-type", type=click.Choice(list(EMBEDDING)), default="q8_0", show_default=True)
-@click.option("--group-size", type=click.Choice(["64", "128", "256"]), help="Default: 64 for q2_0, 256 for the others.")
+@click.option(
+    "--group-size", type=click.Choice(["64", "128", "256"]), help="Default: 64 for q2_0, 256 for ternary types."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(output: Path, size: str, kind: str, embedding_type: str, group_size: str | None, seed: int) -> None:
-    """Write OUTPUT, random ternary weights at a published shape."""
-    group = int(group_size or (64 if kind == "q2_0" else 256))
-    if kind != "q2_0" and group != 256:
+    """Write OUTPUT, random weights at a published shape."""
+    group = int(group_size or (64 if kind == "q2_0" else 256)) if kind in TERNARY else None
+    if group is None and group_size is not None:
+        raise click.UsageError(f"{kind} has blocks of its own; leave --group-size out")
+    if kind in TERNARY and kind != "q2_0" and group != 256:
         raise click.UsageError(f"{kind} stores one scale for 256 weights; expected --group-size 256")
     config = shape_of(size)
     projections = {config.tensors[name].gguf for name in config.projections}
     rng = np.random.default_rng(seed)
 
     def planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
-        if name in projections:
+        if name in projections and group is not None:
             return PlannedTensor(
                 name, shape, BODY[kind], lambda: encode_codes(random_ternary(shape, group, rng), BODY[kind], name)
             )
         stored = EMBEDDING[embedding_type] if name == "token_embd.weight" else GGMLType.F32
+        stored = BODY[kind] if name in projections else stored
         return PlannedTensor(
             name, shape, stored,
             lambda: encode_values(random_values(name, shape, rng).reshape(-1, shape[-1]), stored, name),

@@ -56,7 +56,8 @@ def test_gradients_equal_transformers():
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-def test_scan_equals_the_recurrence(chunk):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scan_equals_the_recurrence(chunk, compiled):
     torch.manual_seed(2)
     batch, time, heads, headdim, groups, d_state = 2, 23, 4, 8, 2, 6
     x = torch.randn(batch, time, heads, headdim, dtype=torch.float64)
@@ -71,7 +72,8 @@ def test_scan_equals_the_recurrence(chunk):
         decay = torch.exp(dt[:, t] * a)[:, :, None, None]
         current = decay * current + dt[:, t, :, None, None] * key[..., None] * x[:, t, :, None, :]
         wanted.append(torch.einsum("bhn,bhnp->bhp", query, current) + d[:, None] * x[:, t])
-    y, last = chunked_scan(x, dt, a, b, c, d, chunk, state)
+    scan = torch.compile(chunked_scan, backend="aot_eager", dynamic=False) if compiled else chunked_scan
+    y, last = scan(x, dt, a, b, c, d, chunk, state)
     torch.testing.assert_close(y, torch.stack(wanted, 1), rtol=1e-5, atol=1e-5)  # the carried state is fp32
     torch.testing.assert_close(last.double(), current, rtol=1e-5, atol=1e-5)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import qat.train.cli
 from qat.convert.making import convert
+from qat.data import Batches, tokenize_files
 from qat.losses import orientation_loss
 from qat.model import LanguageModel, load_model
 from qat.ptq.making import calibration_ids
@@ -97,7 +99,7 @@ def test_the_ternary_stage_imitates_the_hybrid(folders, whole, corpus, tmp_path)
     assert rows(tmp_path / "hand")[0]["kl"] == rows(whole / "ternary")[0]["kl"]
 
 
-@pytest.mark.parametrize("stop", [("align", 2), ("distill", 1), ("ternary", 3)])
+@pytest.mark.parametrize("stop", [("align", 2), ("align", 4), ("distill", 1), ("ternary", 3)])
 def test_interrupted_and_resumed_is_the_whole_run_bit_for_bit(folders, whole, corpus, tmp_path, stop):
     class PressCtrlC(Hook):
         def after_step(self, training):
@@ -116,6 +118,28 @@ def test_interrupted_and_resumed_is_the_whole_run_bit_for_bit(folders, whole, co
                 stage,
                 file,
             )
+
+
+def test_out_proj_is_fitted_in_fp32_whatever_the_rest_computes_in(folders, whole, corpus, tmp_path):
+    """No worse than numpy's least squares in fp64: with the moments in bf16, as autocast makes them, a model was ruined."""
+    stages = load_stages(str(folders / "recipe.toml"), {"dtype": "bfloat16"})
+    run_ = replace(stages["align"], refit_tokens=96)
+    train(run_, [corpus], tmp_path / "a", folders / "teacher", None, None, False, None, (), folders / "hybrid", "align")
+    teacher, hybrid = load_model(folders / "teacher"), load_model(tmp_path / "a")
+    stream = tokenize_files([corpus], folders / "teacher" / "tokenizer.json", 300, 0, tmp_path)
+    batches = Batches(np.array(stream.tokens), 24, 2, run_.seed)
+    ids = torch.cat([torch.from_numpy(batches(step)[:, :-1]) for step in range(2)])
+    mixer = hybrid.backbone.blocks[2].branches[0]
+    seen = []
+    mixer.out_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        states, wanted = list(hybrid.stream(ids)), list(teacher.stream(ids))
+    features, target = seen[0].flatten(0, -2).double().numpy(), (wanted[3] - states[2]).flatten(0, -2).double().numpy()
+    moments = features.T @ features
+    ridge = 1e-3 * moments.diagonal().mean() * np.eye(len(moments))
+    best = np.linalg.solve(moments + ridge, features.T @ target)
+    left = [np.square(features @ weight - target).sum() for weight in (mixer.out_proj.weight.detach().numpy().T, best)]
+    assert left[0] < 1.2 * left[1]  # 46 times as much before; what is left is the rounding of what the model computes
 
 
 def test_a_teacher_may_be_a_gguf(folders, corpus, tmp_path):

@@ -24,14 +24,14 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "granite": (transformers.GraniteMoeHybridConfig, {
         "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
         "shared_intermediate_size": 512, "num_local_experts": 0, "mamba_n_heads": 8, "tie_word_embeddings": True,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        "layer_types": ["mamba", "mamba", "attention", "mamba"],
         "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.246,
         "attention_multiplier": 0.0625, **_MAMBA,
     }),
     "granite-rope-8-groups": (transformers.GraniteMoeHybridConfig, {
         "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
         "shared_intermediate_size": 320, "num_local_experts": 0, "mamba_n_heads": 8, "mamba_n_groups": 8,
-        "layer_types": ["full_attention", "linear_attention", "linear_attention"], "position_embedding_type": "rope",
+        "layer_types": ["attention", "mamba", "mamba"], "position_embedding_type": "rope",
         "attention_bias": True, "attention_multiplier": 0.125, "rms_norm_eps": 1e-5, **_MAMBA,
     }),
     "falcon": (transformers.FalconH1Config, {

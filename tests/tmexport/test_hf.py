@@ -1,5 +1,6 @@
 """transformers loads our checkpoints, and computes what qat computes."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.models import SMALL, coded_tensors, train_tokenizer, write_small
 from tests.tmexport.families import save
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.cli import cli
+from tmexport.errors import UsageError
 from tmexport.model import mamba1_model, mamba2_model
 
 IDS = torch.tensor([[1, 2, 300, 4, 5, 9, 100, 7, 7, 8], [400, 3, 3, 2, 1, 0, 11, 12, 13, 14]])
@@ -85,6 +87,17 @@ def test_without_the_import_transformers_does_not_read_codes_as_weights(tmp_path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode or int(done.stdout.split()[-1]) == 4
     assert "ternary" in done.stderr
+
+
+def test_a_release_that_would_load_other_weights_is_refused(monkeypatch):
+    """transformers 5.22 takes the same classes and loads random weights where head and embedding are one."""
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    with pytest.raises(
+        UsageError, match=r"needs torch and transformers 5\.24 or newer; this is 5\.22\.2; run: pip install"
+    ):
+        importlib.reload(tmexport.hf)
 
 
 def test_a_damaged_scale_is_an_error(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.web.running import PAGE, in_page
 from tmexport.checkpoint import write_checkpoint
 from tmexport.gguf.reader import open_gguf
 from tmexport.model import mamba2_model
+from tmexport.web.models import CODES, VALUES
 
 # name -> dimensions, kind of the projections (a number: ternary in such groups), options of tmexport gguf
 CASES = {
@@ -75,6 +77,15 @@ def test_kernels_are_those_of_the_sources():
     built = json.loads(module[module.index(SECTION.encode()) + len(SECTION) :])
     assert built["sources"] == sources_digest(), "run scripts/web/build.py"
     assert module.endswith(section(SECTION, json.dumps(built).encode()))
+
+
+def test_both_sides_know_the_same_types():
+    """What `tmexport web` gives to the kernels, and what the page reads, with the sizes of a block."""
+    text = (PAGE / "gguf.mjs").read_text()
+    read = re.findall(r'(\d+): \["(\w+)", (\d+), (\d+)\]', text[: text.index("};")])
+    assert {(int(i), name, int(size), int(n_bytes)) for i, name, size, n_bytes in read} == {
+        (int(kind), kind.name, kind.block_size, kind.row_bytes(kind.block_size)) for kind in CODES | VALUES
+    }
 
 
 @pytest.mark.network

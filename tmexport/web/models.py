@@ -20,8 +20,8 @@ from tmexport.tokenizer.gguf import ExportedTokenizer, export_tokenizer, stop_id
 from tmexport.types import GGMLType
 
 LARGEST_PACKED = 3_500_000_000  # bytes; WebAssembly addresses 4 GB, and the state wants its part
-_VALUES = {GGMLType.F32, GGMLType.F16, GGMLType.Q8_0}
-_CODES = {GGMLType.TQ1_0, GGMLType.TQ2_0, GGMLType.Q2_0}
+VALUES = {GGMLType.F32, GGMLType.F16, GGMLType.Q8_0}
+CODES = {GGMLType.TQ1_0, GGMLType.TQ2_0, GGMLType.Q2_0}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def from_gguf(gguf: GGUFFile, tokenizer: Path | None = None) -> PageModel:
     model = config_from_metadata(gguf)
     kinds = {name: info.type for name, info in gguf.tensors.items()}
     obstacle = why_not_packed(model, kinds, gguf.data.size)
-    if obstacle is None and _CODES & set(kinds.values()) and GROUP_SIZE_KEY not in gguf.metadata:
+    if obstacle is None and CODES & set(kinds.values()) and GROUP_SIZE_KEY not in gguf.metadata:
         obstacle = f"has no {GROUP_SIZE_KEY}"
     if obstacle:
         raise UsageError(
@@ -91,7 +91,7 @@ def why_not_packed(model: Model, kinds: Mapping[str, GGMLType], n_bytes: int) ->
     if branch.d_state % 4 or branch.d_inner % 32 or model.d_model % 32:
         return f"has states of {branch.d_state} and rows of {model.d_model} and {branch.d_inner}"
     for name, kind in kinds.items():
-        if kind not in (_VALUES | _CODES if name.startswith("blk.") else _VALUES):
+        if kind not in (VALUES | CODES if name.startswith("blk.") else VALUES):
             return f"{name} is {kind.name}"
     if n_bytes > LARGEST_PACKED:
         return f"takes {n_bytes / 1e9:.1f} GB, more than a page can hold ({LARGEST_PACKED / 1e9} GB)"

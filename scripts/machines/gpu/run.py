@@ -48,7 +48,7 @@ from tmexport.model import llama_model
 
 RECIPES = ("mamba2-130m-h100", "mamba2-1.3b-h100")
 # Of the time that is left; what the judging of the last takes is kept free.
-SHARES = {"write": 0.1, "align": 0.2, "distill": 0.25, "mixers": 0.13, "ternary": 0.27, "end": 0.05}
+SHARES = {"write": 0.05, "align": 0.15, "distill": 0.25, "mixers": 0.15, "ternary": 0.35, "end": 0.05}
 LIMITS = {"fp32": 1e-3, "bf16": 3e-2}  # relative error of a scan; bf16 has 8 bits
 _MARGIN = 0.85  # of a stage's time that its steps are cut to: reading, saving and scoring take the rest
 _WRITERS, _LONGEST = 1024, 384  # answers at a time, and tokens of one with its prompt
@@ -91,11 +91,13 @@ class Log:
 
 
 def check(device: torch.device, log: Log, tiny: bool) -> None:
-    """Raises TmexportError where the device computes something else."""
+    """Raises TmexportError where the device computes something else. A scan that does not run at all is in the log."""
     small = {"time_steps": 70, "heads": 4, "width": 16} if tiny else {}
-    errors = {"model fp32": model_error(device), **scan_errors(device, **small)}
+    errors: dict[str, float | str] = {"model fp32": model_error(device), **scan_errors(device, **small)}
     log.add("checks", errors)
     for name, error in errors.items():
+        if isinstance(error, str):
+            continue  # does not run here; training takes another
         limit = LIMITS["fp32" if "fp32" in name else "bf16"]
         if not error < limit:
             raise TmexportError(f"{name}: differs from the CPU by {error:.2g}; expected less than {limit:g}")

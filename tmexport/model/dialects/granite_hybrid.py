@@ -21,7 +21,8 @@ RULES = (
     Rule("mamba_expand", (2,), "llama.cpp's granitehybrid has no other"),
     Rule("normalization_function", ("rmsnorm",), "llama.cpp's granitehybrid computes no other"),
 )
-_MAMBA, _ATTENTION = ("mamba", "linear_attention"), ("attention", "full_attention")  # older and newer transformers
+# As published and as transformers 5.14 renames them while reading. The older read the first only (5.6: others in silence).
+_MAMBA, _ATTENTION = ("mamba", "linear_attention"), ("attention", "full_attention")
 FILES = Files(
     embedding="model.embed_tokens.weight",
     final_norm="model.norm.weight",
@@ -101,7 +102,7 @@ def _to_hf(model: Model) -> dict[str, Any]:
     keys = shared.model_to_hf(model, "GraniteMoeHybridForCausalLM", "granitemoehybrid")
     keys |= shared.attention_to_hf(attention) | shared.mamba2_to_hf(mixer)
     return keys | {
-        "layer_types": ["full_attention" if found else "linear_attention" for found in is_attention],
+        "layer_types": [_ATTENTION[0] if found else _MAMBA[0] for found in is_attention],
         "position_embedding_type": None if attention.rope_theta is None else "rope",
         "num_local_experts": 0,
         "intermediate_size": mlp.d_ff,

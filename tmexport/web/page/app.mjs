@@ -12,7 +12,7 @@ let stopped = false;
 let text = null; // {prompt, ids, tokens, state}: what the page shows, and the model's state before the last token
 
 function status(message, isError = false) {
-  element("status").textContent = message;
+  element("status").textContent = message.slice(0, 300); // a file's own names can be long
   element("status").dataset.error = isError;
 }
 
