@@ -131,7 +131,7 @@ def _blocks_by_amx(isa, profile, bits, codes, scales, s, rows, out, add, first, 
         memory = np.empty(128 + weights_at + (blocks * BYTES if bits == 4 else 0), np.uint8)
         shape = (address(memory) + 63) // 64 * 64
         sums = shape + 64
-        amx_begin(BLOCK, shape)
+        amx_begin(BLOCK, TOKENS, shape)
         for tile in range(first, end):
             weights = address(codes) + tile * codes.strides[0]
             if bits == 4:
