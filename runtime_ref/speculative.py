@@ -1,6 +1,7 @@
 """Drafts of the next tokens from the text itself, for `Model.advance`, which reads several at once and keeps those that are right.
 
-A draft is what followed the last place where the text ran as it does now. Whether it pays is known before anything is spent:
+A draft is what followed the last place where the text ran as it does now, and goes on behind a token that is another one there,
+as a number in a record. Whether it pays is known before anything is spent:
 every token that is made, by whatever way, also tells if the text's own past foresaw it, by the length of the match; and what a
 pass over so many tokens takes is measured. Text that its past does not foresee is decoded token by token.
 """
@@ -21,6 +22,7 @@ MOST = 16  # tokens of a pass: with more, each costs hardly less
 _SIZES = (2, 4, 8, MOST)
 _GRAM = 3  # tokens that must be alike before anything is foreseen
 _LONGEST = 16  # further ones say no more
+_OTHERS = 4  # tokens that may be others, one after the other, before the place is given up
 _MEMORY = 32.0  # observations of a length of match that count
 _GAIN = 1.1  # times as fast as a token at a time a draft must promise to be
 _PASSES, _KNOWN = 8, 3  # of each size: whose times count, and how many there must be
@@ -59,19 +61,23 @@ class Costs:
 
 
 class Lookup:
-    """A text, and the place in it whose continuation is foreseen. length: of the match before that place, 0 for none."""
+    """A text, and the place in it whose continuation is foreseen. length: of the match before that place, 0 for none; behind
+    a token that was another one there it begins with 1.
+    """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # the last place behind so many tokens
-        self._at = self.length = 0
+        self._at = self.length = self._others = 0
         for token in tokens:
             self.push(token)
 
     def push(self, token: int) -> bool | None:
         """One more token; whether it was foreseen, None if nothing was."""
         right = self._text[self._at] == token if self.length else None
-        self._at, self.length = (self._at + 1, self.length + 1) if right else (0, 0)
+        self._at += 1
+        self._others = self._others + 1 if right is False else 0
+        self.length = self.length + 1 if right else 1 if 0 < self._others <= _OTHERS else 0
         self._text.append(token)
         if len(self._text) >= _GRAM:
             gram = tuple(self._text[-_GRAM:])

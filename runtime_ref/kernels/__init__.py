@@ -30,6 +30,10 @@ def check_settings() -> None:
                 f"NUMBA_CPU_FEATURES holds {feature!r}; expected names with + or - before each: +avx2,+f16c"
             )
 
+    trace = os.environ.get("NUMBA_CHROME_TRACE", "")  # Numba opens it as Python ends, when all is said
+    place = trace if os.path.exists(trace) else os.path.dirname(os.path.abspath(trace))
+    if trace and (os.path.isdir(trace) or not os.access(place, os.W_OK)):
+        raise UsageError(f"NUMBA_CHROME_TRACE is {trace!r}, where no file can be written; correct it, or unset it")
     for variable, word in (("NUMBA_CPU_NAME", "cpu"), ("NUMBA_CPU_FEATURES", "features")):
         said = _said_by_llvm(**{word: os.environ[variable]}) if os.environ.get(variable) else ""
         if said:

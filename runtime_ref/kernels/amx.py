@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from runtime_ref.kernels.compiled import kernel, overload
 from runtime_ref.kernels.isa import PRIMITIVES, constant
 from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, PLANES, ROWS, Code
-from runtime_ref.kernels.vector import address, ask_for_line, peek, poke, splatted
+from runtime_ref.kernels.vector import address, ask_for, ask_for_line, peek, poke, splatted
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
@@ -43,23 +43,23 @@ def _planes(profile) -> int:
 
 
 @intrinsic
-def amx_begin(typingctx, columns, memory):
-    """Shape the tiles: sums 16 x 16 int32, weights [columns / 4][16 rows][4], activations [16][columns]; from 64 bytes of memory."""
+def amx_begin(typingctx, columns, tokens, memory):
+    """Shape the tiles: sums [tokens][16] int32, weights [columns / 4][16 rows][4], activations [tokens][columns]; from 64 bytes of memory."""
 
     def codegen(context, builder, sig, args):
         code, b = Code(builder), builder
-        columns, memory = b.trunc(args[0], I16), code.pointer(args[1])
+        columns, tokens, memory = b.trunc(args[0], I16), b.trunc(args[1], I8), code.pointer(args[2])
         code.store(ir.Constant(ir.VectorType(I64, 8), None), memory, 8)
         code.store(ir.Constant(I8, 1), memory, 1)
         for tile in range(8):
             holds_activations = tile >= 6
             code.store(columns if holds_activations else ir.Constant(I16, 64), code.at(memory, 16 + 2 * tile), 2)
             quads = b.trunc(b.lshr(columns, ir.Constant(I16, 2)), I8)
-            code.store(quads if tile in (4, 5) else ir.Constant(I8, 16), code.at(memory, 48 + tile), 1)
+            code.store(quads if tile in (4, 5) else tokens, code.at(memory, 48 + tile), 1)
         unit(code, "ldtilecfg", memory)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -208,10 +208,13 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
         shape = (address(memory) + 63) // 64 * 64
         sums = shape + TILE
         weights = sums + SUMS * TILE
-        amx_begin(columns, shape)
+        amx_begin(columns, min(TOKENS, rows), shape)
         for start in range(first, end, together):
             tiles = min(together, end - start)
             y[:] = np.float32(0.0)
+            for r in range(rows):  # the states that passed since have taken these out of the caches
+                for tile in range(tiles):
+                    ask_for(address(out) + r * out.strides[0] + 64 * (start + tile))
             for i in range(blocks):
                 for tile in range(tiles):
                     at = address(codes) + (start + tile) * codes.strides[0] + i * (block // 16) * codes.strides[1]

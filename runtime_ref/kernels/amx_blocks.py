@@ -24,7 +24,8 @@ from runtime_ref.kernels.vector import address, ask_for_line, splatted
 
 BLOCK = 32
 BYTES = BLOCK * ROWS  # of a block of 16 rows as int8
-SPARE = 4  # places for sums, so that a block's need not be read before the next ones'
+SPARE = 4  # places for a block's sums
+AHEAD = 2  # blocks whose sums are made before they are read: what the unit stores is not at hand at once
 
 
 @intrinsic
@@ -69,26 +70,37 @@ def _multiply(typingctx, profile, weights, scales, low, high, q_stride, q_scale,
         line, floats, ints = code.i64(64), ir.VectorType(F32, ROWS), ir.VectorType(I32, ROWS)
         tokens = [code.at(q_at, b.mul(args[7], code.i64(4 * t))) for t in range(TOKENS)]
 
-        def block(i, y):
-            place = code.at(sums_at, b.mul(b.and_(i, code.i64(SPARE - 1)), code.i64(planes * TILE)))
+        def place(i):
+            return code.at(sums_at, b.mul(b.and_(i, code.i64(SPARE - 1)), code.i64(planes * TILE)))
+
+        def add_up(i, _):
             column = b.mul(i, code.i64(BLOCK))
             unit(code, "tileloadd64", 4, code.at(weights_at, b.mul(i, code.i64(BYTES))), line)
             for plane, at in enumerate((low_at, high_at)[:planes]):
                 unit(code, "tilezero", plane)
                 unit(code, "tileloadd64", 7 - plane, code.at(at, column), args[5])
                 unit(code, "tdpbssd", plane, 7 - plane, 4)
-                unit(code, "tilestored64", plane, code.at(place, TILE * plane), line)
+                unit(code, "tilestored64", plane, code.at(place(i), TILE * plane), line)
+            return []
+
+        def block(i, y):
+            following = b.add(i, code.i64(AHEAD))
+            with b.if_then(b.icmp_signed("<", following, args[8])):
+                add_up(following, [])
+            own_sums = place(i)
             (scale,) = scale_vectors(code, code.at(scales_at, b.mul(i, code.i64(2 * ROWS))), ROWS)
             result = []
             for t in range(TOKENS):
-                total = code.load(code.at(place, 64 * t), ints, 4)
+                total = code.load(code.at(own_sums, 64 * t), ints, 4)
                 if planes == 2:
-                    upper = code.load(code.at(place, TILE + 64 * t), ints, 4)
+                    upper = code.load(code.at(own_sums, TILE + 64 * t), ints, 4)
                     total = b.add(total, b.shl(upper, constant(I32, ROWS, 8)))
                 own = splatted(b, code.load(code.at(tokens[t], b.mul(i, code.i64(4))), F32, 4), ROWS)
                 result.append(b.fadd(y[t], b.fmul(b.sitofp(total, floats), b.fmul(scale, own))))
             return result
 
+        ahead = code.i64(AHEAD)
+        code.loop(b.select(b.icmp_signed("<", args[8], ahead), args[8], ahead), [], add_up)
         for t, row in enumerate(code.loop(args[8], zeros(floats, TOKENS), block)):
             code.store(row, code.at(y_at, 64 * t))
         return context.get_dummy_value()
@@ -119,7 +131,7 @@ def _blocks_by_amx(isa, profile, bits, codes, scales, s, rows, out, add, first, 
         memory = np.empty(128 + weights_at + (blocks * BYTES if bits == 4 else 0), np.uint8)
         shape = (address(memory) + 63) // 64 * 64
         sums = shape + 64
-        amx_begin(BLOCK, shape)
+        amx_begin(BLOCK, TOKENS, shape)
         for tile in range(first, end):
             weights = address(codes) + tile * codes.strides[0]
             if bits == 4:

@@ -268,9 +268,17 @@ SETS: dict[str, tuple[type, tuple[str, ...]]] = {
     "portable": (Portable, ()),
 }
 
-# Where an instruction set further down was measured to be faster on a core (LLVM's name). Zen 4, products of 64 tokens in
-# cache, GMAC/s of one thread, fast and exact: vpdpbusd 202 and 105, tables 250 and 138. Its vpdpbusd takes a cycle.
-MEASURED = {"znver4": "avx512tables"}
+# By core (LLVM's name), measured: products of 64 tokens in cache, GMAC/s of one thread, fast and exact (`bench.rates.ternary_rate`).
+MEASURED: dict[str, dict[str, tuple[int, int]]] = {
+    "znver4": {"avx512vnni": (202, 105), "avx512tables": (250, 138), "avx2": (219, 121)},
+    "emeraldrapids": {
+        "amx": (563, 388),
+        "avx512vnni": (205, 112),
+        "avx512tables": (210, 125),
+        "avxvnni": (130, 65),
+        "avx2": (131, 81),
+    },
+}
 
 
 def available() -> list[str]:
@@ -282,7 +290,9 @@ def available() -> list[str]:
 
 
 def select() -> Isa:
-    """The instruction set to use: the one RUNTIME_REF_ISA names, else the one measured best on this core, else the first.
+    """The instruction set to use: the one RUNTIME_REF_ISA names, else the one measured fastest on this core, else the first.
+
+    The fastest has the largest product of its two rates in MEASURED.
 
     Raises:
         UsageError: RUNTIME_REF_ISA names an unknown set, or one this CPU lacks; or it cannot convert fp16.
@@ -297,6 +307,6 @@ def select() -> Isa:
         )
     if wanted and wanted not in usable:
         raise UsageError(f"RUNTIME_REF_ISA is {wanted}, which this CPU lacks; it has {', '.join(usable)}")
-    measured = MEASURED.get(core(), usable[0])
-    kind = SETS[wanted or (measured if measured in usable else usable[0])][0]
+    rates = {name: fast * exact for name, (fast, exact) in MEASURED.get(core(), {}).items() if name in usable}
+    kind = SETS[wanted or max(rates, key=rates.__getitem__, default=usable[0])][0]
     return kind(PRIMITIVES[kind].lanes)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime_ref.kernels.packed import aligned
+
 CHUNK = 64  # rows of a forward pass: enough to use each unpacked weight often, few enough to stay in cache
 
 
@@ -61,11 +63,18 @@ def activations(rows: int, k: int) -> dict[str, np.ndarray]:
     return {
         "wide": np.zeros((rows, width), np.float32),
         "q": np.zeros((rows, width), np.int16),
-        "high": np.zeros((sixteens, width), np.int8),
-        "low": np.zeros((sixteens, width), np.int8),
+        "high": _lines(sixteens, width),
+        "low": _lines(sixteens, width),
         "q_scale": np.zeros((sixteens, -(-width // 32)), np.float32),
         "q_sum": np.zeros((rows, -(-width // 32)), np.int32),
     }
+
+
+def _lines(rows: int, width: int) -> np.ndarray:
+    """Zeros int8 [rows, width]; each row begins with a cache line, or AMX would read two for many of its 32 bytes."""
+    result = aligned((rows, width), np.dtype(np.int8))
+    result[...] = 0
+    return result
 
 
 def allocate(rows: int, room: Room) -> Scratch:

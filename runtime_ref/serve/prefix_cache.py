@@ -3,9 +3,10 @@
 A snapshot's key is the SHA-256 of what made it: the model file, the arithmetic, and every token in order (SHA-256 is itself
 a chain over its input, so the keys of all prefixes of a prompt cost one pass). A key that is found means the same bits.
 
-On disk a snapshot is one file, `<key>-<tokens>.state`: 8 bytes of magic, the SHA-256 of the rest, a line of JSON (the key
+On disk a snapshot is one file, `<key>-<tokens>.state`: 8 bytes of magic, the CRC-32 of the rest, a line of JSON (the key
 once more, and the arrays' names, types and shapes) and the arrays. It is written under another name, flushed and renamed;
-what does not check is deleted and counts as never written.
+what does not check is deleted and counts as never written. The sum finds damage, as a disk or a crash does it; who can write
+into the folder can make a sum as well, whatever its kind, and a SHA-256 takes longer than reading the file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import re
 import threading
 import time
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -29,8 +31,10 @@ from runtime_ref.state import Extent, State
 from tmexport.errors import TmexportError
 from tmexport.files import atomic_write
 
-_MAGIC = b"TMXSNAP1"
+_MAGIC = b"TMXSNAP2"
 _NAME = re.compile(r"([0-9a-f]{64})-(\d{1,9})\.state")
+_SUM = 4  # bytes
+_PART = 1 << 20  # bytes that are read and summed at a time, while they are in the cache
 _STALE = 60.0  # seconds after which a file that was never renamed belongs to nobody
 _BACKLOG = 4  # snapshots that wait for the disk; further ones stay in memory only
 _EVERY, _PER = 512, 32_000_000  # tokens between snapshots of a long prompt, for each so many bytes of state
@@ -80,6 +84,7 @@ class PrefixCache:
         self._memory: OrderedDict[str, _Entry] = OrderedDict()
         self._disk: OrderedDict[str, tuple[int, int]] = OrderedDict()  # key -> tokens, bytes
         self._lengths: Counter[int] = Counter()
+        self._read_once: set[str] = set()  # from the disk, and not kept in memory
         self._lock = threading.Lock()
         self._queue: Queue[tuple[str, _Entry] | None] = Queue(_BACKLOG)
         self._writer: threading.Thread | None = None
@@ -93,8 +98,15 @@ class PrefixCache:
         with self._lock:
             lengths = [n for n in sorted(self._lengths) if n <= len(tokens)]
         for length, key in reversed(list(zip(lengths, self._keys(tokens, lengths), strict=True))):
-            entry = self._get(key, length)
+            entry = self._held(key)
             if entry is not None:
+                return Hit(length, entry.state.copy(), entry.logits)
+            entry = self._read(key, length)
+            if entry is not None and key not in self._read_once:  # to keep it too would take a copy
+                self._read_once.add(key)
+                return Hit(length, entry.state, entry.logits)
+            if entry is not None:
+                self._remember(key, entry)
                 return Hit(length, entry.state.copy(), entry.logits)
         return None
 
@@ -136,13 +148,18 @@ class PrefixCache:
             keys.append(digest.hexdigest())
         return keys
 
-    def _get(self, key: str, length: int) -> _Entry | None:
+    def _held(self, key: str) -> _Entry | None:
+        """What memory has."""
         with self._lock:
             entry = self._memory.get(key)
-            on_disk = self._disk.get(key)
             if entry is not None:
                 self._memory.move_to_end(key)
-                return entry
+            return entry
+
+    def _read(self, key: str, length: int) -> _Entry | None:
+        """What the disk has."""
+        with self._lock:
+            on_disk = self._disk.get(key)
             if on_disk is None or on_disk[0] != length:
                 return None
         assert self._folder is not None
@@ -157,7 +174,6 @@ class PrefixCache:
                 self._disk.move_to_end(key)
         with contextlib.suppress(OSError):
             os.utime(path)  # the next process's order of use
-        self._remember(key, entry)
         return entry
 
     def _remember(self, key: str, entry: _Entry) -> None:
@@ -206,6 +222,7 @@ class PrefixCache:
             found = self._disk.pop(key, None)
             if found is not None:
                 self._forget(found[0])
+            self._read_once.discard(key)
         if found is not None and self._folder is not None:
             with contextlib.suppress(OSError):
                 (self._folder / _name(key, found[0])).unlink()
@@ -218,13 +235,13 @@ class PrefixCache:
     def _write(self, key: str, entry: _Entry) -> None:
         assert self._folder is not None
         parts: list[bytes | memoryview] = [_header(key, entry), *_buffers(entry)]
-        digest, size = hashlib.sha256(), len(_MAGIC) + hashlib.sha256().digest_size
+        checksum, size = 0, len(_MAGIC) + _SUM
         for part in parts:
-            digest.update(part)
+            checksum = zlib.crc32(part, checksum)
             size += len(part)
         self._make_room(size)
         with atomic_write(self._folder / _name(key, entry.length)) as file:
-            file.write(_MAGIC + digest.digest())
+            file.write(_MAGIC + checksum.to_bytes(_SUM, "little"))
             file.writelines(parts)
         with self._lock:
             if key not in self._disk:
@@ -243,19 +260,21 @@ def read_snapshot(path: Path, key: str, length: int, blank: _Entry) -> _Entry:
     arrays = {name: np.empty(like.shape_of(name, length), array.dtype) for name, array in like.arrays.items()}
     state = replace(like, arrays=arrays, tokens=length, extent=Extent(length))
     entry = _Entry(length, state, np.empty_like(blank.logits))
-    header, digest = _header(key, entry), hashlib.sha256()
-    with open(path, "rb") as file:
+    header = _header(key, entry)
+    with open(path, "rb", buffering=0) as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("is no snapshot")
-        wanted = file.read(digest.digest_size)
+        wanted = file.read(_SUM)
         if file.read(len(header)) != header:
             raise ValueError("is another snapshot")
-        digest.update(header)
+        checksum = zlib.crc32(header)
         for buffer in _buffers(entry):
-            if file.readinto(buffer) != len(buffer):
-                raise ValueError("is cut short")
-            digest.update(buffer)
-        if file.read(1) or digest.digest() != wanted:
+            for start in range(0, len(buffer), _PART):
+                part = buffer[start : start + _PART]
+                if file.readinto(part) != len(part):
+                    raise ValueError("is cut short")
+                checksum = zlib.crc32(part, checksum)
+        if file.read(1) or checksum.to_bytes(_SUM, "little") != wanted:
             raise ValueError("is damaged")
     return entry
 

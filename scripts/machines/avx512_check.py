@@ -3,7 +3,7 @@
 Example: python scripts/machines/avx512_check.py demo_out/student.gguf
 
 Numba compiles the forward pass for a core, as it would on that core, and Bochs's CPU executes it (emulated_cpu.py) on 40
-prompt tokens, a chunk of 32 and one of 8, and on 8 decoded ones. Needs `cc` and bochscpu-python on Linux on x86-64. The last
+prompt tokens, all at once, and on 8 decoded ones. Needs `cc` and bochscpu-python on Linux on x86-64. The last
 line on stdout is one JSON object: agree, hashes {profile: {core or "this CPU": sha256}}, vnni {profile: {core: how many VNNI
 instructions of each kind and width the compiled code holds}}, and what ran. Exit code 1 if two hashes differ.
 """
@@ -28,6 +28,7 @@ import click
 import runtime_ref.model
 from runtime_ref.arithmetic import PRESETS
 from runtime_ref.gguf_source import gguf_source
+from runtime_ref.kernels import program
 from runtime_ref.kernels.isa import SETS, select
 from runtime_ref.kernels.kinds import pack
 from runtime_ref.model import Model
@@ -44,6 +45,7 @@ CORES = {
 }
 PROFILES = tuple(PRESETS)
 PROMPT, DECODED = 40, 8
+VNNI = re.compile(r"^\s*(vpdp\w+)\s.*%([xyz]mm)\d+$", re.MULTILINE)
 
 
 def emulated(path: Path, profile: str) -> dict[str, Any]:
@@ -54,14 +56,20 @@ def emulated(path: Path, profile: str) -> dict[str, Any]:
     source = gguf_source(path)
     matrix = source.matrix
     source = replace(source, packed=lambda name: pack(matrix(name)))
-    function = EmulatedFunction(runtime_ref.model.run, EmulatedCpu())
-    runtime_ref.model.run = function
+    runtime_ref.model.run = EmulatedFunction(runtime_ref.model.run, EmulatedCpu())
+    phases, address = set[Any](), program._address
+
+    def noted(entry: Any) -> int:
+        phases.add(entry)
+        return address(entry)
+
+    program._address = noted  # `run` calls the phases by their addresses: the emulated CPU finds them there
     model = Model(source, profile, threads=1)
     model.compile()
-    (assembly,) = function.assembly()
-    found = re.findall(r"^\s*(vpdp\w+)\s.*%([xyz]mm)\d+$", assembly, re.MULTILINE)
-    vnni = Counter(f"{name} {width}" for name, width in found)
-    return {"sha256": logits_digest(model, PROMPT, DECODED), "vnni": vnni}
+    digest = logits_digest(model, PROMPT, DECODED)
+    code = [compiled.library.get_asm_str() for phase in phases for compiled in phase.overloads.values()]
+    found = [pair for one in code for pair in VNNI.findall(one)]
+    return {"sha256": digest, "vnni": Counter(f"{name} {width}" for name, width in found)}
 
 
 def on_core(path: Path, profile: str, core: str) -> dict[str, Any]:

@@ -202,6 +202,8 @@ SETTINGS = [
         "error: NUMBA_CPU_FEATURES is '+abc'; LLVM says: '+abc' is not a recognized feature",
     ),
     ("NUMBA_CPU_NAME=abc", 2, "error: NUMBA_CPU_NAME is 'abc'; LLVM says: 'abc' is not a recognized processor"),
+    ("NUMBA_CHROME_TRACE=/nonexistent/x", 2, "error: NUMBA_CHROME_TRACE is '/nonexistent/x', where no file can be"),
+    ("NUMBA_CHROME_TRACE=/tmp", 2, "error: NUMBA_CHROME_TRACE is '/tmp', where no file can be written"),
     ("RUNTIME_REF_ISA=abc", 2, "error: RUNTIME_REF_ISA is 'abc'; expected one of"),
     ("NUMBA_ENABLE_AVX=0", 0, ""),
     ("OMP_NUM_THREADS=abc", 0, ""),

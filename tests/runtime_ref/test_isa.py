@@ -1,5 +1,7 @@
 """Instruction sets: each this CPU has gives the specification's bits."""
 
+import math
+
 import numpy as np
 import pytest
 from numba import config
@@ -88,12 +90,31 @@ def test_dotprod_is_found_where_the_kernel_reports_it_and_llvm_can_compile_it(co
     ],
 )
 def test_a_set_that_was_measured_faster_on_a_core_is_chosen_there(core, given, expected, monkeypatch):
-    """isa.MEASURED is the rule; a set the CPU lacks is never chosen."""
+    """A set the CPU lacks is never chosen."""
     monkeypatch.delenv("RUNTIME_REF_ISA", raising=False)
     monkeypatch.setattr(config, "CPU_NAME", core)
     monkeypatch.setattr(config, "CPU_FEATURES", ",".join(f"+{name}" for name in given.split()))
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
     assert isinstance(isa.select(), expected)
+
+
+@pytest.mark.parametrize("core", isa.MEASURED)
+def test_the_choice_follows_the_recorded_rates(core, monkeypatch):
+    """The largest geometric mean of both presets, whatever a hypervisor hides; an age of the instruction set says nothing."""
+    rates = isa.MEASURED[core]
+    ranked = sorted(rates, key=lambda name: math.sqrt(math.prod(rates[name])), reverse=True)
+    monkeypatch.delenv("RUNTIME_REF_ISA", raising=False)
+    monkeypatch.setattr(isa, "core", lambda: core)
+    for hidden in range(len(ranked)):
+        usable = [name for name in isa.SETS if name in ranked[hidden:] or name == "portable"]
+        monkeypatch.setattr(isa, "available", lambda usable=usable: usable)
+        assert isinstance(isa.select(), isa.SETS[ranked[hidden]][0])
+
+
+def test_every_set_of_a_recorded_core_is_recorded():
+    if cpu.core() in isa.MEASURED:
+        assert set(isa.available()) <= {*isa.MEASURED[cpu.core()], "portable"}
+    assert all(set(rates) <= set(isa.SETS) for rates in isa.MEASURED.values())
 
 
 @pytest.mark.parametrize(("permitted", "expected"), [(True, "amx"), (False, "avx512vnni")])

@@ -125,12 +125,29 @@ def test_drafts_end_with_the_context():
 def test_a_draft_is_what_followed_an_equal_end(text, count):
     lookup = Lookup(text)
     ends = [n for n in range(3, len(text)) if text[n - 3 : n] == text[-3:]]
-    draft = lookup.draft(count)
-    if not ends:
-        assert (draft, lookup.length) == ([], 0)
+    draft, sure = lookup.draft(count), max(0, lookup.length - 1)
+    assert lookup.length >= 3 or not ends
+    if not lookup.length:
+        assert draft == []
         return
-    alike = [n for n in ends if text[max(0, n - lookup.length) : n] == text[len(text) - lookup.length :]]
+    alike = [n for n in range(1, len(text)) if text[max(0, n - sure) : n] == text[len(text) - sure :]]
     assert draft in [[*text[n:], *draft][:count] for n in alike]
+
+
+def test_a_draft_goes_on_behind_other_tokens():
+    """As a record with another number in it does; four others in a row end it."""
+    record = [10, 11, 12, 1, 2, 3, 13, 14, 15, 16]
+    lookup = Lookup([*record, 10, 11, 12])
+    for other, following in ((7, [2, 3, 13]), (8, [3, 13, 14]), (9, [13, 14, 15])):
+        assert lookup.push(other) is False
+        assert (lookup.draft(3), lookup.length) == (following, 1)
+    assert lookup.push(13) is True
+    assert (lookup.draft(3), lookup.length) == ([14, 15, 16], 2)
+    for other in (20, 21, 22, 23):
+        assert lookup.push(other) is False
+        assert lookup.length == 1
+    assert lookup.push(24) is False
+    assert (lookup.draft(3), lookup.length) == ([], 0)
 
 
 class Fixed(Costs):

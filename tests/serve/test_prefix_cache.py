@@ -170,6 +170,21 @@ def test_what_grows_is_shared_by_the_snapshots_of_a_text(tmp_path, profile):
     restarted.close()
 
 
+def test_a_snapshot_that_is_read_twice_stays_in_memory(model, tmp_path):
+    cache, (state, logits) = cache_of(model, tmp_path), cold(model, TOKENS[:50])
+    cache.put(TOKENS[:50], state, logits)
+    cache.close()
+    wanted = sha(*state.arrays.values(), logits)
+    restarted = cache_of(model, tmp_path)
+    for kept in (False, True, True):
+        hit = restarted.find(TOKENS[:60])
+        assert (hit.length, bits(hit), restarted.held[0] > 0) == (50, wanted, kept)
+        model.prefill(hit.state, [1, 2])  # what is done with a hit does not show in the next
+    next(tmp_path.glob("*.state")).unlink()
+    assert bits(restarted.find(TOKENS[:60])) == wanted
+    restarted.close()
+
+
 class Recording(Choice):
     """A choice that keeps a digest of all logits that it chose from."""
 
