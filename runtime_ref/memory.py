@@ -29,12 +29,14 @@ from tmexport.gguf.names import GROUP_SIZE_KEY, TOKENIZER_JSON_KEY, config_from_
 from tmexport.gguf.reader import GGUFFile, open_gguf
 from tmexport.model import Model
 from tmexport.model.rope import context_limit
+from tmexport.threads import default_threads
 from tmexport.types import KINDS, GGMLType, container, holds
 
 FIXED = 165_000_000
 COMPILER = 75_000_000
 TOKENIZER = 16  # bytes for each byte of a tokenizer.json, once it is parsed
 POSITIONS = 8192  # counted of a model with attention that states no context length; others count to theirs
+SCORES = 16  # of a position, that each thread has room for (`Job.scores`)
 PACKERS = 4  # layers that are read at a time while loading (kernels.build)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -185,6 +187,7 @@ def _need(gguf: GGUFFile, config: Model, layout: Layout, profile: str, states: i
         FIXED
         + compiles * COMPILER
         + _scratch(config)
+        + any(array.grows for array in arrays) * default_threads() * 4 * SCORES * positions
         + TOKENIZER * (len(tokenizer) if isinstance(tokenizer, str) else 0)
     )
     return Need(weights, states * state, other, max(sum(ends), weights + PACKERS * layers))

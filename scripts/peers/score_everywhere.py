@@ -26,7 +26,7 @@ from runtime_ref.tokenizer import Tokenizer
 from tmexport.cli.app import run_command
 
 # Reads a JSON list of documents (lists of token ids), prints the nats of all tokens but each document's first. Weights lie as in
-# the file: in the layout for AMX, llama-cpp-python 0.3.36 built on a CPU with AMX dies of SIGILL (tileloadd) at Q8_0 matrices.
+# the file: in the layout for AMX, llama-cpp-python 0.3.36 built with GCC 12 dies of SIGILL at Q8_0 matrices (docs/ptq.md says why).
 LLAMA = """
 import json, sys
 import llama_cpp.llama_cpp as low

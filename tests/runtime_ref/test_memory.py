@@ -18,7 +18,11 @@ from tmexport.gguf.export import EMBEDDING_TYPES, TYPES, low_bit_types, plan_exp
 from tmexport.gguf.names import model_metadata
 from tmexport.gguf.reader import open_gguf
 from tmexport.gguf.writer import PlannedTensor, file_bytes, header_bytes
-from tmexport.model import mamba2_model
+from tmexport.model import Block, mamba2_model
+from tmexport.model import Model as ModelSpec
+from tmexport.model.branches.attention import Attention
+from tmexport.model.branches.mlp import SwiGLU
+from tmexport.threads import default_threads
 from tmexport.types import FILE_TYPES
 
 BIG = mamba2_model(d_model=2048, n_layer=48, vocab_size=50288)  # 1.3b
@@ -78,6 +82,17 @@ def test_the_real_shape_by_hand_and_by_what_was_measured(tmp_path):
     # the most memory a process had that loaded it and decoded (docs/benchmarks.md), with the kernels compiled
     for profile, measured in (("exact", 705e6), ("fast", 645e6)):
         assert measured <= need(gguf, profile).total <= 1.2 * measured
+
+
+def test_a_context_takes_keys_values_and_scores(tmp_path):
+    """fp32 in profile exact: two rows of 64 a layer and position; 16 scores a thread and position."""
+    blocks = (Block((Attention(256, 4, 1, 64, 0.125, 10000.0),)), Block((SwiGLU(256, 512),))) * 3
+    needed = []
+    for length in (1024, 3072):
+        config = ModelSpec(256, 512, blocks, family="llama", context_length=length)
+        needed.append(need(open_gguf(header_only(tmp_path / f"{length}.gguf", config, "f16", "f16")), "exact"))
+    assert needed[1].states - needed[0].states == 2048 * 3 * 2 * 64 * 4
+    assert needed[1].other - needed[0].other == 2048 * default_threads() * 16 * 4
 
 
 def test_the_refusal_names_a_type_that_fits(tmp_path):
