@@ -39,8 +39,7 @@ SLOW = (
     "qat/test_qat_baselines.py",
     "qat/test_qat_plan.py",
     "qat/test_qat_data.py::test_parquet",
-    "qat/test_stages.py::test_interrupted_and_resumed_is_the_whole_run_bit_for_bit[stop0",
-    "qat/test_stages.py::test_interrupted_and_resumed_is_the_whole_run_bit_for_bit[stop1",
+    "qat/test_stages.py::test_interrupted_and_resumed_is_the_whole_run_bit_for_bit",
     "qat/test_study.py",
     "tmexport/test_card.py",
     "tmexport/test_cli.py::test_both_dialects",
@@ -50,9 +49,10 @@ SLOW = (
     "serve/",
     "test_zero_shot.py",
 )
-# Of those, what `make quick` runs all the same: the specification, and the kernels of both presets against it; their compiled
+# Of those, what `make quick` runs all the same: one resumed run, the specification, and the kernels of both presets against it; their compiled
 # code is shared with every other test.
 QUICK = (
+    "qat/test_stages.py::test_interrupted_and_resumed_is_the_whole_run_bit_for_bit[stop2",
     "runtime_ref/test_reference.py",
     "runtime_ref/test_equal.py::test_kernels_equal_the_specification[exact-ternary256",
     "runtime_ref/test_equal.py::test_kernels_equal_the_specification[fast-ternary256",
