@@ -49,7 +49,7 @@ SLOW = (
     "serve/",
     "test_zero_shot.py",
 )
-# Of those, what `make quick` runs all the same: one resumed run, the specification, and the kernels of both presets against it; their compiled
+# Of those, what `make quick` runs all the same: one resumed run, the specification, the kernels of both presets; their compiled
 # code is shared with every other test.
 QUICK = (
     "qat/test_stages.py::test_interrupted_and_resumed_is_the_whole_run_bit_for_bit[stop2",
