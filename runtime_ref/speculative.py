@@ -54,6 +54,8 @@ class Costs:
 
     def of(self, tokens: int) -> float:
         """At best; a size that is hardly known, or was not tried for long, is taken to be cheap, and so will be."""
+        if not self._one:  # a text whose every token is foreseen would never tell what one costs
+            return float("inf")
         some = self._more.get(tokens, ())
         if len(some) < _KNOWN or self._passes - self._last[tokens] > _STALE:
             return 1.0 + 0.15 * (tokens - 1)
