@@ -86,7 +86,7 @@ def make(
     if out.resolve() == teacher.resolve():
         raise UsageError(f"{out}: is the teacher's folder, which would be overwritten; choose another --out")
     checkpoint = open_checkpoint(teacher)
-    kept = {name: checkpoint.kind(name) for name in checkpoint.names if checkpoint.kind(name)}
+    kept = [name for name in checkpoint.names if checkpoint.kind(name)]
     if kept and (METHODS[method].reads_text or transforms or rest == "dense"):
         raise CheckpointError(
             f"{teacher}: holds low-bit weights already; expected a full-precision teacher, or rtn with --rest, which rounds "
@@ -101,16 +101,12 @@ def make(
             source, done = _transformed(checkpoint, transforms, ids, seed, Path(folder))
         groups = _groups(source, kind, group_size, chosen)
         tensors = METHODS[method].tensors(source, ids, kind, groups)
-    tensors |= {name: checkpoint.codes(name, found) for name, found in kept.items() if found}
+    tensors |= {name: checkpoint.codes(name) for name in kept}
     coded = [tensor for tensor in tensors.values() if isinstance(tensor, Coded)]
     for name, tensor in source.config.tensors.items():
-        other = (
-            "dense"
-            if name in chosen or name in kept or not tensor.low_bit
-            else embedding
-            if tensor.block is None
-            else rest
-        )
+        if name in chosen or name in kept or not tensor.low_bit:
+            continue
+        other = embedding if tensor.block is None else rest
         if other != "dense":
             tensors[name] = KINDS[other].quantize(_fp32(tensors[name]), group_for(other, None, name, tensor.shape[1]))
     provenance: dict[str, Any] | None = None
