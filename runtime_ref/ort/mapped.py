@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tmexport.onnx.wire import LENGTH_DELIMITED, tag, varint
+
 LEAST = 1 << 16  # bytes of a weight that is worth a mapping of its own
 _GRAPH, _INITIALIZER = 7, 5  # of ModelProto, of GraphProto
 _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14  # of TensorProto
 _KEY, _VALUE, _EXTERNAL = 1, 2, 1  # of StringStringEntryProto; of DataLocation
-_BYTES = 2  # a field with a length
 _FIXED = {1: 8, 5: 4}  # bytes of the wire types without one
 
 
@@ -81,7 +82,7 @@ def _tensor(data: mmap.mmap, tensor: _Field, name: str) -> bytes:
         for key, value in place.items():
             entry = _field(_KEY, key.encode()) + _field(_VALUE, str(value).encode())
             out += _field(_EXTERNAL_DATA, entry)
-        out += _varint(_DATA_LOCATION << 3) + _varint(_EXTERNAL)
+        out += varint(_DATA_LOCATION << 3) + varint(_EXTERNAL)
     return bytes(out)
 
 
@@ -89,9 +90,9 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
     """The fields of the message between two places."""
     while at < end:
         start = at
-        tag, at = _read_varint(data, at, end)
-        kind = tag & 7
-        if kind == _BYTES:
+        key, at = _read_varint(data, at, end)
+        kind = key & 7
+        if kind == LENGTH_DELIMITED:
             length, at = _read_varint(data, at, end)
             first = at
             at += length
@@ -105,7 +106,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
             raise ValueError(f"a field of wire type {kind} at byte {start}")
         if at > end:
             raise ValueError(f"a field at byte {start} ends behind its message")
-        yield _Field(tag >> 3, start, first, at)
+        yield _Field(key >> 3, start, first, at)
 
 
 def _read_varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
@@ -122,13 +123,4 @@ def _read_varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | _BYTES) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return tag(number, len(content)) + content

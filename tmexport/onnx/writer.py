@@ -21,6 +21,7 @@ from tmexport.files import atomic_write
 from tmexport.onnx.builder import Initializer
 from tmexport.onnx.graph import Graph
 from tmexport.onnx.names import data_path
+from tmexport.onnx.wire import tag
 
 LARGEST_FILE = 2**31 - 1  # protobuf's limit, which onnxruntime shares
 _SMALLEST_OUTSIDE = (
@@ -28,7 +29,6 @@ _SMALLEST_OUTSIDE = (
 )
 _ALIGNMENT = 4096  # of weights in the second file: a page, so that onnxruntime can map them into memory
 
-_LENGTH_DELIMITED = 2
 _MODEL_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _GRAPH_INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 _TENSOR_RAW = onnx.TensorProto.DESCRIPTOR.fields_by_name["raw_data"].number
@@ -59,11 +59,11 @@ def write_model(
         file = stack.enter_context(atomic_write(path))
         data = stack.enter_context(atomic_write(data_path(path))) if outside else file
         file.write(shell.SerializeToString())
-        file.write(_tag(_MODEL_GRAPH, _size(body, heads, graph, outside)))
+        file.write(tag(_MODEL_GRAPH, _size(body, heads, graph, outside)))
         file.write(body)
         for tensor, head in zip(graph.initializers, heads, strict=True):
             at = outside.get(tensor.name)
-            file.write(_tag(_GRAPH_INITIALIZER, len(head) + (tensor.n_bytes if at is None else 0)))
+            file.write(tag(_GRAPH_INITIALIZER, len(head) + (tensor.n_bytes if at is None else 0)))
             file.write(head)
             if at is not None:
                 data.write(bytes(at - data.tell()))
@@ -94,7 +94,7 @@ def _size(body: bytes, heads: list[bytes], graph: Graph, outside: dict[str, int]
     total = len(body)
     for tensor, head in zip(graph.initializers, heads, strict=True):
         size = len(head) + (0 if tensor.name in outside else tensor.n_bytes)
-        total += len(_tag(_GRAPH_INITIALIZER, size)) + size
+        total += len(tag(_GRAPH_INITIALIZER, size)) + size
     return total
 
 
@@ -105,7 +105,7 @@ def _heads(graph: Graph, path: Path, outside: dict[str, int]) -> list[bytes]:
         kind = helper.np_dtype_to_tensor_dtype(tensor.dtype)
         proto = onnx.TensorProto(name=tensor.name, data_type=kind, dims=tensor.shape)
         if tensor.name not in outside:
-            heads.append(proto.SerializeToString() + _tag(_TENSOR_RAW, tensor.n_bytes))
+            heads.append(proto.SerializeToString() + tag(_TENSOR_RAW, tensor.n_bytes))
             continue
         proto.data_location = onnx.TensorProto.EXTERNAL
         place = {"location": data_path(path).name, "offset": outside[tensor.name], "length": tensor.n_bytes}
@@ -120,16 +120,3 @@ def _write_array(file: BinaryIO, tensor: Initializer) -> None:
     assert array.dtype == tensor.dtype, tensor.name
     assert array.shape == tensor.shape or (array.size == 1 and tensor.shape == ()), tensor.name
     file.write(array.tobytes() if array.nbytes < 1 << 16 else array.data.cast("B"))
-
-
-def _tag(field: int, length: int) -> bytes:
-    return _varint(field << 3 | _LENGTH_DELIMITED) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
