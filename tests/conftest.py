@@ -8,6 +8,9 @@ import pytest
 # that send Ctrl-C to a command would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if hasattr(signal, "SIGHUP"):  # nohup ignores this one
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # Folders and modules whose tests need a training, a compilation of the whole forward pass or a process each; single slow
 # tests elsewhere carry the mark themselves.
 SLOW = (

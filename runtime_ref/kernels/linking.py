@@ -53,8 +53,10 @@ class _WholeLibrary(_Lowered):
 
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
-            if function.linkage == Linkage.linkonce_odr:  # of a part: nothing else calls this copy
-                function.linkage = Linkage.internal
+            if function.linkage == Linkage.linkonce_odr:  # of a part
+                # Nothing else calls this copy, so LLVM may change what it takes and returns. An internal one would keep its
+                # name in the engine's table, where a later object's weak symbol of that name is taken for it.
+                function.linkage = Linkage.private
         builder = self._codegen._pass_builder(opt=2, loop_vectorize=True, slp_vectorize=False)
         builder.getModulePassManager().run(self._final_module, builder)
 
