@@ -29,9 +29,9 @@ DENSE_TYPES = ("f16", "f32")
 _RECURRENT = ("mamba1", "mamba2")
 
 # past and present, of a state by its name and its layer
-_TEMPLATES: dict[str, dict[str, tuple[str, str]]] = {
+TEMPLATES: dict[str, dict[str, tuple[str, str]]] = {
     "tmexport": {state: (f"past_{state}.{{}}", f"present_{state}.{{}}") for state in ("conv", "ssm", "k", "v")},
-    # onnxruntime-genai's model builder, hybrid models (genai_config.json: past_conv_names, past_recurrent_names)
+    # onnxruntime-genai's model builder, hybrid models
     "genai": {
         "conv": ("past_key_values.{}.conv_state", "present.{}.conv_state"),
         "ssm": ("past_key_values.{}.recurrent_state", "present.{}.recurrent_state"),
@@ -81,7 +81,7 @@ def block_states(block: Block, layer: int, style: str = "tmexport") -> dict[str,
     states = {}
     for branch in block.branches:
         for state in branch.states():
-            past, present = (template.format(layer) for template in _TEMPLATES[style][state.name])
+            past, present = (template.format(layer) for template in TEMPLATES[style][state.name])
             turned = (*state.shape[:-2], state.shape[-1], state.shape[-2])
             in_place = state.name in _IN_PLACE.get(branch.kind, ())
             shape = state.shape if state.grows else turned
