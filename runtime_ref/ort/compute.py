@@ -16,8 +16,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from runtime_ref.kernels.attend import MOST_WIDTH
+from runtime_ref.kernels.barrier import SPINS
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS, kernel, stack
+from runtime_ref.kernels.intrinsics import atomic_add, atomic_load, sched_yield
 from runtime_ref.kernels.linking import Whole
 from runtime_ref.kernels.phases import FEWEST_ROWS
 from runtime_ref.kernels.program import Job
@@ -45,8 +47,13 @@ SIZES = 6
 FROM_INPUT, FROM_OUTPUT, FROM_SCRATCH = 0, 1, 2
 ROWS, SIXTEENS, THREADS, TEXTS = 0, 1, 2, 3
 SCORES = -SIZES - 1  # a width that depends on the positions
-RANK, MOST_TENSORS, JOB_WORDS = 4, 8, 128
+RANK, MOST_TENSORS, JOB_WORDS, MOST_STEPS = 4, 8, 128, 8
 SHAPE_BYTES, PLACES_BYTES, JOB_BYTES, SIZES_BYTES = 8 * RANK, 8 * MOST_TENSORS, 8 * JOB_WORDS, 8 * SIZES
+# Words of what the threads of a call share: table, steps, job; a step's parts; and on a cache line each, how many were taken and done
+TABLE, STEPS, JOB_AT, PARTS, TAKEN = 0, 1, 2, 8, 16
+DONE = TAKEN + 8 * MOST_STEPS
+BOARD_WORDS = DONE + 8 * MOST_STEPS
+BOARD_BYTES = 8 * BOARD_WORDS
 
 
 class Kernel(NamedTuple):
@@ -56,6 +63,8 @@ class Kernel(NamedTuple):
     a phase; chunk: rows at a time, 0 for all. inputs int64 [.., 3 + RANK]: number, address of what to say of another shape, rank, dimensions.
     outputs int64 [.., 1 + RANK]: rank, dimensions. job int64: a Job's words. wires int64 [.., 6]: word of the job, source, its number, rows,
     width, bytes of an element. few, many uint64 [steps, 2]: `Program.table`; by_rows int64 [steps]: 1 if one thread does a row.
+    carried int64 [.., 3]: input, output and bytes a text of a state: where a call takes some rows at a time, the next ones of a text go on
+    from what was written.
     """
 
     interface: int
@@ -70,6 +79,7 @@ class Kernel(NamedTuple):
     few: np.ndarray
     many: np.ndarray
     by_rows: np.ndarray
+    carried: np.ndarray
 
 
 MALLOC, FREE, SPARE, TASK, IS_ALIVE, ENSURE, RELEASE, FORGET = range(8)  # of Kernel.calls
@@ -111,7 +121,7 @@ _ROWS, _SEQUENCES, _LENGTH, _WANTED, _STATES, _PAST, _POSITIONS = map(
 )
 BAD = word_of("bad")
 _NONE = np.zeros((0, 0), np.int64)
-_KERNEL = type_of(Kernel(0, 0, 0, 0, _NONE.reshape(-1), _NONE, _NONE, _NONE.reshape(-1), _NONE, *[_NONE.astype(np.uint64)] * 2, _NONE.reshape(-1)))  # fmt: skip
+_KERNEL = type_of(Kernel(0, 0, 0, 0, _NONE.reshape(-1), _NONE, _NONE, _NONE.reshape(-1), _NONE, *[_NONE.astype(np.uint64)] * 2, _NONE.reshape(-1), _NONE))  # fmt: skip
 
 
 @intrinsic
@@ -292,36 +302,71 @@ def connect(k, job, places, room, first, rows, texts, sizes):
 @kernel
 def run_steps(k, context, job_at, rows):
     """All phases, each on as many threads as it has work for; returns a status."""
-    block_at = stack(32)
-    block = words_at(block_at, 4)
-    for step in range(k.few.shape[0]):
-        parts = k.threads
-        if k.by_rows[step]:
-            parts = min(parts, rows)
-        table = k.many if rows >= FEWEST_ROWS else k.few
-        block[0], block[1] = np.int64(table[step, 0]), parts
-        block[2], block[3] = job_at, np.int64(table[step, 1])
-        if parts == 1:
-            call(block[0], (0, 1, job_at, block[3]))
-        else:
-            status = ask(k, PARALLEL_FOR, (context, k.calls[TASK], parts, 0, block_at))
-            if status:
-                return status
+    board_at, most = stack(BOARD_BYTES), 1
+    board = words_at(board_at, BOARD_WORDS)
+    table = k.many if rows >= FEWEST_ROWS else k.few
+    board[TABLE], board[STEPS], board[JOB_AT] = np.int64(table.ctypes.data), table.shape[0], job_at
+    for step in range(table.shape[0]):
+        parts = min(k.threads, rows) if k.by_rows[step] else k.threads
+        most = max(most, parts)
+        board[PARTS + step], board[TAKEN + 8 * step], board[DONE + 8 * step] = parts, 0, 0
+    if most > 1:
+        return ask(k, PARALLEL_FOR, (context, k.calls[TASK], most, 0, board_at))
+    work(board_at)
     return np.int64(0)
 
 
-def _task(block_at, part):
-    """One thread's part of a phase."""
-    block = words_at(block_at, 4)
-    call(block[0], (part, block[1], block[2], block[3]))
+@kernel
+def work(board_at):
+    """Take parts of all phases, one phase after the other, until there are none.
+
+    Any number of threads may come, at any time: a thread waits for parts alone that a running thread has taken. (onnxruntime may give a
+    thread to another run first, so that one which waited for all to come could wait for ever.)
+    """
+    board = words_at(board_at, BOARD_WORDS)
+    table = words_at(board[TABLE], 2 * MOST_STEPS)
+    for step in range(board[STEPS]):
+        parts, taken, done = board[PARTS + step], TAKEN + 8 * step, DONE + 8 * step
+        part = atomic_add(board, taken, 1)
+        while part < parts:
+            call(table[2 * step], (part, parts, board[JOB_AT], table[2 * step + 1]))
+            atomic_add(board, done, 1)
+            part = atomic_add(board, taken, 1)
+        spins = 0
+        while atomic_load(board, done) < parts:
+            spins += 1
+            if spins > SPINS:
+                sched_yield()
+
+
+def _task(board_at, part):
+    """What a thread of onnxruntime's does for a call."""
+    work(board_at)
     return np.int64(0)
+
+
+@kernel
+def next_rows(k, first, most, rows, length, places, now):
+    """How many rows from `first` on go together, and the states that they read and write, to `now`: of one text, if not all fit."""
+    for i in range(MOST_TENSORS):
+        now[i] = places[i]
+    count = min(most, rows - first)
+    if k.carried.shape[0] and most < rows:
+        text, within = first // length, first % length
+        count = min(count, length - within)
+        for i in range(k.carried.shape[0]):
+            source, target, before = k.carried[i, 0], k.carried[i, 1], text * k.carried[i, 2]
+            now[target] = places[target] + before
+            now[source] = now[target] if within else places[source] + before
+    return count
 
 
 def _compute(kernel_at, context):
     """KernelComputeV2."""
     k = read(kernel_at, _KERNEL)
-    places_at, sizes_at, job_at = stack(PLACES_BYTES), stack(SIZES_BYTES), stack(JOB_BYTES)
-    places, sizes, job = words_at(places_at, MOST_TENSORS), words_at(sizes_at, SIZES), words_at(job_at, JOB_WORDS)
+    places_at, now_at, sizes_at, job_at = stack(PLACES_BYTES), stack(PLACES_BYTES), stack(SIZES_BYTES), stack(JOB_BYTES)
+    places, now, sizes = words_at(places_at, MOST_TENSORS), words_at(now_at, MOST_TENSORS), words_at(sizes_at, SIZES)
+    job = words_at(job_at, JOB_WORDS)
     for i in range(SIZES):
         sizes[i] = -1
     status = take_inputs(k, context, places, sizes)
@@ -336,14 +381,15 @@ def _compute(kernel_at, context):
     rows = texts * length
     past_at = stack(8)
     words_at(past_at, 1)[0] = sizes[SIZES + POSITIONS] - length
-    job[_STATES], job[_PAST], job[_POSITIONS] = places_at, past_at, sizes_at
+    job[_STATES], job[_PAST], job[_POSITIONS] = now_at, past_at, sizes_at
     most = min(rows, k.chunk) if k.chunk else rows
+    whole = not k.chunk or k.carried.shape[0] and most == rows
     memory = borrow(k, scratch_bytes(k, most, texts, sizes))
     room, first = memory + 64, 0
-    while memory and (first < rows or (first == 0 and not k.chunk)):
-        count = min(most, rows - first)
+    while memory and (first < rows or (first == 0 and whole)):
+        count = next_rows(k, first, most, rows, length, places, now)
         job[_ROWS] = job[_WANTED] = count
-        job[_SEQUENCES], job[_LENGTH] = (1, count) if k.chunk else (texts, length)
+        job[_SEQUENCES], job[_LENGTH] = (texts, length) if whole else (1, count)
         connect(k, job, places, room, first, count, texts, sizes)
         status = run_steps(k, context, job_at, count)
         if status:

@@ -88,6 +88,7 @@ class Plan(NamedTuple):
     """What a node's kernel does.
 
     inputs: number, dimensions; outputs: dimensions; wires; steps, of which the names in `by_rows` have one thread for a row; chunk: rows at a time.
+    carried: states of a text, `compute.Kernel`.
     """
 
     inputs: Sequence[tuple[int, tuple[int, ...]]]
@@ -96,6 +97,7 @@ class Plan(NamedTuple):
     steps: Sequence[Step]
     by_rows: Sequence[int]
     chunk: int = CHUNK
+    carried: Sequence[tuple[int, int, int]] = ()
 
 
 def _scratch(field: str, rows: int, width: int, size: int = 4) -> Wire:
@@ -256,6 +258,7 @@ class _Made:
             interface, id(self), threads, plan.chunk, _calls(), _table(inputs), _table([_padded(dims) for dims in plan.outputs]),
             np.array(list(words(job)), np.uint64).view(np.int64), _table([wire.words() for wire in plan.wires]),
             program.table(False, job), program.table(True, job), np.array(plan.by_rows, np.int64),
+            _table(plan.carried).reshape(-1, 3),
         )  # fmt: skip
         self._kept = (job, program, messages, kernel, plan)
         self._words = np.array(list(words(kernel)), np.uint64)
