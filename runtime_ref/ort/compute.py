@@ -10,18 +10,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from runtime_ref.kernels.attend import MOST_WIDTH
-from runtime_ref.kernels.barrier import SPINS
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS, kernel, stack
-from runtime_ref.kernels.intrinsics import atomic_add, atomic_load, sched_yield
 from runtime_ref.kernels.linking import Whole
-from runtime_ref.kernels.phases import FEWEST_ROWS
 from runtime_ref.kernels.program import Job
 from runtime_ref.kernels.records import Record, read, type_of, words_at
 from runtime_ref.kernels.scratch import Room, allocate
@@ -32,10 +26,23 @@ from runtime_ref.ort.interface import (
     INPUT,
     INVALID_ARGUMENT,
     OUTPUT,
-    PARALLEL_FOR,
     RELEASE_TENSOR_INFO,
     TENSOR_DATA,
     TENSOR_INFO,
+)
+from runtime_ref.ort.parts import (
+    ENSURE,
+    FORGET,
+    FREE,
+    IS_ALIVE,
+    MALLOC,
+    RELEASE,
+    SPARE,
+    ask,
+    call,
+    run_steps,
+    swap,
+    work,
 )
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
@@ -47,13 +54,8 @@ SIZES = 6
 FROM_INPUT, FROM_OUTPUT, FROM_SCRATCH = 0, 1, 2
 ROWS, SIXTEENS, THREADS, TEXTS = 0, 1, 2, 3
 SCORES = -SIZES - 1  # a width that depends on the positions
-RANK, MOST_TENSORS, JOB_WORDS, MOST_STEPS = 4, 8, 128, 8
+RANK, MOST_TENSORS, JOB_WORDS = 4, 8, 128
 SHAPE_BYTES, PLACES_BYTES, JOB_BYTES, SIZES_BYTES = 8 * RANK, 8 * MOST_TENSORS, 8 * JOB_WORDS, 8 * SIZES
-# Words of what the threads of a call share: table, steps, job; a step's parts; and on a cache line each, how many were taken and done
-TABLE, STEPS, JOB_AT, PARTS, TAKEN = 0, 1, 2, 8, 16
-DONE = TAKEN + 8 * MOST_STEPS
-BOARD_WORDS = DONE + 8 * MOST_STEPS
-BOARD_BYTES = 8 * BOARD_WORDS
 
 
 class Kernel(NamedTuple):
@@ -80,9 +82,6 @@ class Kernel(NamedTuple):
     many: np.ndarray
     by_rows: np.ndarray
     carried: np.ndarray
-
-
-MALLOC, FREE, SPARE, TASK, IS_ALIVE, ENSURE, RELEASE, FORGET = range(8)  # of Kernel.calls
 
 
 def empty_job() -> Job:
@@ -122,36 +121,6 @@ _ROWS, _SEQUENCES, _LENGTH, _WANTED, _STATES, _PAST, _POSITIONS = map(
 BAD = word_of("bad")
 _NONE = np.zeros((0, 0), np.int64)
 _KERNEL = type_of(Kernel(0, 0, 0, 0, _NONE.reshape(-1), _NONE, _NONE, _NONE.reshape(-1), _NONE, *[_NONE.astype(np.uint64)] * 2, _NONE.reshape(-1), _NONE))  # fmt: skip
-
-
-@intrinsic
-def call(typingctx, function, arguments):
-    """A C function by its address: a tuple of words to a word."""
-
-    def codegen(context, builder, sig, args):
-        word = ir.IntType(64)
-        values = cgutils.unpack_tuple(builder, args[1])
-        values = [context.cast(builder, v, kind, types.int64) for v, kind in zip(values, arguments.types, strict=True)]
-        pointer = ir.FunctionType(word, [word] * len(values)).as_pointer()
-        return builder.call(builder.inttoptr(args[0], pointer), values)
-
-    return types.int64(types.int64, arguments), codegen
-
-
-@intrinsic
-def swap(typingctx, address, value):
-    """Put a word at an address, and return the one that was there, as one step."""
-
-    def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("xchg", builder.inttoptr(args[0], ir.IntType(64).as_pointer()), args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@kernel
-def ask(k, number, arguments):
-    """A function of onnxruntime's interface."""
-    return call(words_at(k.interface, number + 1)[number], arguments)
 
 
 @kernel
@@ -299,46 +268,6 @@ def connect(k, job, places, room, first, rows, texts, sizes):
             job[word + 2] = width
 
 
-@kernel
-def run_steps(k, context, job_at, rows):
-    """All phases, each on as many threads as it has work for; returns a status."""
-    board_at, most = stack(BOARD_BYTES), 1
-    board = words_at(board_at, BOARD_WORDS)
-    table = k.many if rows >= FEWEST_ROWS else k.few
-    board[TABLE], board[STEPS], board[JOB_AT] = np.int64(table.ctypes.data), table.shape[0], job_at
-    for step in range(table.shape[0]):
-        parts = min(k.threads, rows) if k.by_rows[step] else k.threads
-        most = max(most, parts)
-        board[PARTS + step], board[TAKEN + 8 * step], board[DONE + 8 * step] = parts, 0, 0
-    if most > 1:
-        return ask(k, PARALLEL_FOR, (context, k.calls[TASK], most, 0, board_at))
-    work(board_at)
-    return np.int64(0)
-
-
-@kernel
-def work(board_at):
-    """Take parts of all phases, one phase after the other, until there are none.
-
-    Any number of threads may come, at any time: a thread waits for parts alone that a running thread has taken. (onnxruntime may give a
-    thread to another run first, so that one which waited for all to come could wait for ever.)
-    """
-    board = words_at(board_at, BOARD_WORDS)
-    table = words_at(board[TABLE], 2 * MOST_STEPS)
-    for step in range(board[STEPS]):
-        parts, taken, done = board[PARTS + step], TAKEN + 8 * step, DONE + 8 * step
-        part = atomic_add(board, taken, 1)
-        while part < parts:
-            call(table[2 * step], (part, parts, board[JOB_AT], table[2 * step + 1]))
-            atomic_add(board, done, 1)
-            part = atomic_add(board, taken, 1)
-        spins = 0
-        while atomic_load(board, done) < parts:
-            spins += 1
-            if spins > SPINS:
-                sched_yield()
-
-
 def _task(board_at, part):
     """What a thread of onnxruntime's does for a call."""
     work(board_at)
@@ -383,7 +312,7 @@ def _compute(kernel_at, context):
     words_at(past_at, 1)[0] = sizes[SIZES + POSITIONS] - length
     job[_STATES], job[_PAST], job[_POSITIONS] = now_at, past_at, sizes_at
     most = min(rows, k.chunk) if k.chunk else rows
-    whole = not k.chunk or k.carried.shape[0] and most == rows
+    whole = not k.chunk or (k.carried.shape[0] > 0 and most == rows)
     memory = borrow(k, scratch_bytes(k, most, texts, sizes))
     room, first = memory + 64, 0
     while memory and (first < rows or (first == 0 and whole)):
