@@ -70,7 +70,14 @@ def test_its_loop_gives_our_tokens(tmp_path, name, form):
 def test_its_tokenizer_and_its_end(tied, tmp_path):
     """Texts become the ids of tokenizers and back; a token of `eos_token_id` ends a text."""
     run("onnx", tied.path, tmp_path / "m.onnx", "--io-names", "genai")
-    names = {"genai_config.json", "m.config.json", "m.onnx", "m.tokenizer.json", "tokenizer.json", "tokenizer_config.json"}
+    names = {
+        "genai_config.json",
+        "m.config.json",
+        "m.onnx",
+        "m.tokenizer.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {file.name for file in tmp_path.iterdir()} == names
     theirs, text = genai.Tokenizer(genai.Model(str(tmp_path))), "def f(x):\n    return  x + 1  # Ä, 12"
     ids = Tokenizer.from_file(str(tied.tokenizer)).encode(text).ids

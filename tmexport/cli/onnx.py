@@ -35,8 +35,8 @@ if TYPE_CHECKING:
               help="Of the projections. auto: the codes that they are, or exactly ternary values.")  # fmt: skip
 @onnx_embedding_option
 @click.option("--opset", type=int, help="Version of ai.onnx. Default: the oldest that works (15; 23 for ort).")
-@click.option("--io-names", type=click.Choice(["tmexport", "genai"]), default="tmexport", show_default=True,
-              help="past_ssm.0 ..., or those of onnxruntime-genai, with its genai_config.json.")  # fmt: skip
+@click.option("--io-names", type=click.Choice(["tmexport", "genai", "transformers.js"]), default="tmexport", show_default=True,
+              help="past_ssm.0 ...; those of onnxruntime-genai, with its genai_config.json; or those of transformers.js.")  # fmt: skip
 @click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
               help="Of every position, or of the last one only (a faster prefill).")  # fmt: skip
 @round_scales_option
