@@ -13,13 +13,13 @@ from __future__ import annotations
 import ctypes as c
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import click
 import numpy as np
 
+from runtime_ref.bench.peers.llama import FUNCTIONS as PRODUCT_FUNCTIONS
 from runtime_ref.bench.peers.llama import GgmlProduct
 from runtime_ref.bench.peers.products import Problem, Product, by_kernels, problem_of
 from runtime_ref.kernels.isa import select
@@ -40,11 +40,9 @@ def open_ggml(path: Path) -> c.CDLL:
     Raises:
         TmexportError: it cannot be loaded, or is no such library.
     """
-    from runtime_ref.bench.peers.llama import _FUNCTIONS as products
-
     try:
         library = c.CDLL(str(path), mode=c.RTLD_GLOBAL)
-        wanted = {name: kind for name, kind in products.items() if name.startswith("ggml_")} | _FUNCTIONS
+        wanted = {name: kind for name, kind in PRODUCT_FUNCTIONS.items() if name.startswith("ggml_")} | _FUNCTIONS
         for name, (result, arguments) in wanted.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -93,12 +91,8 @@ def ik_product(model_path: Path, library_path: Path, tokens: str, rounds: int) -
     rows = []
     for m in map(int, tokens.split(",")):
         x = problem.inputs(m)
-        makers: dict[str, Callable[[], Product]] = {
-            "exact": lambda x=x: by_kernels(problem, "exact", x),
-            "fast": lambda x=x: by_kernels(problem, "fast", x),
-            "ik": lambda x=x: by_ik(problem, library, x),
-        }
-        products = {who: make() for who, make in makers.items()}
+        products = {"exact": by_kernels(problem, "exact", x), "fast": by_kernels(problem, "fast", x)}
+        products["ik"] = by_ik(problem, library, x)
         rates: dict[str, list[float]] = {who: [] for who in products}
         for _ in range(rounds):
             for who, product in products.items():
