@@ -31,7 +31,7 @@ from runtime_ref.serve.choice import Choice
 from runtime_ref.serve.vocabulary import Vocabulary, load_speaker
 from runtime_ref.speculative import Drafts
 from runtime_ref.state import State
-from runtime_ref.template import ChatTemplate, Message, needed_template
+from tmexport.chat_template import ChatTemplate, Message, needed_template
 from tmexport.cli.options import HELP, PATH, threads_option
 from tmexport.errors import TmexportError, UsageError
 from tmexport.files import atomic_write

@@ -180,7 +180,7 @@ def _message_ids(loaded: Loaded, model_path: Path, template: Path | None, messag
     """The token ids of a conversation of one message, up to the answer."""
     if not isinstance(message, str) or loaded.tokenizer is None:
         raise UsageError("--chat takes a text; --tokens has none")
-    found = import_with("serve", "runtime_ref.template").needed_template(model_path, template)
+    found = import_with("serve", "tmexport.chat_template").needed_template(model_path, template)
     return loaded.tokenizer.encode(found.render([{"role": "user", "content": message}]))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qat.plan import ACCELERATORS
+from qat.plan import ACCELERATORS, UTILISATION
 from tmexport.errors import UsageError
 from tmexport.model import Block, Model
 from tmexport.model.branches.attention import Attention
@@ -22,7 +22,6 @@ ALIGN_TOKENS, DISTILL_TOKENS = (
     250_000_000,
 )  # what published runs of this size take; design in docs/mohawk.md
 _STATED_POSITIONS = 8192
-_UTILISATION = 0.06  # of the bf16 peak: 4.8 % aligning, 7.2 % distilling, SmolLM2-135M on one H200, not compiled
 
 
 def attention_of(teacher: Model) -> Attention:
@@ -125,7 +124,7 @@ class Cost:
 def cost_of(teacher: Model, hybrid: Model, kept: Collection[int], accelerator: str = "h100") -> Cost:
     """The sizes of a hybrid and the time that its alignment and distillation take."""
     rows = {tensor.role: tensor.shape[1] for tensor in hybrid.tensors.values() if tensor.low_bit}
-    peak = ACCELERATORS[accelerator].flops * _UTILISATION * 3600
+    peak = ACCELERATORS[accelerator].flops * UTILISATION * 3600
     mixers = sum(
         tensor.shape[0] * tensor.shape[1]
         for tensor in hybrid.tensors.values()
@@ -170,6 +169,6 @@ def describe(cost: Cost) -> str:
             for size, roles in groups.items()
         ),
         f"to train     about {cost.align_hours:.1f} h of alignment ({ALIGN_TOKENS / 1e6:.0f}M tokens) and {cost.distill_hours:.1f} h of "
-        f"distillation ({DISTILL_TOKENS / 1e6:.0f}M) on one H100, at {_UTILISATION:.0%} of its bf16 peak, as measured with SmolLM2-135M on an H200",
+        f"distillation ({DISTILL_TOKENS / 1e6:.0f}M) on one H100, at {UTILISATION:.0%} of its bf16 peak, as measured with SmolLM2-135M on an H200",
     ]
     return "\n".join(lines)

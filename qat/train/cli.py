@@ -13,13 +13,15 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
-from qat.plan import ACCELERATORS, config_of, describe, make_plan
-from qat.recipe import known_recipes, load_recipe, options
+from qat.plan import ACCELERATORS, Plan, config_of, describe, make_plan
+from qat.recipe import Recipe, known_recipes, load_recipe, options
 from qat.train.stages import load_stages, train_stages
+from qat.train.teacher import teacher_folder
 from qat.train.training import train
 from tmexport.checkpoint import open_checkpoint
 from tmexport.errors import UsageError
@@ -51,7 +53,12 @@ from tmexport.errors import UsageError
 )
 @click.option("--recipe", "recipe_name", help="A TOML file, or a name: " + ", ".join(known_recipes()))
 @click.option("--resume", is_flag=True, help="Go on with the run in OUT, if there is one.")
-@click.option("--plan", "plan_only", is_flag=True, help="Print what the recipe costs (memory, FLOPs, hours) and stop.")
+@click.option(
+    "--plan",
+    "plan_only",
+    is_flag=True,
+    help="Print what the recipe, or each of its stages, costs (memory, FLOPs, hours) and stop.",
+)
 @click.option("--accelerator", default="h100", show_default=True, help="For --plan: " + ", ".join(ACCELERATORS))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @options
@@ -77,13 +84,8 @@ def main(
     Example:
       tmexport train --teacher mamba2-130m --data text/ --out student --steps 2000 --lr 2.5e-4
     """
-    if plan_only and student is not None:
-        raise UsageError("--plan costs one table of a recipe; tmexport convert says what a hybrid's stages take")
     if plan_only:
-        recipe = load_recipe(recipe_name, "teacher" if from_scratch else "student", flags)
-        config = open_checkpoint(teacher).config if teacher else config_of(recipe)
-        plan = make_plan(recipe, config, accelerator, not from_scratch)
-        click.echo(json.dumps(asdict(plan)) if as_json else describe(plan))
+        _say_plans(_plans(teacher, student, from_scratch, recipe_name, accelerator, flags), as_json)
         return
     if (teacher is None) != from_scratch:
         raise UsageError("give either --teacher DIR or --from-scratch")
@@ -91,9 +93,8 @@ def main(
         raise UsageError("give the text with --data and a folder for the result with --out")
     try:
         if student is not None:
-            if teacher is None or recipe_name is None:
-                raise UsageError("--student needs the Transformer with --teacher, and the stages with --recipe")
-            stages = load_stages(recipe_name, flags)
+            stages = _stages(recipe_name, teacher, flags)
+            assert teacher is not None
             said = train_stages(
                 stages, list(data), out, teacher, student, list(held_out), tokenizer, resume, cache
             )  # fmt: skip
@@ -106,6 +107,47 @@ def main(
             f"interrupted; go on with the same command and --resume (state in {out / ('checkpoints' if student is None else '*/checkpoints')})"
         ) from None
     _say({"": summary}, as_json)
+
+
+def _plans(
+    teacher: Path | None,
+    student: Path | None,
+    from_scratch: bool,
+    recipe_name: str | None,
+    accelerator: str,
+    flags: dict[str, Any],
+) -> dict[str, Plan]:
+    """The plan of a run, under no name, or of each stage."""
+    with TemporaryDirectory() as cache:
+        folder = None if teacher is None else teacher_folder(teacher, Path(cache))
+        config = None if folder is None else open_checkpoint(folder).config
+    if student is None:
+        recipe = load_recipe(recipe_name, "teacher" if from_scratch else "student", flags)
+        config = config or config_of(recipe)
+        return {"": make_plan(recipe, config, accelerator, None if from_scratch else config)}
+    hybrid = open_checkpoint(student).config
+    return {
+        stage: make_plan(recipe, hybrid, accelerator, hybrid if stage == "ternary" else config)
+        for stage, recipe in _stages(recipe_name, config, flags).items()
+    }
+
+
+def _stages(recipe_name: str | None, teacher: Any, flags: dict[str, Any]) -> dict[str, Recipe]:
+    if teacher is None or recipe_name is None:
+        raise UsageError("--student needs the Transformer with --teacher, and the stages with --recipe")
+    return load_stages(recipe_name, flags)
+
+
+def _say_plans(plans: dict[str, Plan], as_json: bool) -> None:
+    if as_json:
+        said = {stage: asdict(plan) for stage, plan in plans.items()}
+        click.echo(json.dumps(said.get("", said)))
+        return
+    for stage, plan in plans.items():
+        click.echo(f"[{stage}]\n{describe(plan)}\n" if stage else describe(plan))
+    if len(plans) > 1:
+        hours = sum(plan.hours for plan in plans.values())
+        click.echo(f"all stages   {hours:.2f} hours on one {next(iter(plans.values())).accelerator}")
 
 
 def _say(summaries: dict[str, dict[str, Any]], as_json: bool) -> None:

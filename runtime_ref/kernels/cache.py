@@ -35,6 +35,8 @@ from numba.core.registry import cpu_target
 from numba.core.runtime import _nrt_python
 from numba.core.serialize import dumps
 
+from runtime_ref.kernels.linking import Whole
+
 _MAGIC = b"runtime_ref kernel 1\n"
 _ROOM = 32 << 20  # bytes that must be free: the kernels of a model are some megabytes
 _PACKAGE = Path(__file__).parent
@@ -42,13 +44,13 @@ _PRESETS = _PACKAGE.parent / "arithmetic.py"  # its constants are compiled in
 
 
 def cached(about: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: numba.njit(**options), with its machine code kept as this module says.
+    """A decorator: numba.njit(**options), linked as a `Whole`, with its machine code kept as this module says.
 
     about: what tells the function from others of the same code, where it is not what its free variables hold.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        dispatcher = numba.njit(**options, pipeline_class=Whole)(function)
         dispatcher._cache = KernelCache(function, about)
         return dispatcher
 

@@ -21,7 +21,6 @@ from numba.extending import intrinsic
 from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS
-from runtime_ref.kernels.linking import Whole
 from runtime_ref.kernels.records import read, type_of, words
 from runtime_ref.kernels.scratch import Scratch
 
@@ -114,7 +113,7 @@ def _entry(body: Any, job: types.Type, args: types.Type) -> Any:
     about = (body.py_func.__module__, str(code.co_firstlineno), repr(made_for), repr(job), repr(args))
     # Symbols of what is read from the disk meet in one process, and Numba tells them apart by names and types only
     entry.__qualname__ = f"phase_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
-    return cached(about=about, **(OPTIONS | {"no_cfunc_wrapper": False, "pipeline_class": Whole}))(entry)
+    return cached(about=about, **(OPTIONS | {"no_cfunc_wrapper": False}))(entry)
 
 
 class Program:

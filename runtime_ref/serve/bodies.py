@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runtime_ref.sampling import Sampling
 from runtime_ref.serve.fields import BadRequest, Fields
 from runtime_ref.serve.vocabulary import Vocabulary
-from runtime_ref.template import ChatTemplate, chat_tokens
+from tmexport.chat_template import ChatTemplate, chat_tokens
 from tmexport.errors import UsageError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from runtime_ref.serve.prefix_cache import PrefixCache
 from runtime_ref.serve.protocol import Connection
 from runtime_ref.serve.scheduler import Scheduler
 from runtime_ref.serve.vocabulary import load_speaker
-from runtime_ref.template import load_template
+from tmexport.chat_template import load_template
 from tmexport.cli.options import HELP, PATH, threads_option
 from tmexport.errors import UsageError
 from tmexport.evidence import file_digest

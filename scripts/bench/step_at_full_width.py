@@ -67,7 +67,7 @@ def main(name: str, layers: int, seq_len: int, threads: int) -> None:
         shapes = make_low_bit(LanguageModel(config), "ternary", recipe.group_size)
     _, planned = layer_activations(shapes.backbone.layers[0], 1, seq_len, config.d_model, False)
     head = 4 * config.vocab_size * config.d_model  # the gradient of the head, which the loss keeps
-    plan = make_plan(recipe, full, "h100", True)
+    plan = make_plan(recipe, full, "h100", full)
     click.echo(describe(plan), err=True)
     result = {
         "seconds": round(seconds, 1),

@@ -24,6 +24,7 @@ def test_dry_run(tokenizer_path, tmp_path):
     model = LanguageModel(llama_model(64, 2, 300, 2, 128, 1, tie_embeddings=True, eos_token_id=0))
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     write_checkpoint(tmp_path / "teacher", model.config, tensors, tokenizer_path)
+    (tmp_path / "teacher" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     plan_export(open_checkpoint(tmp_path / "teacher"), "f16").write(tmp_path / "t.gguf", lambda tensor: None)
     assert split(tmp_path / "t.gguf", tmp_path / "parts", 70_000) > 1
     recipe = tmp_path / "recipe.toml"

@@ -198,6 +198,21 @@ def test_flags_of_low_bit_weights_are_of_the_last_stage(folders):
     assert {recipe.lr for recipe in stages.values()} == {0.5}
 
 
+def test_plan_of_stages(folders):
+    args = ["--plan", "--recipe", folders / "recipe.toml"]
+    args += ["--teacher", folders / "teacher", "--student", folders / "hybrid"]
+    plans = json.loads(invoke(qat.train.cli.main, *args, "--json").stdout)
+    assert list(plans) == list(DEFAULTS)
+    tensors = load_model(folders / "hybrid").state_dict()
+    mixers = sum(tensor.numel() for name, tensor in tensors.items() if ".mamba2." in name)
+    assert plans["align"]["memory_optimizer"] == 8 * mixers
+    total = sum(tensor.numel() for name, tensor in tensors.items() if "embed" not in name)
+    assert plans["ternary"]["memory_optimizer"] == 8 * total
+    shown = invoke(qat.train.cli.main, *args).stdout
+    assert "[align]\n" in shown
+    assert "all stages" in shown
+
+
 def test_rates_of_mixers_and_the_rest(folders):
     model = load_model(folders / "hybrid")
     recipe = Recipe(rest_lr=0.1, freeze_embedding=True, weight_decay=0.3)
@@ -227,7 +242,7 @@ def test_what_does_not_fit_is_refused(folders, corpus, tmp_path):
     for more, message in (
         (["--recipe", "demo-cpu"], "has no stage"),
         ([], "the stages with --recipe"),
-        (["--plan"], "tmexport convert says what a hybrid's stages take"),
+        (["--plan"], "the stages with --recipe"),
     ):
         result = invoke(qat.train.cli.main, *args, *more)
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr

@@ -256,6 +256,27 @@ def test_what_does_not_repeat_itself_is_decoded_token_by_token(kinds, page, slow
     assert sum(costs.of(size) * n for size, n in model.passes.items()) <= slowest * 1999
 
 
+class Flat(Costs):
+    """A machine on which a pass of 8 tokens costs two of one token."""
+
+    def of(self, tokens):
+        return {1: 1.0, 2: 1.25, 4: 1.5, 8: 2.0, 16: 3.2}[tokens]
+
+
+def test_numbers_of_records_are_not_tried_again():
+    """Records with four numbers at fixed places, two of them side by side, after four such records: no pass begins with one of
+    these and goes on, and the most is made of the others: three passes of 8 and two of one token for 24 tokens.
+    """
+    rng, tokens = np.random.default_rng(3), list[int]()
+    for _ in range(60):
+        one, two, three, four = (int(t) for t in rng.integers(100, 1000, 4))
+        tokens += [*range(1, 8), one, *range(8, 14), two, three, *range(14, 20), four, 20]
+    prompt, rest = tokens[: 24 * 4], tokens[24 * 4 :]
+    model = Saying(rest)
+    assert list(continue_tokens(model, prompt, len(rest), read=Drafts(model, Flat(), prompt).read)) == rest
+    assert model.passes == {8: 3 * 56, 1: 2 * 56}
+
+
 def test_costs_are_measured(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])

@@ -17,11 +17,11 @@ from runtime_ref.generate import generate
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
 from runtime_ref.serve.vocabulary import Vocabulary
-from runtime_ref.template import ChatTemplate
 from runtime_ref.tokenizer import Tokenizer
 from tests.commands import invoke
 from tests.demo.running import ROOT
 from tests.serve.running import TEMPLATE
+from tmexport.chat_template import ChatTemplate
 from tmexport.gguf.reader import open_gguf
 
 END = (0,)

@@ -13,9 +13,9 @@ import pytest
 from runtime_ref.command import DEMO_MODEL
 from runtime_ref.model import Model
 from runtime_ref.sampling import Sampling
-from runtime_ref.template import ChatTemplate
 from runtime_ref.tokenizer import Tokenizer
 from tests.serve.running import TEMPLATE
+from tmexport.chat_template import ChatTemplate
 from tmexport.gguf.reader import open_gguf
 
 PROMPT = "Fellow citizens of the Senate and the House"

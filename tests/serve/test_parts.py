@@ -10,8 +10,8 @@ from runtime_ref.command import DEMO_MODEL
 from runtime_ref.sampling import Sampling, descending
 from runtime_ref.serve.choice import Choice, StopTexts, score
 from runtime_ref.serve.vocabulary import Vocabulary
-from runtime_ref.template import ChatTemplate
 from runtime_ref.tokenizer import Tokenizer
+from tmexport.chat_template import ChatTemplate
 from tmexport.errors import TextError, TmexportError
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -26,6 +26,7 @@ VERBS = {
     "train": Verb(TRAIN, "qat.train.cli:main", "Train a ternary student from a teacher, or a teacher from nothing.", "qat"),
     "ptq": Verb(TRAIN, "qat.ptq.cli:main", "Make a low-bit checkpoint without training.", "qat"),
     "convert": Verb(TRAIN, "qat.convert.cli:main", "Make a Mamba-2 hybrid out of a Transformer.", "qat"),
+    "synthesize": Verb(TRAIN, "qat.synthesis.cli:main", "Let a teacher write its own training text.", "qat"),
     "import": Verb(TRAIN, "tmexport.cli.importing:import_", "Write a checkpoint folder from a llama GGUF: a teacher."),
     "evaluate": Verb(TRAIN, "qat.evaluate:main", "Bits per byte and perplexity of a checkpoint folder.", "qat"),
     "gguf": Verb(EXPORT, "tmexport.cli.gguf:gguf", "Export a checkpoint to a GGUF that stock llama.cpp loads."),

@@ -95,7 +95,7 @@ def speed_of_recipe(recipe: Recipe, device: torch.device, seconds: float, kind: 
     with device:
         teacher, student = LanguageModel(config).requires_grad_(False), LanguageModel(config)
     student.load_state_dict(teacher.state_dict())
-    plan = make_plan(recipe, config, "h100", True)
+    plan = make_plan(recipe, config, "h100", config)
     planned = {"planned_memory": plan.memory_total, "planned_tokens_per_second": plan.tokens / (3600 * plan.hours)}
     return speed(student, teacher, recipe, device, seconds, kind) | planned
 

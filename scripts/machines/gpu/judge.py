@@ -20,10 +20,10 @@ import click
 import torch
 from tokenizers import Tokenizer
 
-from qat.convert.writing import continue_prompts
 from qat.evaluate import documents_in, score_document
 from qat.losses import distillation_loss
 from qat.model import LanguageModel, load_model
+from qat.synthesis.drawing import continue_prompts
 from scripts.machines.gpu.prompts import PROMPTS, conversation, ends_of
 from tmexport.cli.app import run_command
 from tmexport.documents import score_documents

@@ -26,21 +26,19 @@ from typing import Any
 
 import click
 import torch
-from tokenizers import Tokenizer
 
 from qat.convert.making import convert
 from qat.convert.shape import hybrid_of
-from qat.convert.writing import continue_prompts
 from qat.model import LanguageModel, load_model
 from qat.ptq.making import calibration_ids, make
 from qat.recipe import Recipe, load_recipe
+from qat.synthesis.answers import Drawing, load_writer
 from qat.train.stages import DEFAULTS, load_stages
 from qat.train.teacher import teacher_folder
 from qat.train.training import train
 from scripts.demo.make_corpus import read_corpus, write_split
 from scripts.machines.gpu.checks import model_error, scan_errors, speed, speed_of_recipe, variants
 from scripts.machines.gpu.parts import join, pack_checkpoint
-from scripts.machines.gpu.prompts import conversation, ends_of
 from tmexport.cli.app import run_command
 from tmexport.documents import read_documents
 from tmexport.errors import TmexportError
@@ -150,32 +148,27 @@ class Chain:
         self.judge(log, self.teacher, hybrid)
         return hybrid
 
-    def write(self, log: Log, device: torch.device, prompts: Path) -> None:
+    def write(self, log: Log, prompts: Path) -> None:
         """The teacher's answers to questions, WORK/written.jsonl, for its share of the time."""
         out = self.work / "written.jsonl"
         if out.is_file():
             return
         ends_at = time.monotonic() + log.left * SHARES["write"] * _MARGIN
-        tokenizer = Tokenizer.from_file(str(self.teacher / "tokenizer.json"))
-        asked = [tokenizer.encode(conversation(text), add_special_tokens=False).ids for text in read_documents(prompts)]
-        model = load_model(self.teacher).requires_grad_(False).to(device)
-        texts: list[str] = []
-        tokens = 0
+        writer, asked = load_writer(self.teacher, None, raw=False), list(read_documents(prompts))
+        drawing = Drawing(_LONGEST, 0.9, 0, _WRITERS)
+        lines: list[dict[str, Any]] = []
         began = time.monotonic()
-        for round_ in range(10**6):
-            first = round_ * _WRITERS % len(asked)
-            part = [ids for ids in asked[first : first + _WRITERS] if len(ids) < _LONGEST // 2]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                said = continue_prompts(model, part, ends_of(tokenizer), _LONGEST, 0.9, seed=round_)
-            tokens += sum(map(len, said))
-            texts += [tokenizer.decode(ids, skip_special_tokens=False) for ids in said]
+        for batch in range(10**6):
+            first = batch * _WRITERS % len(asked)
+            lines += writer.answer(asked[first : first + _WRITERS], drawing, batch)
             now = time.monotonic()
-            if now + (now - began) / (round_ + 1) > ends_at:
+            if now + (now - began) / (batch + 1) > ends_at:
                 break
         with open(out, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        tokens = sum(line["tokens"] for line in lines)
         seconds = time.monotonic() - began
-        log.add("written", {"texts": len(texts), "tokens": tokens, "tokens_per_second": tokens / seconds})
+        log.add("written", {"texts": len(lines), "tokens": tokens, "tokens_per_second": tokens / seconds})
 
     def judge(self, log: Log, *folders: Path) -> None:
         """Begin to judge checkpoints, beside whatever comes next."""
@@ -198,7 +191,7 @@ class Chain:
         """Each stage with as many steps as its share of the time has room for, by its own speed; saved as it goes."""
         student = self.convert(log)
         if prompts is not None:
-            self.write(log, device, prompts)
+            self.write(log, prompts)
         found = load_stages(self.recipe, self.change)
         recipes = {stage: recipe for stage, recipe in found.items() if stage != "ternary"}
         if "ternary" in found:
