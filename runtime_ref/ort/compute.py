@@ -15,7 +15,6 @@ from numba import types
 from runtime_ref.kernels.attend import MOST_WIDTH
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS, kernel, stack
-from runtime_ref.kernels.linking import Whole
 from runtime_ref.kernels.program import Job
 from runtime_ref.kernels.records import Record, read, type_of, words_at
 from runtime_ref.kernels.scratch import Room, allocate
@@ -342,7 +341,7 @@ def _entry(function: Any, digest: int) -> int:
     """The address of a function of two words, compiled or read from the disk."""
     signature = (types.int64, types.int64)
     about = (function.__qualname__, repr(_KERNEL), repr(JOB), str(digest))
-    options = OPTIONS | {"no_cfunc_wrapper": False, "pipeline_class": Whole}
+    options = OPTIONS | {"no_cfunc_wrapper": False}
     dispatcher = cached(about=about, **options)(function)
     dispatcher.compile(signature)
     result = dispatcher.overloads[signature]
