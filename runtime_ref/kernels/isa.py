@@ -54,6 +54,11 @@ class Portable(NamedTuple):
     lanes: int
 
 
+Places: TypeAlias = tuple[int, int, int, int]
+ALIGNED: Places = (0, 0, 0, 0)
+AS_STORED: Places = (0, 2, 4, 6)
+
+
 @dataclass(frozen=True)
 class Products:
     """Sums of products in the int32 lanes of vectors: of 4 bytes a lane, codes in 0..15 and q int8, or of 2 int16.
@@ -62,9 +67,10 @@ class Products:
     in registers. words(b, pointer, word): the word-th (literal, 0..3) 32-bit word of activations, as `dot` wants it.
     dot(b, sums, a, q, word): sums += the products of each lane of a and that word. total(b, sums, shift): the int32
     totals << shift; of bytes, there may have been 64 words with codes up to 2, or 8 with codes up to 15. in_place: whether
-    codes may stay where they are in their byte, up to 15 << 4, in sums of their own: then a token needs no shifts, and waits
-    for no product before its own. whole: what is added to a code of -128..127 before `dot` takes it as a byte; None: the sums
-    are too narrow for such codes.
+    codes may stay where they are in their byte, up to 15 << 4. places: to which bit a single token's four ternary codes of a
+    byte are brought, with one activation plane and with two; each place has sums of its own: a code that stays needs no shift,
+    and the first waits for fewer products. whole: what is added to a code of -128..127 before `dot` takes it as a byte;
+    None: the sums are too narrow for such codes.
     """
 
     sums: ir.VectorType
@@ -73,6 +79,7 @@ class Products:
     dot: Callable[[B, V, V, V, int], V]
     total: Callable[[B, V, int], V]
     in_place: bool = False
+    places: tuple[Places, Places] = (ALIGNED, ALIGNED)
     whole: int | None = None
 
 
@@ -160,7 +167,8 @@ def _vnni(lanes: int, width: int, in_flight: int) -> Primitives:
         def dot(b: B, total: V, a: V, q: V, word: int) -> V:
             return _call(b, f"llvm.x86.avx512.{name}.{width}", ints, total, b.bitcast(a, wide), b.bitcast(q, wide))
 
-        return Products(ints, in_flight, words, dot, _shifted, in_place=element is I8, whole=128)
+        places = (AS_STORED, AS_STORED) if element is I8 else (ALIGNED, ALIGNED)
+        return Products(ints, in_flight, words, dot, _shifted, element is I8, places, whole=128)
 
     scan = (8, 4, 1) if lanes == 16 else (2, 1)
     return Primitives(lanes, product("vpdpbusd", I8, 4 * lanes), product("vpdpwssd", I16, 2 * lanes), scan=scan)
@@ -232,8 +240,10 @@ def _neon(dotprod: bool) -> Primitives:
             b, "llvm.aarch64.neon.sdot.v4i32.v16i8", ints, sums, b.bitcast(codes, quads), b.bitcast(chosen, quads)
         )
 
+    # sdot's codes have a sign, so none stays in the highest place; two planes leave registers for two kinds of sums
+    places = ((0, 2, 4, 0), (0, 2, 2, 0))
     by_sdot, by_smlal = (
-        Products(ints, 4, four_words, sdot, _shifted, whole=0),
+        Products(ints, 4, four_words, sdot, _shifted, places=places, whole=0),
         halves_dot(quads, halves, 2, bytes_total),
     )
     return Primitives(4, by_sdot if dotprod else by_smlal, halves_dot(halves, ints, 2, pairs_total))

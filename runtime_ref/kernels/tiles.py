@@ -7,6 +7,7 @@ that of `reference.integer_matmul` and of a lane-ordered dot product. Layouts: `
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import TypeAlias
 
 from llvmlite import ir
@@ -14,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from runtime_ref.arithmetic import Int8, Int16
-from runtime_ref.kernels.isa import PRIMITIVES, Primitives, broadcast, constant
+from runtime_ref.kernels.isa import ALIGNED, PRIMITIVES, Primitives, broadcast, constant
 from runtime_ref.kernels.packed.dense import PackedHalf
 from runtime_ref.kernels.vector import LANES, ask_for_line, splatted, tree_of
 
@@ -134,7 +135,8 @@ def ternary_tile(
             [code.at(at, b.mul(q_stride, code.i64(t))) for t in range(count)] for at in (low_at, high_at)[:planes]
         ]
         vector = ir.VectorType(I32, lanes)
-        apart, each = count == 1 and primitives.bytes.in_place, planes * count * parts
+        places = primitives.bytes.places[planes - 1] if count == 1 else ALIGNED
+        kinds, each = sorted(set(places)), planes * count * parts
 
         def step(first: V, sums: list[V]) -> list[V]:
             base = code.at(codes_at, b.mul(first, code.i64(4 * ROWS)))
@@ -144,30 +146,34 @@ def ternary_tile(
             offset = b.mul(first, code.i64(16))
             quads = [[code.at(row, offset) for row in rows] for rows in plane_rows]
             for field in range(4):
-                if apart:
-                    fields = [b.and_(r, constant(I32, lanes, 0x03030303 << (2 * field))) for r in raw]
-                else:
-                    low = [b.lshr(r, constant(I32, lanes, 2 * field)) for r in raw]
-                    fields = [b.and_(r, constant(I32, lanes, 0x03030303)) for r in low]
+                fields = [field_at(r, field, places[field]) for r in raw]
+                kind = kinds.index(places[field])
                 for plane in range(planes):
                     for t in range(count):
                         q = primitives.bytes.words(b, quads[plane][t], field)
                         for part in range(parts):
-                            index = (plane * count + t) * parts + part + each * field * apart
+                            index = (plane * count + t) * parts + part + each * kind
                             sums[index] = primitives.bytes.dot(b, sums[index], fields[part], q, field)
             return sums
 
+        def field_at(raw: V, field: int, place: int) -> V:
+            """A code of every byte, brought to bit `place` of it."""
+            if field == 3 and place == 0:  # nothing is above it: a shift of bytes, where there is one, is all
+                whole = b.bitcast(raw, ir.VectorType(I8, 4 * lanes))
+                return b.bitcast(b.lshr(whole, constant(I8, 4 * lanes, 6)), vector)
+            moved = b.lshr(raw, constant(I32, lanes, 2 * field - place))
+            return b.and_(moved, constant(I32, lanes, 0x03030303 << place))
+
         def joined(sums: list[V]) -> list[V]:
-            """The sums of the four fields as one; each is an exact multiple of its field's place."""
-            if not apart:
+            """The sums of all places as one; each is an exact multiple of its place."""
+            if kinds == [0]:
                 return sums
-            shifted = [b.ashr(s, constant(I32, lanes, 2 * (i // each))) for i, s in enumerate(sums)]
-            halves = [b.add(shifted[i], shifted[i + each]) for i in (*range(each), *range(2 * each, 3 * each))]
-            return [b.add(halves[i], halves[i + each]) for i in range(each)]
+            shifted = [b.ashr(s, constant(I32, lanes, kinds[i // each])) for i, s in enumerate(sums)]
+            return [reduce(b.add, shifted[i::each]) for i in range(each)]
 
         def block(index: V, scale_parts: list[V], y: list[V]) -> list[V]:
             first = b.mul(index, steps)
-            nothing = zeros(primitives.bytes.sums, each * (4 if apart else 1))
+            nothing = zeros(primitives.bytes.sums, each * len(kinds))
             sums = joined(code.loop(steps, nothing, lambda i, values: step(b.add(first, i), values)))
             result: list[V] = []
             for t in range(count):

@@ -40,9 +40,9 @@ from tmexport.model import mamba2_model
 # Assumed, not measured: GB/s of all threads, GMAC/s and G elements/s of one thread. docs/edge.md says from what.
 BOARDS = {
     "Raspberry Pi 4, 4 threads": Speeds(5e9, 5e9, 0.5e9, 4),
-    "Raspberry Pi 5, 4 threads": Speeds(11.6e9, 18e9, 0.7e9, 4),
+    "Raspberry Pi 5, 4 threads": Speeds(11.6e9, 25e9, 0.7e9, 4),
     "Intel N100, 4 threads": Speeds(25e9, 30e9, 0.9e9, 4),
-    "Graviton3, 1 thread": Speeds(20e9, 39e9, 1.6e9, 1),
+    "Graviton3, 1 thread": Speeds(20e9, 54e9, 1.6e9, 1),
 }
 PROMPT, ANSWER = 128, 32  # tokens that --check reads and generates
 

@@ -13,8 +13,8 @@ from runtime_ref.kernels.kinds import pack
 from runtime_ref.kernels.tiles import ternary_tile
 from runtime_ref.reference.blocks import BlockMatrix
 from runtime_ref.reference.ternary import TernaryMatrix
+from scripts.machines.tile_code import kernel_ir, optimised
 from tests.runtime_ref.integer_sums import specified
-from tests.runtime_ref.tile_code import kernel_ir, optimised
 
 K = 512
 # As many as the instruction set with the most accumulators takes at a time, whatever this CPU has.

@@ -39,7 +39,7 @@ class _Room(c.Structure):
     _fields_ = [("size", c.c_size_t), ("buffer", c.c_void_p), ("no_alloc", c.c_bool)]
 
 
-_FUNCTIONS: dict[str, tuple[object, list[object]]] = {
+FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "llama_backend_init": (None, []),
     "llama_model_default_params": (_Large, []),
     "llama_context_default_params": (_Large, []),
@@ -72,7 +72,7 @@ def open_library(path: Path) -> c.CDLL:
     """
     try:
         library = c.CDLL(str(path), mode=c.RTLD_GLOBAL)
-        for name, (result, arguments) in _FUNCTIONS.items():
+        for name, (result, arguments) in FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
