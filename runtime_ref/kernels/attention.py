@@ -55,24 +55,31 @@ class Attend(NamedTuple):
 
 @made_for
 def turn_rows(kept_as: Fp32 | Fp16) -> Any:
-    """Biases, RoPE of queries and keys, and the row's keys and values into the state."""
+    """Biases, RoPE of queries and keys, and keys and values into the state: heads of queries, then heads of keys of every row."""
 
     @inlined
     def body(tid, threads, job, a):
-        s, keys = job.s, a.kv_heads * a.width
-        for r in range(tid, job.rows, threads):
+        s, keys, every = job.s, a.kv_heads * a.width, a.heads + a.kv_heads
+        piece, end = share(job.rows * every, tid, threads)
+        while piece < end:
+            r, first = piece // every, piece % every
+            last = min(every, first + end - piece)
+            piece += last - first
             q = r // job.length
             position = job.past[q] + r % job.length
-            add_bias(s.proj[r], a.q_bias)
-            add_bias(s.mid[r], a.k_bias)
-            add_bias(s.dt[r], a.v_bias)
+            low, high = min(first, a.heads) * a.width, min(last, a.heads) * a.width
+            k_low, k_high = max(first - a.heads, 0) * a.width, max(last - a.heads, 0) * a.width
+            add_bias(s.proj[r], a.q_bias, low, high)
+            add_bias(s.mid[r], a.k_bias, k_low, k_high)
+            add_bias(s.dt[r], a.v_bias, k_low, k_high)
             if a.far.shape[0]:
-                far, near = a.far[position // NEAR], a.near[position % NEAR]
-                turn(s.proj[r], a.heads, a.width, far, near, job.scores[tid])
-                turn(s.mid[r], a.kv_heads, a.width, far, near, job.scores[tid])
+                angles = job.scores[tid]
+                angles_at(angles, a.width // 2, a.far[position // NEAR], a.near[position % NEAR])
+                turn(s.proj[r], low, high, a.width, angles)
+                turn(s.mid[r], k_low, k_high, a.width, angles)
             row = (a.index * job.room[q] + position) * keys * kept_as.width
             k_at, v_at = np.int64(job.states[a.slot, q]) + row, np.int64(job.states[a.slot + 1, q]) + row
-            for i in range(0, keys, 16):
+            for i in range(k_low, k_high, 16):
                 store_state(kept_as, k_at + i * kept_as.width, load(s.mid[r], i))
                 store_state(kept_as, v_at + i * kept_as.width, load(s.dt[r], i))
 
@@ -80,19 +87,25 @@ def turn_rows(kept_as: Fp32 | Fp16) -> Any:
 
 
 @kernel
-def add_bias(row, bias):
-    for i in range(bias.shape[0]):
-        row[i] = row[i] + bias[i]
+def add_bias(row, bias, low, high):
+    if bias.shape[0]:
+        for i in range(low, high):
+            row[i] = row[i] + bias[i]
 
 
 @kernel
-def turn(row, heads, width, far, near, angles):
-    """RoPE of the heads of one row; `angles`: room for the cosines and sines, which are made in fp64 and rounded once."""
-    half = width // 2
+def angles_at(angles, half, far, near):
+    """The cosines and sines of a position, which are made in fp64 and rounded once."""
     for i in range(half):
         angles[i] = np.float32(far[i] * near[i] - far[half + i] * near[half + i])
         angles[half + i] = np.float32(far[half + i] * near[i] + far[i] * near[half + i])
-    for at in range(0, heads * width, width):
+
+
+@kernel
+def turn(row, low, high, width, angles):
+    """RoPE of the heads of one row in low..high."""
+    half = width // 2
+    for at in range(low, high, width):
         for i in range(half):
             cos, sin, first, second = angles[i], angles[half + i], row[at + i], row[at + half + i]
             row[at + i] = first * cos - second * sin

@@ -27,11 +27,15 @@ from typing import Any
 
 import llvmlite
 import numba
+from llvmlite.binding import add_symbol
 from numba.core import config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
+from numba.core.runtime import _nrt_python
 from numba.core.serialize import dumps
+
+from runtime_ref.kernels.linking import Whole
 
 _MAGIC = b"runtime_ref kernel 1\n"
 _ROOM = 32 << 20  # bytes that must be free: the kernels of a model are some megabytes
@@ -40,13 +44,13 @@ _PRESETS = _PACKAGE.parent / "arithmetic.py"  # its constants are compiled in
 
 
 def cached(about: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator: numba.njit(**options), with its machine code kept as this module says.
+    """A decorator: numba.njit(**options), linked as a `Whole`, with its machine code kept as this module says.
 
     about: what tells the function from others of the same code, where it is not what its free variables hold.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        dispatcher = numba.njit(**options, pipeline_class=Whole)(function)
         dispatcher._cache = KernelCache(function, about)
         return dispatcher
 
@@ -86,7 +90,6 @@ class KernelCache(_Cache):
             _remove(path)
 
     def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
-        target_context.refresh()
         if not self._enabled:
             return None
         name = self._file_name(sig, target_context.codegen())
@@ -94,6 +97,7 @@ class KernelCache(_Cache):
             payload = _read(folder / name)
             if payload is None:
                 continue
+            _name_helpers()
             with contextlib.suppress(Exception):  # of another build under the same name: it counts as none
                 return CompileResult._rebuild(target_context, *pickle.loads(payload))
         place()  # before the compilation: what it has to say is not a surprise after the wait
@@ -139,6 +143,17 @@ class KernelCache(_Cache):
         )  # fmt: skip
         key = hashlib.sha256(repr(about).encode()).hexdigest()[:20]
         return f"{self._name}-{source_digest():014x}-{key}.kernel"
+
+
+@once
+def _name_helpers() -> None:
+    """Let LLVM find what compiled code calls of Numba's runtime.
+
+    Numba would get all ready that a compilation needs: it compiles its counting of references and imports what it knows of
+    Python, a third of a second and 57 MB that code from the disk has no use for.
+    """
+    for name, address in _nrt_python.c_helpers.items():
+        add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
 
 
 @once

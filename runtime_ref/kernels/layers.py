@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
 from typing import Any, NamedTuple
@@ -119,16 +119,15 @@ class Layer:
     def normed_products(self, targets: Mapping[str, int]) -> list[Step]:
         """The block's norm, and the products that read it: roles, and where their results go."""
         matrices = {role: self.matrix(role) for role in targets}
-        blocks = [matrix.block for matrix in matrices.values()]
-        ready = next((block for block in blocks if block), 0)
+        ready = next((matrix.block for matrix in matrices.values() if matrix.block), 0)
         norm = Norm(block_norm(self.source, self.number), self.eps, ready, self.number)
         found = [Step(norm_rows(self.preset.activations), norm)]
         for role, matrix in matrices.items():
             if matrix.block not in (0, ready):  # its scales reach over other activations
-                ready = matrix.block
+                ready, found[-1] = matrix.block, replace(found[-1], apart=False)
                 found.append(Step(quantize_rows(self.preset.activations), Rows(matrix.k, ready)))
-            found.append(self.product(matrix, targets[role]))
-        return found
+            found.append(replace(self.product(matrix, targets[role]), apart=True))
+        return [*found[:-1], replace(found[-1], apart=False)]
 
     def output(self, matrix: Multiplied, bias: np.ndarray | None = None) -> list[Step]:
         """The last product of the branch, and what its block then adds to the residual stream."""

@@ -90,6 +90,6 @@ class Part(_Compiler):
 
 
 class Whole(_Compiler):
-    """Numba's pipeline_class for a function that is called by its address."""
+    """Numba's pipeline_class for a function that the engine or Python calls."""
 
     library = _WholeLibrary

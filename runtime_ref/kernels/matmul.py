@@ -32,8 +32,14 @@ EIGHT, ROUND = np.int32(8), np.int32(128)
 @kernel
 def quantize_row(levels, s, r, k, block):
     """Row r of s.wide [k] into s.q, s.high, s.low, s.q_scale, s.q_sum (`reference.quantize`)."""
+    quantize_blocks(levels, s, r, 0, k // block, block)
+
+
+@kernel
+def quantize_blocks(levels, s, r, low, end, block):
+    """`quantize_row` of the blocks low..end."""
     wide, q_row, high_row, low_row = s.wide[r], s.q[r], s.high[r], s.low[r]
-    for b in range(k // block):
+    for b in range(low, end):
         first = b * block
         amax_bits = largest_bits(wide, first, first + block)
         inverse, scale = ZERO, ZERO

@@ -11,7 +11,7 @@ from runtime_ref.arithmetic import Activations
 from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import inlined, made_for
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
-from runtime_ref.kernels.matmul import embed, multiply, multiply_few, quantize_row
+from runtime_ref.kernels.matmul import embed, multiply, multiply_few, quantize_blocks, quantize_row
 from runtime_ref.kernels.norm import rms_norm
 from runtime_ref.kernels.packed import Packed
 from runtime_ref.kernels.vector import load, splat, store
@@ -110,9 +110,14 @@ def quantize_rows(activations: Activations) -> Callable[..., None]:
 
     @inlined
     def body(tid, threads, job, a):
-        for r in range(tid, job.rows, threads):
-            if a.block:
-                quantize_row(levels, job.s, r, a.k, a.block)
+        if a.block:
+            blocks = a.k // a.block
+            piece, end = share(job.rows * blocks, tid, threads)
+            while piece < end:
+                r, low = piece // blocks, piece % blocks
+                count = min(end - piece, blocks - low)
+                quantize_blocks(levels, job.s, r, low, low + count, a.block)
+                piece += count
 
     return body
 

@@ -22,7 +22,6 @@ from numba.extending import intrinsic
 from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS
-from runtime_ref.kernels.linking import Whole
 from runtime_ref.kernels.records import type_of, words
 from runtime_ref.kernels.scratch import Scratch
 
@@ -65,6 +64,7 @@ class Span(NamedTuple):
 class Step:
     """One phase: compiled code, `inlined` (tid, threads, job, args), and what it reads; `many`: the code for many rows.
 
+    apart: it and the next step neither read nor write what the other writes, so that no thread waits between them.
     Of one that updates a state which does not grow: updates, the numbers of its arrays, and inputs, what it reads of a token
     that no such step before it made (`replay`).
     """
@@ -72,6 +72,7 @@ class Step:
     body: Any
     args: Any
     many: Any = None
+    apart: bool = False
     updates: Sequence[int] = ()
     inputs: Sequence[Span] = ()
 
@@ -93,7 +94,8 @@ def _compiled(digest: int) -> Callable[..., None]:
         """Every thread calls this with its own tid. program: `Program.table`; job: the address of a Job's words."""
         for step in range(program.shape[0]):
             _call(program[step, 0], tid, threads, np.uint64(job), program[step, 1])
-            barrier(sync, threads)
+            if not program[step, 2]:
+                barrier(sync, threads)
 
     return run
 
@@ -122,8 +124,8 @@ def _entry(body: Any, job: types.Type, args: types.Type) -> Entry:
     # Symbols of what is read from the disk meet in one process, and Numba tells them apart by names and types only
     function.__qualname__ = f"phase_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
     function.__module__ = of.__module__
-    options = OPTIONS | {"no_cfunc_wrapper": False, "pipeline_class": Whole}
-    return Entry(cached(about=about, **options)(function), (types.int64, types.int64, job, args))
+    kept = cached(about=about, **(OPTIONS | {"no_cfunc_wrapper": False}))(function)
+    return Entry(kept, (types.int64, types.int64, job, args))
 
 
 class Program:
@@ -135,6 +137,7 @@ class Program:
         self._words = np.concatenate(records)
         starts = np.cumsum([0, *(len(record) for record in records[:-1])])
         self._arguments = np.uint64(self._words.ctypes.data) + np.uint64(8) * starts.astype(np.uint64)
+        self._apart = np.array([step.apart for step in self._steps], np.uint64)
         self._tables: dict[bool, np.ndarray] = {}
         self._found: dict[bool, bool] = {}
 
@@ -146,10 +149,10 @@ class Program:
         return many in self._tables or self._found[many]
 
     def table(self, many: bool, job: Job) -> np.ndarray:
-        """The addresses of each phase's code and arguments, uint64 [steps, 2], for jobs of many rows or of few; compiled if need be."""
+        """Of each phase the addresses of code and arguments, and `apart`: uint64 [steps, 3], for jobs of many rows or of few; compiled if need be."""
         if many not in self._tables:
             code = np.array([_address(entry) for entry in self._entries(many, job)], np.uint64)
-            self._tables[many] = np.stack([code, self._arguments], axis=1)
+            self._tables[many] = np.stack([code, self._arguments, self._apart], axis=1)
         return self._tables[many]
 
     def _entries(self, many: bool, job: Job) -> list[Entry]:

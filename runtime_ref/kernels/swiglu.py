@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runtime_ref.arithmetic import Activations
+from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import inlined, made_for
 from runtime_ref.kernels.layers import Layer, sixteens
 from runtime_ref.kernels.math import vector_silu
-from runtime_ref.kernels.matmul import quantize_row
+from runtime_ref.kernels.matmul import quantize_blocks
 from runtime_ref.kernels.phases import MID, PROJ, Rows
 from runtime_ref.kernels.program import Step
 from runtime_ref.kernels.scratch import Room
@@ -25,12 +26,17 @@ def gate_rows(activations: Activations) -> Callable[..., None]:
 
     @inlined
     def body(tid, threads, job, a):
-        s = job.s
-        for r in range(tid, job.rows, threads):
-            for i in range(0, a.k, 16):
+        s, width = job.s, a.block if a.block else 16
+        blocks = a.k // width
+        piece, end = share(job.rows * blocks, tid, threads)
+        while piece < end:
+            r, low = piece // blocks, piece % blocks
+            count = min(end - piece, blocks - low)
+            for i in range(low * width, (low + count) * width, 16):
                 store(s.wide[r], i, vector_silu(load(s.proj[r], i)) * load(s.mid[r], i))
             if a.block:
-                quantize_row(levels, s, r, a.k, a.block)
+                quantize_blocks(levels, s, r, low, low + count, a.block)
+            piece += count
 
     return body
 

@@ -7,8 +7,9 @@
 
 model.py        OrtModel and its state
 custom_ops.py   register_kernels: the operators of the domain `tmexport`; their Python functions, for onnxruntime-extensions
-native.py       the same as onnxruntime's own: what each is made of; compute.py is what a run calls, layouts.py its phases,
-                interface.py onnxruntime's C interface, shim.py the library that it loads, mapped.py weights left in their file
+native.py       the same as onnxruntime's own; plans.py: what each is made of; compute.py is what a run calls, parts.py how its threads
+                share it, layouts.py its phases, interface.py onnxruntime's C interface, shim.py the library that it loads,
+                mapped.py weights left in their file, fused.py blocks as one node
 operators.py    the Python functions' kernels; packing.py: weights in the kernels' layout
 
 Importing this package imports neither onnxruntime nor Numba; its names do when they are first used.

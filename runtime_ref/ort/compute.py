@@ -10,16 +10,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from runtime_ref.kernels.attend import MOST_WIDTH
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS, kernel, stack
-from runtime_ref.kernels.linking import Whole
-from runtime_ref.kernels.phases import FEWEST_ROWS
 from runtime_ref.kernels.program import Job
 from runtime_ref.kernels.records import Record, read, type_of, words_at
 from runtime_ref.kernels.scratch import Room, allocate
@@ -30,10 +25,23 @@ from runtime_ref.ort.interface import (
     INPUT,
     INVALID_ARGUMENT,
     OUTPUT,
-    PARALLEL_FOR,
     RELEASE_TENSOR_INFO,
     TENSOR_DATA,
     TENSOR_INFO,
+)
+from runtime_ref.ort.parts import (
+    ENSURE,
+    FORGET,
+    FREE,
+    IS_ALIVE,
+    MALLOC,
+    RELEASE,
+    SPARE,
+    ask,
+    call,
+    run_steps,
+    swap,
+    work,
 )
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
@@ -56,6 +64,8 @@ class Kernel(NamedTuple):
     a phase; chunk: rows at a time, 0 for all. inputs int64 [.., 3 + RANK]: number, address of what to say of another shape, rank, dimensions.
     outputs int64 [.., 1 + RANK]: rank, dimensions. job int64: a Job's words. wires int64 [.., 6]: word of the job, source, its number, rows,
     width, bytes of an element. few, many uint64 [steps, 2]: `Program.table`; by_rows int64 [steps]: 1 if one thread does a row.
+    carried int64 [.., 3]: input, output and bytes a text of a state: where a call takes some rows at a time, the next ones of a text go on
+    from what was written.
     """
 
     interface: int
@@ -70,9 +80,7 @@ class Kernel(NamedTuple):
     few: np.ndarray
     many: np.ndarray
     by_rows: np.ndarray
-
-
-MALLOC, FREE, SPARE, TASK, IS_ALIVE, ENSURE, RELEASE, FORGET = range(8)  # of Kernel.calls
+    carried: np.ndarray
 
 
 def empty_job() -> Job:
@@ -111,37 +119,7 @@ _ROWS, _SEQUENCES, _LENGTH, _WANTED, _STATES, _PAST, _POSITIONS = map(
 )
 BAD = word_of("bad")
 _NONE = np.zeros((0, 0), np.int64)
-_KERNEL = type_of(Kernel(0, 0, 0, 0, _NONE.reshape(-1), _NONE, _NONE, _NONE.reshape(-1), _NONE, *[_NONE.astype(np.uint64)] * 2, _NONE.reshape(-1)))  # fmt: skip
-
-
-@intrinsic
-def call(typingctx, function, arguments):
-    """A C function by its address: a tuple of words to a word."""
-
-    def codegen(context, builder, sig, args):
-        word = ir.IntType(64)
-        values = cgutils.unpack_tuple(builder, args[1])
-        values = [context.cast(builder, v, kind, types.int64) for v, kind in zip(values, arguments.types, strict=True)]
-        pointer = ir.FunctionType(word, [word] * len(values)).as_pointer()
-        return builder.call(builder.inttoptr(args[0], pointer), values)
-
-    return types.int64(types.int64, arguments), codegen
-
-
-@intrinsic
-def swap(typingctx, address, value):
-    """Put a word at an address, and return the one that was there, as one step."""
-
-    def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("xchg", builder.inttoptr(args[0], ir.IntType(64).as_pointer()), args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@kernel
-def ask(k, number, arguments):
-    """A function of onnxruntime's interface."""
-    return call(words_at(k.interface, number + 1)[number], arguments)
+_KERNEL = type_of(Kernel(0, 0, 0, 0, _NONE.reshape(-1), _NONE, _NONE, _NONE.reshape(-1), _NONE, *[_NONE.astype(np.uint64)] * 2, _NONE.reshape(-1), _NONE))  # fmt: skip
 
 
 @kernel
@@ -289,39 +267,34 @@ def connect(k, job, places, room, first, rows, texts, sizes):
             job[word + 2] = width
 
 
+def _task(board_at, part):
+    """What a thread of onnxruntime's does for a call."""
+    work(board_at)
+    return np.int64(0)
+
+
 @kernel
-def run_steps(k, context, job_at, rows):
-    """All phases, each on as many threads as it has work for; returns a status."""
-    block_at = stack(32)
-    block = words_at(block_at, 4)
-    for step in range(k.few.shape[0]):
-        parts = k.threads
-        if k.by_rows[step]:
-            parts = min(parts, rows)
-        table = k.many if rows >= FEWEST_ROWS else k.few
-        block[0], block[1] = np.int64(table[step, 0]), parts
-        block[2], block[3] = job_at, np.int64(table[step, 1])
-        if parts == 1:
-            call(block[0], (0, 1, job_at, block[3]))
-        else:
-            status = ask(k, PARALLEL_FOR, (context, k.calls[TASK], parts, 0, block_at))
-            if status:
-                return status
-    return np.int64(0)
-
-
-def _task(block_at, part):
-    """One thread's part of a phase."""
-    block = words_at(block_at, 4)
-    call(block[0], (part, block[1], block[2], block[3]))
-    return np.int64(0)
+def next_rows(k, first, most, rows, length, places, now):
+    """How many rows from `first` on go together, and the states that they read and write, to `now`: of one text, if not all fit."""
+    for i in range(MOST_TENSORS):
+        now[i] = places[i]
+    count = min(most, rows - first)
+    if k.carried.shape[0] and most < rows:
+        text, within = first // length, first % length
+        count = min(count, length - within)
+        for i in range(k.carried.shape[0]):
+            source, target, before = k.carried[i, 0], k.carried[i, 1], text * k.carried[i, 2]
+            now[target] = places[target] + before
+            now[source] = now[target] if within else places[source] + before
+    return count
 
 
 def _compute(kernel_at, context):
     """KernelComputeV2."""
     k = read(kernel_at, _KERNEL)
-    places_at, sizes_at, job_at = stack(PLACES_BYTES), stack(SIZES_BYTES), stack(JOB_BYTES)
-    places, sizes, job = words_at(places_at, MOST_TENSORS), words_at(sizes_at, SIZES), words_at(job_at, JOB_WORDS)
+    places_at, now_at, sizes_at, job_at = stack(PLACES_BYTES), stack(PLACES_BYTES), stack(SIZES_BYTES), stack(JOB_BYTES)
+    places, now, sizes = words_at(places_at, MOST_TENSORS), words_at(now_at, MOST_TENSORS), words_at(sizes_at, SIZES)
+    job = words_at(job_at, JOB_WORDS)
     for i in range(SIZES):
         sizes[i] = -1
     status = take_inputs(k, context, places, sizes)
@@ -336,14 +309,15 @@ def _compute(kernel_at, context):
     rows = texts * length
     past_at = stack(8)
     words_at(past_at, 1)[0] = sizes[SIZES + POSITIONS] - length
-    job[_STATES], job[_PAST], job[_POSITIONS] = places_at, past_at, sizes_at
+    job[_STATES], job[_PAST], job[_POSITIONS] = now_at, past_at, sizes_at
     most = min(rows, k.chunk) if k.chunk else rows
+    whole = not k.chunk or (k.carried.shape[0] > 0 and most == rows)
     memory = borrow(k, scratch_bytes(k, most, texts, sizes))
     room, first = memory + 64, 0
-    while memory and (first < rows or (first == 0 and not k.chunk)):
-        count = min(most, rows - first)
+    while memory and (first < rows or (first == 0 and whole)):
+        count = next_rows(k, first, most, rows, length, places, now)
         job[_ROWS] = job[_WANTED] = count
-        job[_SEQUENCES], job[_LENGTH] = (1, count) if k.chunk else (texts, length)
+        job[_SEQUENCES], job[_LENGTH] = (texts, length) if whole else (1, count)
         connect(k, job, places, room, first, count, texts, sizes)
         status = run_steps(k, context, job_at, count)
         if status:
@@ -367,7 +341,7 @@ def _entry(function: Any, digest: int) -> int:
     """The address of a function of two words, compiled or read from the disk."""
     signature = (types.int64, types.int64)
     about = (function.__qualname__, repr(_KERNEL), repr(JOB), str(digest))
-    options = OPTIONS | {"no_cfunc_wrapper": False, "pipeline_class": Whole}
+    options = OPTIONS | {"no_cfunc_wrapper": False}
     dispatcher = cached(about=about, **options)(function)
     dispatcher.compile(signature)
     result = dispatcher.overloads[signature]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime_ref.arithmetic import Fp32
+from runtime_ref.arithmetic import Activations, Fp32
 from runtime_ref.kernels.attend import LANES, attend_heads, attend_tokens
 from runtime_ref.kernels.attention import FEWEST_TOKENS
 from runtime_ref.kernels.barrier import share
@@ -19,6 +19,8 @@ from runtime_ref.kernels.convolution import convolve
 from runtime_ref.kernels.isa import Isa
 from runtime_ref.kernels.mamba2 import AHEAD, scan_head
 from runtime_ref.kernels.math import exp, softplus, vector_silu
+from runtime_ref.kernels.matmul import quantize_row
+from runtime_ref.kernels.norm import rms_norm
 from runtime_ref.kernels.records import floats_at
 from runtime_ref.kernels.vector import (
     address,
@@ -65,6 +67,23 @@ def convolve_texts(tid, threads, job, a):
         by_tap(old, room, keep, channels, low, high)
         convolve(a, s, room, q * job.length, job.length, low, high)
         by_channel(room, new, keep, channels, low, high)
+
+
+@made_for
+def norm_texts(activations: Activations) -> Any:
+    """The norm of the rows in s.dt, which go into s.x, quantised for the product."""
+    levels = activations.levels
+
+    @inlined
+    def body(tid, threads, job, a):
+        s, d = job.s, a.weight.shape[0]
+        for r in range(tid, job.rows, threads):
+            for i in range(0, d, 16):
+                store(s.x[r], i, load(s.dt[r], i))
+            rms_norm(s.x[r], a.weight, s.wide[r, :d], a.eps)
+            quantize_row(levels, s, r, d, a.block)
+
+    return body
 
 
 @kernel

@@ -273,12 +273,13 @@ class OrtModel:
 
 
 def _mapped(path: Path, options: Any) -> bytes:
-    """The file's graph; its weights are mapped, and released when the kernels have them in their own layout."""
+    """The file's graph, with larger nodes; its weights are mapped, and released when the kernels have them in their own layout."""
+    from runtime_ref.ort.fused import with_blocks
     from runtime_ref.ort.mapped import without_weights
 
     real = path.resolve()  # onnxruntime follows no links to weights
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(real.parent))
-    return without_weights(real)
+    return with_blocks(without_weights(real))
 
 
 def _return_memory() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import Counter
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -19,9 +20,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime_ref.ort import OrtModel, register_kernels, shim
+from runtime_ref.ort.fused import with_blocks
 from runtime_ref.ort.interface import Api
 from runtime_ref.ort.mapped import without_weights
-from tests.onnx.exporting import export, feed, token_ids
+from tests.onnx.exporting import TIED, export, feed, token_ids
 from tmexport.errors import UsageError
 from tmexport.onnx.names import DOMAIN, OnnxError
 
@@ -289,3 +291,55 @@ def test_a_link_to_a_file_is_followed(files, tmp_path):
     (tmp_path / "link.onnx").symlink_to(files["custom", "q8"])
     model = OrtModel.load(tmp_path / "link.onnx", threads=1, kernels=True)
     assert np.isfinite(model.decode(model.new_state(), 1)).all()
+
+
+def counted(model):
+    return Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+
+
+def test_a_block_is_one_node_where_nothing_else_reads_inside_it(tied, tmp_path):
+    """OrtModel's sessions; that they have the bits of the separate nodes is tested above."""
+    path = export(tied, tmp_path / "m.onnx", "custom")
+    whole = onnx.load(path)
+    fused = onnx.load_from_string(with_blocks(whole.SerializeToString()))
+    assert counted(fused) == {"MixerBlock": TIED.n_layer, "RMSNorm": 1, "Q8MatMul": 1}
+    assert (fused.graph.input, fused.graph.output) == (whole.graph.input, whole.graph.output)
+    made = {value.name for value in [*fused.graph.input, *fused.graph.initializer]}
+    for node in fused.graph.node:  # in an order that runs
+        assert set(node.input) <= made
+        made |= set(node.output)
+    inside = next(node.output[0] for node in whole.graph.node if node.op_type == "SelectiveScan")
+    whole.graph.output.append(helper.make_tensor_value_info(inside, TensorProto.FLOAT, None))
+    fused = onnx.load_from_string(with_blocks(whole.SerializeToString()))
+    assert counted(fused)["MixerBlock"] == TIED.n_layer - 1
+    assert counted(fused)["SelectiveScan"] == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_texts_go_through_blocks_in_parts(tied, tmp_path, threads):
+    """More rows than a block takes at once, of several texts, from states that are not zero; the state too is that of one text."""
+    model = OrtModel.load(export(tied, tmp_path / "m.onnx", "custom"), threads, kernels=True)
+    ids = token_ids(TIED, 3, 150)
+    together = model.new_state(3)
+    model.run(together, ids[:, :7])
+    logits, states = model.run(together, ids[:, 7:]), together.arrays()
+    bare = session(tmp_path / "m.onnx", threads)
+    for i in range(3):
+        wanted = feed(bare, TIED, ids[i : i + 1])
+        assert hashed(logits[i]) == hashed(wanted[0, 7:])
+        alone = model.new_state()
+        model.run(alone, ids[i : i + 1])
+        for name, array in alone.arrays().items():
+            assert hashed(states[name][i]) == hashed(array[0])
+
+
+def test_a_block_whose_sizes_do_not_fit_is_refused_at_load(tied, tmp_path):
+    path = export(tied, tmp_path / "m.onnx", "custom")
+    model = onnx.load(path)
+    last = next(t for t in model.graph.initializer if t.name.endswith("0.mixer.out_proj.weight.codes"))
+    scales = next(t for t in model.graph.initializer if t.name.endswith("0.mixer.out_proj.weight.scales"))
+    for tensor in (last, scales):
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:-16], tensor.name))
+    onnx.save(model, path)
+    with pytest.raises(Exception, match="projections of .* do not fit rows of 256"):
+        OrtModel.load(path, threads=1, kernels=True)

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
               help="Of the projections. auto: the codes that they are, or exactly ternary values.")  # fmt: skip
 @onnx_embedding_option
 @click.option("--opset", type=int, help="Version of ai.onnx. Default: the oldest that works (15; 23 for ort).")
-@click.option("--io-names", type=click.Choice(["tmexport", "genai"]), default="tmexport", show_default=True,
-              help="past_ssm.0 ..., or those of onnxruntime-genai's model builder.")  # fmt: skip
+@click.option("--io-names", type=click.Choice(["tmexport", "genai", "transformers.js"]), default="tmexport", show_default=True,
+              help="past_ssm.0 ...; those of onnxruntime-genai, with its genai_config.json; or those of transformers.js.")  # fmt: skip
 @click.option("--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
               help="Of every position, or of the last one only (a faster prefill).")  # fmt: skip
 @round_scales_option
@@ -59,7 +59,8 @@ def onnx(
 ) -> None:
     """Export CHECKPOINT (of low-bit weights, or a dense one whose projections are exactly ternary) to OUTPUT, an ONNX file.
 
-    OUTPUT's config and tokenizer are written beside it (model.config.json, model.tokenizer.json).
+    OUTPUT's config and tokenizer are written beside it (model.config.json, model.tokenizer.json). With --io-names genai
+    OUTPUT's folder gets what onnxruntime-genai looks for as well: genai_config.json, tokenizer.json, tokenizer_config.json.
 
     \b
     Examples:
@@ -71,6 +72,7 @@ def onnx(
 
     export_onnx = import_with("onnx", "tmexport.onnx.export").export_onnx
     build_graph = import_with("onnx", "tmexport.onnx.graph").build_graph
+    genai_files = import_with("onnx", "tmexport.onnx.genai").genai_files
 
     if tokenizer and no_tokenizer:
         raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
@@ -78,6 +80,8 @@ def onnx(
     if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
         raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
     graph = build_graph(source, form, EMBEDDINGS[embedding_type], opset, io_names, logits, projections)
+    if io_names == "genai" and output.parent.resolve() == checkpoint.resolve():
+        raise UsageError(f"{output}: lies in the checkpoint's folder, whose tokenizer.json onnxruntime-genai's would replace; name another folder")  # fmt: skip
     path = None if no_tokenizer else tokenizer or source.tokenizer
     codec = None if path is None else export_tokenizer(path, source.config, source.path)
     for sentence in codec.sentences() if codec else ():
@@ -85,7 +89,9 @@ def onnx(
     if path is None and not no_tokenizer:
         click.echo("warning: no tokenizer.json in the checkpoint; none is written beside the file (see --tokenizer)", err=True)  # fmt: skip
     with progress_bar("writing", len(graph.initializers), unit="tensors") as bar:
-        result = export_onnx(output, graph, codec.text if codec else None, lambda tensor: bar.advance(), no_tokenizer)
+        more = genai_files(output, source.config, codec) if io_names == "genai" else {}
+        text = codec.text if codec else None
+        result = export_onnx(output, graph, text, lambda tensor: bar.advance(), no_tokenizer, more)
     if as_json:
         opsets = {o.domain or "ai.onnx": o.version for o in graph.skeleton.opset_import}
         click.echo(json.dumps({"output": str(output), "files": [str(f) for f in result.files], "warnings": codec.sentences() if codec else (), "bytes": result.n_bytes, "ops": form,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def export_onnx(
     tokenizer: str | None,
     on_tensor: Callable[[Initializer], None] = lambda tensor: None,
     ids_only: bool = False,
+    more: Mapping[Path, str] | None = None,
 ) -> Exported:
     """Write the model, and beside it its configuration and its tokenizer; each complete or not at all.
 
@@ -38,18 +39,21 @@ def export_onnx(
         tokenizer: the text of a tokenizer.json, as `export_tokenizer` made it; None: none is written.
         on_tensor: called after each tensor.
         ids_only: say in the configuration that the tokenizer was left out on purpose.
+        more: texts to write beside it, by path.
 
     Raises:
         TmexportError: a weight cannot be represented, or a file cannot be written.
     """
     sizes = write_model(path, graph, on_tensor)
-    files = [*sizes, config_path(path)]
-    with atomic_write(config_path(path)) as file:
-        file.write((json.dumps(describe(graph) | ({"tokenizer": False} if ids_only else {}), indent=2) + "\n").encode())
+    files = list(sizes)
+    config = describe(graph) | ({"tokenizer": False} if ids_only else {})
+    texts = {config_path(path): json.dumps(config, indent=2) + "\n"}
     if tokenizer is not None:
-        files.append(tokenizer_path(path))
-        with atomic_write(tokenizer_path(path)) as file:
-            file.write(tokenizer.encode())
+        texts[tokenizer_path(path)] = tokenizer
+    for name, text in {**texts, **(more or {})}.items():
+        with atomic_write(name) as file:
+            file.write(text.encode())
+        files.append(name)
     return Exported(sum(sizes.values()), files)
 
 

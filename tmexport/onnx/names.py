@@ -22,16 +22,16 @@ DOMAIN = "tmexport"
 DOMAIN_VERSION = 1
 MICROSOFT = "com.microsoft"
 VERSION_1, VERSION_2 = 1, 2
-IO_NAMES = ("tmexport", "genai")
+IO_NAMES = ("tmexport", "genai", "transformers.js")
 FORMS = ("ort", "portable", "custom")
 EMBEDDING_TYPES = ("q8", "f16", "f32")
 DENSE_TYPES = ("f16", "f32")
 _RECURRENT = ("mamba1", "mamba2")
 
 # past and present, of a state by its name and its layer
-_TEMPLATES: dict[str, dict[str, tuple[str, str]]] = {
+TEMPLATES: dict[str, dict[str, tuple[str, str]]] = {
     "tmexport": {state: (f"past_{state}.{{}}", f"present_{state}.{{}}") for state in ("conv", "ssm", "k", "v")},
-    # onnxruntime-genai's model builder, hybrid models (genai_config.json: past_conv_names, past_recurrent_names)
+    # onnxruntime-genai's model builder, hybrid models
     "genai": {
         "conv": ("past_key_values.{}.conv_state", "present.{}.conv_state"),
         "ssm": ("past_key_values.{}.recurrent_state", "present.{}.recurrent_state"),
@@ -39,6 +39,9 @@ _TEMPLATES: dict[str, dict[str, tuple[str, str]]] = {
         "v": ("past_key_values.{}.value", "present.{}.value"),
     },
 }
+# Of Granite-4.0-H and Falcon-H1 (transformers.js, src/configs.js, getCacheNames), and what it calls the batch of a state
+TEMPLATES["transformers.js"] = TEMPLATES["genai"] | {state: TEMPLATES["tmexport"][state] for state in ("conv", "ssm")}
+_BATCH = {"transformers.js": "batch_size"}
 
 
 _IN_PLACE = {"mamba2": ("ssm",)}  # LinearAttention copies the state first and then works on the copy
@@ -52,7 +55,8 @@ class OnnxError(TmexportError):
 class GraphState:
     """A state of one block: what it is called as an input, past, and as an output, present; its shape without the batch.
 
-    in_place: whether the ort form's operator may be given one buffer for both. grows: every position has one of these shapes.
+    in_place: whether the ort form's operator may be given one buffer for both. grows: every position has one of these shapes. batch:
+    what the first dimension is called.
     """
 
     past: str
@@ -60,6 +64,7 @@ class GraphState:
     shape: tuple[int, ...]
     in_place: bool
     grows: bool = False
+    batch: str = "batch"
 
     def sizes(self, batch: int, positions: int) -> tuple[int, ...]:
         """batch, *shape; of one that grows batch, heads, positions, width."""
@@ -69,7 +74,7 @@ class GraphState:
     def dims(self, positions: str) -> list[int | str]:
         """The same with names for the batch and the positions."""
         first, *rest = self.shape
-        return ["batch", first, *([positions] if self.grows else []), *rest]
+        return [self.batch, first, *([positions] if self.grows else []), *rest]
 
 
 def block_states(block: Block, layer: int, style: str = "tmexport") -> dict[str, GraphState]:
@@ -81,11 +86,11 @@ def block_states(block: Block, layer: int, style: str = "tmexport") -> dict[str,
     states = {}
     for branch in block.branches:
         for state in branch.states():
-            past, present = (template.format(layer) for template in _TEMPLATES[style][state.name])
+            past, present = (template.format(layer) for template in TEMPLATES[style][state.name])
             turned = (*state.shape[:-2], state.shape[-1], state.shape[-2])
             in_place = state.name in _IN_PLACE.get(branch.kind, ())
             shape = state.shape if state.grows else turned
-            states[state.name] = GraphState(past, present, shape, in_place, state.grows)
+            states[state.name] = GraphState(past, present, shape, in_place, state.grows, _BATCH.get(style, "batch"))
     return states
 
 
