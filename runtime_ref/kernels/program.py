@@ -27,6 +27,7 @@ from runtime_ref.kernels.scratch import Scratch
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
+STEP_WORDS = 3  # of a phase in `Program.table`
 _CALLED_WITH = (types.int64, types.int64, types.uint64, types.uint64)
 
 
@@ -149,7 +150,7 @@ class Program:
         return many in self._tables or self._found[many]
 
     def table(self, many: bool, job: Job) -> np.ndarray:
-        """Of each phase the addresses of code and arguments, and `apart`: uint64 [steps, 3], for jobs of many rows or of few; compiled if need be."""
+        """Of each phase the addresses of code and arguments, and `apart`: uint64 [steps, STEP_WORDS], for jobs of many rows or of few; compiled if need be."""
         if many not in self._tables:
             code = np.array([_address(entry) for entry in self._entries(many, job)], np.uint64)
             self._tables[many] = np.stack([code, self._arguments, self._apart], axis=1)
