@@ -279,7 +279,10 @@ def _who_loads(header: Header, problems: list[str]) -> list[str]:
     others = list(dict.fromkeys(t.fact.loads for t in header.tensors if t.fact.loads != STOCK))
     if others:
         return others if len(others) == 1 else []
-    ours = header.metadata.get("general.architecture") == "mamba2"
+    architecture = str(header.metadata.get("general.architecture"))
+    if architecture.startswith("tmexport-"):  # with operations that are ours alone
+        return ["tmexport, runtime_ref"]
+    ours = architecture == "mamba2"
     return [STOCK] + (["tmexport, runtime_ref"] if ours else [])
 
 

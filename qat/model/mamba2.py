@@ -112,6 +112,23 @@ class CausalConv(nn.Module):
         return _ConvSilu.apply(padded, self.weight, self.bias), padded[:, padded.shape[1] - keep :]
 
 
+class Hadamard(nn.Module):
+    """Every `size` neighbours of the last axis times the orthonormal Hadamard matrix of that size (Sylvester's); in fp32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.float().unflatten(-1, (-1, self.size))
+        stride = 1
+        while stride < self.size:
+            a, b = parts.unflatten(-1, (-1, 2, stride)).unbind(-2)
+            parts = torch.stack([a + b, a - b], -2).flatten(-3)
+            stride *= 2
+        return (parts * self.size**-0.5).flatten(-2).to(x.dtype)
+
+
 class Gate(nn.Module):
     """y * silu(z), in fp32: what a mixer without a norm has in its place."""
 
@@ -140,7 +157,7 @@ class Mamba2Mixer(BranchModule):
     def __init__(self, config: Mamba2, eps: float, depth: int) -> None:
         super().__init__()
         self.config = config
-        if not config.gate_norm:
+        if not config.gate_norm or config.online_hadamard:
             self.norms_before = {"in_proj": None}
         self.in_proj = nn.Linear(config.d_model, config.d_in_proj, bias=False)
         self.conv1d = CausalConv(config.conv_dim, config.d_conv)
@@ -151,6 +168,7 @@ class Mamba2Mixer(BranchModule):
         self.D = nn.Parameter(torch.ones(config.n_heads))
         self.scanned = nn.Identity()  # a place for hooks: the scan's output [batch, time, heads, headdim]
         self.norm = GatedNorm(config.d_inner, eps, config.n_groups) if config.gate_norm else Gate()
+        self.turn = Hadamard(config.online_hadamard) if config.online_hadamard else nn.Identity()
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
         nn.init.normal_(self.out_proj.weight, std=0.5 / math.sqrt(config.d_inner * depth))
 
@@ -173,7 +191,7 @@ class Mamba2Mixer(BranchModule):
         )
         if state is not None:
             state.conv, state.ssm = recent, last
-        return self.out_proj(self.norm(self.scanned(y).flatten(-2), z))
+        return self.out_proj(self.turn(self.norm(self.scanned(y).flatten(-2), z)))
 
     def mixing(self, hidden: Tensor) -> Tensor:
         """[i, j] of a head is what x at j adds to y at i: C_i . B_j exp(sum of dt A between) dt_j, and D where i = j."""

@@ -74,7 +74,7 @@ def keep_states(model: nn.Module, kept_as: str) -> None:
     advance = ADVANCE[kept_as]
     for module in model.modules():
         if isinstance(module, Mamba2Mixer):
-            module.scan = _mamba2(advance, kept_as)
+            module.scan = mamba2_scan(advance, kept_as)
         elif isinstance(module, Mamba1Mixer):
             module.scan = _mamba1(advance, kept_as)
 
@@ -84,7 +84,9 @@ def _fresh(shape: tuple[int, ...], kept_as: str, like: Tensor) -> Rows:
     return Rows(like.new_zeros(shape, dtype=torch.float32), unit(shape[:-1], device=like.device))
 
 
-def _mamba2(advance: Callable[..., Tensor], kept_as: str) -> Callable[..., tuple[Tensor, Any]]:
+def mamba2_scan(advance: Callable[..., Tensor], kept_as: str) -> Callable[..., tuple[Tensor, Any]]:
+    """A mixer's scan, a position at a time by a rule as those of ADVANCE; the state begins as one of kept_as."""
+
     def scan(
         x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk: int, state: Rows | None = None
     ) -> tuple[Tensor, Rows]:

@@ -3,7 +3,7 @@
 What is theirs and what is ours: the transformations and their order; weights in blocks of 32 with an fp16 scale (theirs: 128
 or a tensor), so that Q4_0 and Q8_0 hold them; activations rounded at run time in blocks of 32 (theirs: with static scales),
 by `--profile fast` (8 bits) or `exact` (16). A rotation before out_proj, which both have, needs an operation that stock
-programs do not, and is left out.
+programs do not, and is left out: it is the transformation `online`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from runtime_ref.arithmetic import REFRESH, Activations, RecurrentState
 from runtime_ref.kernels.barrier import share
 from runtime_ref.kernels.compiled import inlined, kernel, made_for, stack
 from runtime_ref.kernels.convolution import Convolution, convolve_rows
+from runtime_ref.kernels.hadamard import Hadamard, hadamard_rows
 from runtime_ref.kernels.isa import PRIMITIVES, Isa
 from runtime_ref.kernels.layers import Layer, sixteens
 from runtime_ref.kernels.math import exp, softplus, vector_silu
@@ -253,6 +254,7 @@ def check(branch: Mamba2) -> None:
     """Raises GGUFError for dimensions that the kernels do not compute."""
     sixteens("headdim", branch.headdim)
     sixteens("d_state", branch.d_state)
+    sixteens("online_hadamard", branch.online_hadamard)
 
 
 def room(branch: Mamba2) -> Room:
@@ -283,17 +285,19 @@ def steps(layer: Layer) -> list[Step]:
         layer.slot + 1,
         layer.index,
     )
-    activations = layer.preset.activations
+    activations, size = layer.preset.activations, c.online_hadamard
+    turned = [Step(hadamard_rows(activations), Hadamard(c.d_inner, size, size**-0.5, out.block))] if size else []
+    ready = 0 if turned else out.block  # what quantises the row is the last step before the product
     if c.gate_norm:
-        gated = Step(gate_norm_rows(activations), GateNorm(small["gate_norm"], c.n_groups, layer.eps, out.block))
+        gated = [Step(gate_norm_rows(activations), GateNorm(small["gate_norm"], c.n_groups, layer.eps, ready)), *turned]
     else:
-        gated = Step(quantize_rows(activations), Rows(c.d_inner, out.block))
+        gated = turned or [Step(quantize_rows(activations), Rows(c.d_inner, ready))]
     convolution = Convolution(small["conv_weight"], small["conv_bias"], c.d_inner, layer.slot, layer.index)
     xbc, dt = Span(PROJ, c.d_inner, c.conv_dim), Span(PROJ, c.d_inner + c.conv_dim, c.n_heads)
     return [
         *layer.normed_product("in_proj", PROJ),
         Step(convolve_rows, convolution, updates=layer.slots[:1], inputs=[xbc]),
         Step(scan_rows(layer.isa, layer.preset.state), scan, updates=layer.slots[1:], inputs=[dt]),
-        gated,
+        *gated,
         *layer.output(out),
     ]

@@ -89,6 +89,19 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return (x * inverse[..., None]) * weight
 
 
+def hadamard(x: np.ndarray, size: int) -> np.ndarray:
+    """Every `size` (a power of two) neighbours of x [k] times Sylvester's Hadamard matrix over the root of its size, in fp32.
+
+    Sums and differences of neighbours first, then of those 2 apart, 4 apart and so on; then the factor, rounded once to fp32.
+    """
+    stride, parts = 1, x
+    while stride < size:
+        pairs = parts.reshape(-1, 2, stride)
+        parts = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1)
+        stride *= 2
+    return parts.reshape(-1) * f32(size**-0.5)
+
+
 def quantize(x: np.ndarray, block: int, levels: np.float32) -> tuple[np.ndarray, np.ndarray]:
     """Activations x [k] as (q int32 [k], scale fp32 [k / block]) with |q| <= levels and x ~ q * scale.
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from runtime_ref.arithmetic import Preset, Row
 from runtime_ref.reference.convolution import convolve
-from runtime_ref.reference.functions import exp, rms_norm, silu, softplus, sum16
+from runtime_ref.reference.functions import exp, hadamard, rms_norm, silu, softplus, sum16
 from runtime_ref.reference.products import matmul
 from runtime_ref.weights import BranchWeights
 from tmexport.model.branches.mamba2 import Mamba2
@@ -37,4 +37,6 @@ def mix(
     gated = y.reshape(-1) * silu(z)
     if c.gate_norm:
         gated = rms_norm(gated.reshape(groups, -1), v["gate_norm"].reshape(groups, -1), eps).reshape(-1)
+    if c.online_hadamard:
+        gated = hadamard(gated, c.online_hadamard)
     return matmul(m["out_proj"], gated, preset.activations)

@@ -25,6 +25,7 @@ import torch
 from gguf import GGUFReader
 
 from qat.ptq.making import calibration_ids, make
+from qat.ptq.transforms import TRANSFORMS
 from runtime_ref.model import Model
 from runtime_ref.perplexity import end_of_text, read_documents, score_tokens
 from runtime_ref.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class Way(NamedTuple):
 
     @property
     def seeded(self) -> bool:
-        return self.method == "gptq" or bool(self.transforms)
+        return self.method == "gptq" or any(TRANSFORMS[name].reads_text for name in self.transforms)
 
 
 WAYS = {
@@ -58,6 +59,10 @@ WAYS = {
     "int4 RTN (Q4_0)": Way("rtn", "int4"),
     "int4 GPTQ": Way("gptq", "int4"),
     "int4 GPTQ, int4 embedding": Way("gptq", "int4", "int4"),
+    "int8 RTN, online Hadamard": Way("rtn", "int8", transforms=("online",)),
+    "int4 GPTQ, online Hadamard": Way("gptq", "int4", transforms=("online",)),
+    "int4 GPTQ, int4 embedding, online Hadamard": Way("gptq", "int4", "int4", ("online",)),
+    "ternary GPTQ, online Hadamard": Way("gptq", "ternary", transforms=("online",)),
     "int4 quamba2": Way("gptq", "int4", transforms=("fold", "sort", "hadamard")),
     "ternary GPTQ": Way("gptq", "ternary"),
 }
@@ -134,10 +139,10 @@ class Study:
         plan_export(open_checkpoint(teacher), "f16").write(self.full, lambda tensor: None)
         self.texts = Texts.of(self.full, texts, tokens)
 
-    def scored(self, gguf: Path) -> dict[str, Any]:
-        """Of a file of ours, or that ours reads."""
+    def scored(self, gguf: Path, stock: bool = True) -> dict[str, Any]:
+        """Of a file of ours, or that ours reads; stock: llama.cpp runs it too."""
         found = {profile: ran(gguf, self.texts, profile) for profile in ("exact", "fast")}
-        if self.llama is not None:
+        if self.llama is not None and stock:
             found["llama.cpp"] = in_llama(self.llama, gguf, self.texts)
         return {"bytes": size(gguf), "bits_per_byte": found}
 
@@ -147,7 +152,7 @@ class Study:
         make(way.method, self.teacher, out, way.kind, None, ids, way.embedding, transforms=way.transforms, seed=seed)
         gguf = self.folder / "made.gguf"
         plan_export(open_checkpoint(out)).write(gguf, lambda tensor: None)
-        return self.scored(gguf)
+        return self.scored(gguf, stock="online" not in way.transforms)
 
     def theirs(self, number: int) -> dict[str, Any]:
         """llama.cpp's quantisation, scored by llama.cpp."""

@@ -74,6 +74,10 @@ STEPS = {
     "W4A8 + smooth": Step("rtn", "int4", ("smooth",)),
     "W4A8 KLT": Step("rtn", "int4", ("klt",)),
     "W8A16 RTN": Step("rtn", "int8", static=False),
+    "W8A8 RTN, online Hadamard": Step("rtn", "int8", ("online",)),
+    "W8A8 + Hadamard, online Hadamard": Step("rtn", "int8", ("hadamard", "online")),
+    "W4A8 + GPTQ, online Hadamard": Step("gptq", "int4", ("hadamard", "online")),
+    "W4A16 + Hadamard, online Hadamard": Step("gptq", "int4", ("hadamard", "online"), static=False),
 }
 
 

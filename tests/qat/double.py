@@ -1,6 +1,7 @@
 """A Mamba-2 language model in numpy and fp64, from its equations (arXiv 2405.21060): what exact weights compute."""
 
 import numpy as np
+from scipy.linalg import hadamard
 
 
 def silu(x):
@@ -41,7 +42,8 @@ def mixer(c, w, u, eps):
         state = state * decay[:, None, None] + (dt[t][:, None] * x[t])[:, :, None] * b[t][:, None]
         out.append((state * cc[t][:, None]).sum(-1) + w["mixer.D"][:, None] * x[t])
     y = (np.stack(out).reshape(len(u), -1) * silu(z)).reshape(len(u), c.n_groups, -1)
-    return (
-        rms_norm(y, w["mixer.norm.weight"].reshape(c.n_groups, -1), eps).reshape(len(u), -1)
-        @ w["mixer.out_proj.weight"].T
-    )
+    y = rms_norm(y, w["mixer.norm.weight"].reshape(c.n_groups, -1), eps).reshape(len(u), -1)
+    if c.online_hadamard:
+        turn = hadamard(c.online_hadamard) / np.sqrt(c.online_hadamard)
+        y = (y.reshape(len(u), -1, c.online_hadamard) @ turn).reshape(y.shape)
+    return y @ w["mixer.out_proj.weight"].T

@@ -4,6 +4,7 @@ work.py       what a transformation changes: the tensors in fp64 and the model t
 fold.py       norms' weights into the matrices that read them
 rotate.py     the residual stream turned by an orthogonal matrix; hadamard.py, of which sizes there are Hadamard matrices
 sort.py       heads and channels of a Mamba-2 mixer sorted by how large they are
+online.py     what out_proj reads turned by a Hadamard matrix at run time
 smooth.py     channels between a norm and a matrix scaled, so that neither holds all of the outliers
 
 They compose: `--transform hadamard --transform sort` are applied in this order, and stand in the checkpoint's provenance.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qat.ptq.transforms.fold import fold
+from qat.ptq.transforms.online import online
 from qat.ptq.transforms.rotate import hadamard, klt
 from qat.ptq.transforms.smooth import smooth
 from qat.ptq.transforms.sort import sort
@@ -39,6 +41,9 @@ TRANSFORMS = {
     "klt": Transform("fold, then turn it by its principal axes times a Hadamard matrix (MambaQuant)", klt, True),
     "sort": Transform("sort heads and channels by size (Quamba2)", sort, True),
     "smooth": Transform("share outliers between activations and weights (SmoothQuant, MambaQuant)", smooth, True),
+    "online": Transform(
+        "turn what out_proj reads by a Hadamard matrix at run time; stock programs refuse the file", online
+    ),
 }
 
 

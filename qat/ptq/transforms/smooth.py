@@ -2,7 +2,8 @@
 
 factor = max|x|^power / max|w|^(1 - power), as in SmoothQuant (Xiao et al. 2022, arXiv 2211.10438), power 1/2: MambaQuant's
 smooth-fused scale (arXiv 2501.13484) of the matrices after a norm. Its gate with a slope a channel, for Mamba-1's out_proj,
-has no place in a stock file and is left out. A rotated residual stream needs constant norms: what reads it is left alone then.
+has no place in a stock file and is left out. A rotated residual stream needs constant norms: what reads it is left alone then,
+and so is an out_proj whose inputs are turned.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from qat.ptq.statistics import gather
 from qat.ptq.transforms.work import Work
+from tmexport.model.dialects import tmexport_mamba2
 
 _POWER = 0.5
 
@@ -24,7 +26,7 @@ def smooth(work: Work, ids: Tensor | None, seed: int) -> None:
     scaled = 0
     for block in range(len(work.config.blocks)):
         pairs = [] if rotated else [("norm", work.readers(block))]
-        if work.named("gate_norm", block=block):
+        if work.named("gate_norm", block=block) and work.config.family != tmexport_mamba2.NAME:
             pairs.append(("gate_norm", work.named("out_proj", block=block)))
         for norm, readers in pairs:
             weights = [work.tensors[tensor.hf] for tensor in readers]

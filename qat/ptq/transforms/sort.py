@@ -15,18 +15,25 @@ from torch import Tensor
 
 from qat.ptq.statistics import gather, scanned_name
 from qat.ptq.transforms.work import Work
+from tmexport.errors import UsageError
 from tmexport.model.branches.mamba2 import Mamba2
 
 CLUSTERS = 4  # of heads and of channels, as in Quamba2
 
 
 def sort(work: Work, ids: Tensor | None, seed: int) -> None:
-    """Sort every Mamba-2 mixer; others are left as they are."""
+    """Sort every Mamba-2 mixer; others are left as they are.
+
+    Raises:
+        UsageError: what out_proj reads is turned already.
+    """
     assert ids is not None
     found = gather(work.model(), ids)
     clusters = {}
     for number, block in enumerate(work.config.blocks):
         for branch in block.branches:
+            if isinstance(branch, Mamba2) and branch.online_hadamard:
+                raise UsageError("--transform sort: out_proj's inputs are turned already; put sort before online")
             if isinstance(branch, Mamba2):
                 (in_proj,) = work.named("in_proj", block=number)
                 mean = found[scanned_name(in_proj.hf)].mean[: branch.d_inner]

@@ -13,7 +13,8 @@ from tmexport.model.spec import NEG_EXP, StateSpec, TensorSpec, whole_number
 class Mamba2:
     """Dimensions. A group of B and C serves n_heads / n_groups consecutive heads; chunk_size matters to training code only.
 
-    gate_norm: whether out_proj reads the norm of y * silu(z), or that product itself.
+    gate_norm: whether out_proj reads the norm of y * silu(z), or that product itself. online_hadamard: a power of two: every so
+    many neighbouring inputs of out_proj are turned by the Hadamard matrix of that size (Sylvester's, orthonormal); 0: they are not.
     """
 
     kind: ClassVar[str] = "mamba2"
@@ -26,6 +27,7 @@ class Mamba2:
     n_groups: int = 1
     chunk_size: int = 256
     gate_norm: bool = True
+    online_hadamard: int = 0
 
     def __post_init__(self) -> None:
         for name in ("d_inner", "d_state", "headdim", "n_groups", "chunk_size"):
@@ -35,6 +37,12 @@ class Mamba2:
             raise ConfigError(f"d_inner {self.d_inner} is not a multiple of headdim {self.headdim}")
         if self.n_heads % self.n_groups:
             raise ConfigError(f"{self.n_heads} heads cannot be shared by {self.n_groups} groups of B and C")
+        if self.online_hadamard:
+            whole_number("online_hadamard", self.online_hadamard)
+            if self.online_hadamard.bit_count() != 1 or self.d_inner % self.online_hadamard:
+                raise ConfigError(
+                    f"online_hadamard is {self.online_hadamard}; expected a power of two that divides d_inner {self.d_inner}"
+                )
 
     @property
     def n_heads(self) -> int:
@@ -79,4 +87,6 @@ class Mamba2:
         expand = {"expand": self.d_inner // self.d_model} if self.d_inner % self.d_model == 0 else {}
         own = {"d_inner": self.d_inner, "d_state": self.d_state, "d_conv": self.d_conv, **expand}
         own |= {"headdim": self.headdim, "n_groups": self.n_groups, "chunk_size": self.chunk_size}
+        if self.online_hadamard:
+            own["online_hadamard"] = self.online_hadamard
         return own if self.gate_norm else own | {"gate_norm": False}

@@ -13,12 +13,12 @@ from typing import Any
 
 from tmexport.errors import ConfigError
 from tmexport.files import LORA, file_in, read_text
-from tmexport.model.dialects import falcon_h1, granite_hybrid, llama, mamba1, mamba2
+from tmexport.model.dialects import falcon_h1, granite_hybrid, llama, mamba1, mamba2, tmexport_mamba2
 from tmexport.model.dialects.reading import Family
 from tmexport.model.spec import Model
 
 _LARGEST_FILE = 2**20
-_MODULES = (mamba1, mamba2, granite_hybrid, falcon_h1, llama)
+_MODULES = (mamba1, mamba2, tmexport_mamba2, granite_hybrid, falcon_h1, llama)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 

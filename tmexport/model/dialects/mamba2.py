@@ -89,7 +89,12 @@ def mamba2_model(
     return Model(d_model, vocab_size, blocks, rms_eps, tie_embeddings, bos_token_id, eos_token_id)
 
 
-def _from_hf(raw: Mapping[str, Any]) -> Model:
+def from_hf(raw: Mapping[str, Any]) -> Model:
+    """The model of a `Mamba2ForCausalLM`'s config.json.
+
+    Raises:
+        ConfigError: it cannot be represented.
+    """
     for rule in HF_RULES:
         rule.check(raw)
     refuse_dt_clamp(raw.get("time_step_limit"))
@@ -108,7 +113,7 @@ def _from_hf(raw: Mapping[str, Any]) -> Model:
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=first_id(raw.get("eos_token_id")),
     )
-    heads, has = raw.get("num_heads"), _branch(model).n_heads
+    heads, has = raw.get("num_heads"), the_branch(model).n_heads
     if heads is not None and heads != has:
         raise ConfigError(
             f"num_heads is {heads!r}, but expand * hidden_size / head_dim is {has}; expected them to agree"
@@ -143,12 +148,12 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> Model:
 
 
 READERS = (
-    (lambda raw: raw.get("model_type", "mamba2" if "num_hidden_layers" in raw else None) == "mamba2", _from_hf),
+    (lambda raw: raw.get("model_type", "mamba2" if "num_hidden_layers" in raw else None) == "mamba2", from_hf),
     (lambda raw: "d_model" in raw and "n_layer" in raw, _from_state_spaces),
 )
 
 
-def _branch(model: Model) -> Mamba2:
+def the_branch(model: Model) -> Mamba2:
     """The one branch that all blocks of a pure Mamba-2 have."""
     (branch,) = model.blocks[0].branches
     assert isinstance(branch, Mamba2), branch.kind
@@ -157,7 +162,7 @@ def _branch(model: Model) -> Mamba2:
 
 def _to_hf(model: Model) -> dict[str, Any]:
     """The config.json of a `Mamba2ForCausalLM`."""
-    c = _branch(model)
+    c = the_branch(model)
     return pure_mamba_config(model, "Mamba2ForCausalLM", c) | {
         "head_dim": c.headdim,
         "num_heads": c.n_heads,
@@ -167,7 +172,7 @@ def _to_hf(model: Model) -> dict[str, Any]:
 
 
 def _to_gguf(model: Model) -> dict[str, Any]:
-    c = _branch(model)
+    c = the_branch(model)
     return common_keys(model) | {
         "ssm.conv_kernel": c.d_conv,
         "ssm.inner_size": c.d_inner,

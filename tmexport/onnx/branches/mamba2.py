@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import onnx
 
+from tmexport.errors import UsageError
 from tmexport.model.branches.mamba2 import Mamba2
 from tmexport.onnx.builder import Builder
 from tmexport.onnx.forms import PROFILE, Custom, Ort, Portable
@@ -51,11 +52,37 @@ def portable(form: Portable, c: Mamba2, x: str, weights: Mapping[str, str], stat
     outputs = (b.name("y"), state["conv"].present, state["ssm"].present)
     selective_scan(b, c, _scan_inputs(form, projected, weights, state), outputs)
     b.annotate(outputs[0], ("batch", "time", c.d_inner))
-    return form.product(outputs[0], weights["out_proj"])
+    return form.product(_turned(b, c, outputs[0]), weights["out_proj"])
+
+
+def _turned(b: Builder, c: Mamba2, y: str) -> str:
+    """y [B, T, d_inner] times the branch's Hadamard matrix, as two: H of size i * j is H of i, times H of j (Kronecker)."""
+    if not c.online_hadamard:
+        return y
+    low = 1 << c.online_hadamard.bit_length() // 2
+    high = c.online_hadamard // low
+    parts = b.op("Reshape", y, b.ints(0, 0, -1, high, low))
+    parts = b.op("MatMul", b.const(_hadamard(high)), b.op("MatMul", parts, b.const(_hadamard(low))))
+    return b.op("Reshape", parts, b.ints(0, 0, c.d_inner), dims=("batch", "time", c.d_inner))
+
+
+def _hadamard(size: int) -> np.ndarray:
+    """Sylvester's matrix, orthonormal, fp32: 1 where the numbers of row and column share an even number of bits."""
+    both = np.arange(size)[:, None] & np.arange(size)
+    signs = [[-1.0 if int(bits).bit_count() % 2 else 1.0 for bits in row] for row in both]
+    return (np.array(signs) / np.sqrt(size)).astype(np.float32)
 
 
 def custom(form: Custom, c: Mamba2, x: str, weights: Mapping[str, str], state: Mapping[str, GraphState]) -> str:
-    """The same with one node for everything between the projections."""
+    """The same with one node for everything between the projections.
+
+    Raises:
+        UsageError: out_proj's inputs are turned, for which our domain has no operator.
+    """
+    if c.online_hadamard:
+        raise UsageError(
+            "--ops custom has no operator for the online Hadamard matrix, to the bit; use --ops portable or ort"
+        )
     projected = form.product(x, weights["in_proj"])
     outputs = (form.b.name(SCAN_OUTPUTS[0]), state["conv"].present, state["ssm"].present)
     inputs = _scan_inputs(form, projected, weights, state)
@@ -112,13 +139,13 @@ def ort(
     y = b.op("Add", outputs[0], skip)
     gated = b.op("Mul", y, silu(b, z))
     if not c.gate_norm:
-        return form.product(gated, weights["out_proj"])
+        return form.product(_turned(b, c, gated), weights["out_proj"])
     if c.n_groups == 1:
-        return form.product(form.norm(gated, weights["gate_norm"]), weights["out_proj"])
+        return form.product(_turned(b, c, form.norm(gated, weights["gate_norm"])), weights["out_proj"])
     parts = b.op("Reshape", gated, b.ints(0, 0, c.n_groups, -1))
     normed = form.norm(parts, b.const(np.ones(c.d_inner // c.n_groups, np.float32)))
     y = b.op("Mul", b.op("Reshape", normed, b.ints(0, 0, c.d_inner)), weights["gate_norm"])
-    return form.product(y, weights["out_proj"])
+    return form.product(_turned(b, c, y), weights["out_proj"])
 
 
 WRITERS = {"portable": portable, "custom": custom, "ort": ort}
