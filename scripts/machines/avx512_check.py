@@ -67,7 +67,7 @@ def emulated(path: Path, profile: str) -> dict[str, Any]:
     model = Model(source, profile, threads=1)
     model.compile()
     digest = logits_digest(model, PROMPT, DECODED)
-    code = [compiled.library.get_asm_str() for phase in phases for compiled in phase.overloads.values()]
+    code = [compiled.library.get_asm_str() for phase in phases for compiled in phase.code.overloads.values()]
     found = [pair for one in code for pair in VNNI.findall(one)]
     return {"sha256": digest, "vnni": Counter(f"{name} {width}" for name, width in found)}
 
