@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from runtime_ref.kernels.amx import FEWEST_ROWS, TILE, TOKENS, amx_begin, amx_end, unit
+from runtime_ref.kernels.amx import TILE, TOKENS, amx_begin, amx_end, unit
 from runtime_ref.kernels.compiled import overload
 from runtime_ref.kernels.isa import PRIMITIVES, constant
 from runtime_ref.kernels.output import put_row
@@ -25,6 +25,7 @@ from runtime_ref.kernels.vector import address, ask_for_line, splatted
 BLOCK = 32
 BYTES = BLOCK * ROWS  # of a block of 16 rows as int8
 SPARE = 4  # places for a block's sums
+FEWEST_ROWS = 8  # fewer tokens leave most of a tile idle
 AHEAD = 2  # blocks whose sums are made before they are read: what the unit stores is not at hand at once
 FURTHER = 8192  # bytes of codes to ask for in advance
 

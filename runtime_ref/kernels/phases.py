@@ -19,7 +19,7 @@ from runtime_ref.kernels.vector import load, splat, store
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 ONE = np.float32(1.0)
-FEWEST_ROWS = 8  # from here on the code for many rows is the faster one
+FEWEST_ROWS = 4  # from here on the code for many rows is the faster one
 # Where a product writes: s.proj, added to s.x, ...
 PROJ, RESIDUAL, LOGITS, MID, DT, SUM, ADD = range(7)
 
