@@ -50,7 +50,9 @@ def source_of(gguf: GGUFFile) -> Source:
     def vector(name: str) -> np.ndarray:
         info = gguf.tensors[name]
         values = decode_values(gguf.blocks(name), info.type, info.shape[-1], name)
-        return values.reshape(info.shape)
+        result = values.reshape(info.shape).copy()
+        _forget(gguf, name)
+        return result
 
     def packed(name: str) -> Packed:
         from runtime_ref.kernels.kinds import read_packed
@@ -90,15 +92,16 @@ def check_branches(model: Model, where: object) -> None:
 
 
 def _forget(gguf: GGUFFile, name: str) -> None:
-    """Let the system take back the mapped pages of a tensor that has been read."""
+    """Let the system take back the mapped pages of a tensor that has been read, and its neighbours' on them, which come back when they are read.
+
+    Linux may map 2 MB where one byte is read: then a layer's small vectors keep its matrices.
+    """
     mapped = getattr(gguf.data, "_mmap", None)
     if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
     info = gguf.tensors[name]
-    start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        mapped.madvise(mmap.MADV_DONTNEED, start, length)
+    start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
 
 
 def read_matrix(gguf: GGUFFile, name: str, group: int | None) -> Matrix:

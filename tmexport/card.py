@@ -19,6 +19,7 @@ from tmexport.errors import CheckpointError, TmexportError, UsageError
 from tmexport.evidence import model_digests
 from tmexport.files import atomic_write, file_in, read_text
 from tmexport.inspect import Summary, inspect_path
+from tmexport.model.dialects import tmexport_mamba2
 
 NAME = "README.md"
 _LARGEST = 2**26
@@ -124,7 +125,7 @@ def front_matter(name: str, checkpoint: Checkpoint, said: Said, evaluations: Seq
     metrics = {"acc": "accuracy", "acc_norm": "accuracy", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
     rows = [row for evaluation in evaluations for row in evaluation.rows]
     found: dict[str, Any] = {
-        "library_name": "tmexport" if kinds else "transformers",
+        "library_name": "tmexport" if kinds or checkpoint.config.family == tmexport_mamba2.NAME else "transformers",
         "pipeline_tag": "text-generation",
         "license": said.license,
         "base_model": said.base_model,
@@ -178,7 +179,13 @@ def _running(name: str, checkpoint: Checkpoint) -> list[str]:
         *(["import tmexport.hf"] if checkpoint.coded else []),
         "from transformers import AutoModelForCausalLM", "", f"model = AutoModelForCausalLM.from_pretrained({name!r})",
     ]  # fmt: skip
-    return ["```sh", *shell, "```", "", "With transformers:", "", "```python", *python, "```"]
+    said = ["```sh", *shell, "```", ""]
+    if checkpoint.config.family == tmexport_mamba2.NAME:
+        return [
+            *said,
+            "Stock programs (transformers, llama.cpp) do not compute this architecture and refuse its files.",
+        ]
+    return [*said, "With transformers:", "", "```python", *python, "```"]
 
 
 def _making(folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tmexport.errors import GGUFError, TmexportError, UsageError
 from tmexport.gguf.reader import Cursor, read_value
+from tmexport.model.dialects import tmexport_mamba2
 from tmexport.tokenizer.names import NO_END
 from tmexport.tokenizer.splits import BY_NAME
 
@@ -280,7 +281,7 @@ def _who_loads(header: Header, problems: list[str]) -> list[str]:
     if others:
         return others if len(others) == 1 else []
     architecture = str(header.metadata.get("general.architecture"))
-    if architecture.startswith("tmexport-"):  # with operations that are ours alone
+    if architecture == tmexport_mamba2.NAME:
         return ["tmexport, runtime_ref"]
     ours = architecture == "mamba2"
     return [STOCK] + (["tmexport, runtime_ref"] if ours else [])

@@ -26,7 +26,7 @@ from runtime_ref.kernels.vector import address, ask_for, ask_for_line, peek, pok
 TILE = 1024  # bytes: 16 rows of 64
 TOKENS = 16  # a tile's
 SUMS = 4  # tiles that add up at the same time; 0..3 hold sums, the others what is multiplied
-FEWEST_ROWS = 8  # fewer tokens leave most of a tile idle
+FEWEST_ROWS = 4  # fewer tokens leave most of a tile idle
 V: TypeAlias = ir.Value
 
 

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from runtime_ref.kernels.amx import FEWEST_ROWS, TILE, TOKENS, amx_begin, amx_end, unit
+from runtime_ref.kernels.amx import TILE, TOKENS, amx_begin, amx_end, unit
 from runtime_ref.kernels.compiled import overload
 from runtime_ref.kernels.isa import PRIMITIVES, constant
 from runtime_ref.kernels.output import put_row
@@ -25,7 +25,9 @@ from runtime_ref.kernels.vector import address, ask_for_line, splatted
 BLOCK = 32
 BYTES = BLOCK * ROWS  # of a block of 16 rows as int8
 SPARE = 4  # places for a block's sums
+FEWEST_ROWS = 8  # fewer tokens leave most of a tile idle
 AHEAD = 2  # blocks whose sums are made before they are read: what the unit stores is not at hand at once
+FURTHER = 8192  # bytes of codes to ask for in advance
 
 
 @intrinsic
@@ -53,14 +55,14 @@ def _spread(typingctx, codes, words, weights):
 
 
 @intrinsic
-def _multiply(typingctx, profile, weights, scales, low, high, q_stride, q_scale, b_stride, blocks, sums, y):
+def _multiply(typingctx, profile, weights, scales, low, high, q_stride, q_scale, b_stride, blocks, sums, y, ahead):
     """16 tokens times 16 rows: y fp32 [token][16 rows].
 
     weights: int8 [column / 4][16 rows][4]; scales: of these rows; low, high: the first token's planes, q_stride bytes a token; q_scale:
-    b_stride elements a token; sums: room for SPARE times the planes' sums.
+    b_stride elements a token; sums: room for SPARE times the planes' sums; ahead: how many bytes further to ask for weights.
     """
     planes = PLANES[profile.instance_class]
-    sig = types.void(profile, *[types.int64] * 10)
+    sig = types.void(profile, *[types.int64] * 11)
 
     def codegen(context, builder, sig, args):
         code, b = Code(builder), builder
@@ -75,7 +77,10 @@ def _multiply(typingctx, profile, weights, scales, low, high, q_stride, q_scale,
 
         def add_up(i, _):
             column = b.mul(i, code.i64(BLOCK))
-            unit(code, "tileloadd64", 4, code.at(weights_at, b.mul(i, code.i64(BYTES))), line)
+            own = code.at(weights_at, b.mul(i, code.i64(BYTES)))
+            for at in range(0, BYTES, 64):
+                ask_for_line(b, code.at(own, b.add(args[11], code.i64(at))), level=2)
+            unit(code, "tileloadd64", 4, own, line)
             for plane, at in enumerate((low_at, high_at)[:planes]):
                 unit(code, "tilezero", plane)
                 unit(code, "tileloadd64", 7 - plane, code.at(at, column), args[5])
@@ -141,7 +146,7 @@ def _blocks_by_amx(isa, profile, bits, codes, scales, s, rows, out, add, first, 
                 q = r * q_stride
                 _multiply(
                     profile, weights, address(scales) + tile * scales.strides[0], low + q, high + q, q_stride,
-                    q_scale + 4 * r * b_stride, b_stride, blocks, sums, sums + results,
+                    q_scale + 4 * r * b_stride, b_stride, blocks, sums, sums + results, FURTHER if bits == 8 and r == 0 else 0,
                 )  # fmt: skip
                 for t in range(min(TOKENS, rows - r)):
                     put_row(out, r + t, tile, sums + results + 64 * t, add)

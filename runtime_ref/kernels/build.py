@@ -26,7 +26,7 @@ from runtime_ref.kernels.phases import (
     Scale,
     divide_logits,
     embed_rows,
-    final_norm_rows,
+    norm_rows,
     scale_rows,
     ways,
 )
@@ -84,7 +84,7 @@ def build(source: Source, preset: Preset) -> Built:
     if number != 1.0:
         start.append(Step(scale_rows, Scale(number, c.d_model)))
     end = [
-        Step(final_norm_rows(preset.activations), Norm(norm, _eps(source), head.block, c.n_layer)),
+        Step(norm_rows(preset.activations), Norm(norm, _eps(source), head.block, c.n_layer, last=1)),
         Step(few, Product(*head, LOGITS), many),
     ]
     if c.logits_divisor != 1.0:

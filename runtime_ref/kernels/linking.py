@@ -17,6 +17,12 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager
 
+# Of Numba's pipeline, what does nothing for kernels: they hold no closures, `with`, array expressions, literal loops or messages
+_NEEDLESS = {
+    "WithLifting", "InlineClosureLikes", "RewriteDynamicRaises", "MakeFunctionToJitFunction", "FindLiterallyCalls", "LiteralUnroll",
+    "LiteralPropagationSubPipelinePass", "InlineOverloads", "NopythonRewrites", "AnnotateTypes", "DumpParforDiagnostics",
+}  # fmt: skip
+
 
 class _Lowered(JITCodeLibrary):
     def _optimize_functions(self, ll_module: Any) -> None:
@@ -69,7 +75,12 @@ class _Compiler(CompilerBase):
             codegen = self.state.targetctx.codegen()
             self.state.library = self.library(codegen, self.state.func_id.func_qualname)
             self.state.library.enable_object_caching()
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+        passes = PassManager("kernel")
+        for kind, about in DefaultPassBuilder.define_nopython_pipeline(self.state).passes:
+            if kind.__name__ not in _NEEDLESS:
+                passes.add_pass(kind, about)
+        passes.finalize()
+        return [passes]
 
 
 class Part(_Compiler):

@@ -19,7 +19,7 @@ from runtime_ref.kernels.vector import load, splat, store
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
 ONE = np.float32(1.0)
-FEWEST_ROWS = 8  # from here on the code for many rows is the faster one
+FEWEST_ROWS = 4  # from here on the code for many rows is the faster one
 # Where a product writes: s.proj, added to s.x, ...
 PROJ, RESIDUAL, LOGITS, MID, DT, SUM, ADD = range(7)
 
@@ -30,13 +30,15 @@ class Embedding(NamedTuple):
 
 class Norm(NamedTuple):
     """weight fp32 [d]; eps; block: activations that share a scale in the product that follows, 0 if it takes them as they
-    are; number: of the block, for the report of an Inf or a NaN.
+    are; number: of the block, for the report of an Inf or a NaN; last: 1 before the head, of whose rows only those are
+    prepared whose logits are wanted, as the first, else 0.
     """
 
     weight: np.ndarray
     eps: float
     block: int
     number: int
+    last: int = 0
 
 
 class Rows(NamedTuple):
@@ -86,25 +88,10 @@ def norm_rows(activations: Activations) -> Callable[..., None]:
     def body(tid, threads, job, a):
         s, d = job.s, a.weight.shape[0]
         for r in range(tid, job.rows, threads):
-            if not rms_norm(s.x[r], a.weight, s.wide[r, :d], a.eps) and s.bad[r] < 0:
-                s.bad[r] = a.number
-            if a.block:
-                quantize_row(levels, s, r, d, a.block)
-
-    return body
-
-
-@made_for
-def final_norm_rows(activations: Activations) -> Callable[..., None]:
-    """The norm before the head: of the rows whose logits are wanted, into the first rows of s.wide."""
-    levels = activations.levels
-
-    @inlined
-    def body(tid, threads, job, a):
-        s, d = job.s, a.weight.shape[0]
-        for r in range(tid, job.rows, threads):
-            if job.wanted == job.rows or r % job.length == job.length - 1:
-                target = r if job.wanted == job.rows else r // job.length
+            target = r
+            if a.last and job.wanted < job.rows:
+                target = r // job.length if r % job.length == job.length - 1 else -1
+            if target >= 0:
                 finite = rms_norm(s.x[r], a.weight, s.wide[target, :d], a.eps)
                 if a.block:
                     quantize_row(levels, s, target, d, a.block)

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +22,13 @@ from numba.extending import intrinsic
 from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached, source_digest
 from runtime_ref.kernels.compiled import OPTIONS
-from runtime_ref.kernels.records import read, type_of, words
+from runtime_ref.kernels.records import type_of, words
 from runtime_ref.kernels.scratch import Scratch
 
 # ruff: noqa: ANN001, ANN202 - compiled functions, typed by Numba
 
-_ARGUMENTS = (types.int64, types.int64, types.uint64, types.uint64)
+STEP_WORDS = 3  # of a phase in `Program.table`
+_CALLED_WITH = (types.int64, types.int64, types.uint64, types.uint64)
 
 
 class Job(NamedTuple):
@@ -84,7 +86,7 @@ def _call(typingctx, function, tid, threads, job, args):
         builder.call(builder.inttoptr(arguments[0], pointer), arguments[1:])
         return context.get_dummy_value()
 
-    return types.void(types.uint64, *_ARGUMENTS), codegen
+    return types.void(types.uint64, *_CALLED_WITH), codegen
 
 
 def _compiled(digest: int) -> Callable[..., None]:
@@ -102,18 +104,29 @@ def _compiled(digest: int) -> Callable[..., None]:
 run = _compiled(source_digest())
 
 
+class Entry(NamedTuple):
+    """A phase as the engine calls it: its function, and the types it is compiled for, records by their addresses."""
+
+    code: Any
+    signature: tuple[types.Type, ...]
+
+    @property
+    def known(self) -> bool:
+        """Whether its machine code is in this process or on the disk."""
+        return bool(self.code.overloads) or self.code._cache.holds(self.signature)
+
+
 @cache
-def _entry(body: Any, job: types.Type, args: types.Type) -> Any:
-    """A phase as the engine calls it."""
-
-    def entry(tid, threads, job_at, args_at):
-        body(tid, threads, read(job_at, job), read(args_at, args))
-
-    code, made_for = body.py_func.__code__, [cell.cell_contents for cell in body.py_func.__closure__ or ()]
-    about = (body.py_func.__module__, str(code.co_firstlineno), repr(made_for), repr(job), repr(args))
+def _entry(body: Any, job: types.Type, args: types.Type) -> Entry:
+    of = body.py_func
+    function = FunctionType(of.__code__, of.__globals__, of.__name__, of.__defaults__, of.__closure__)
+    made_for = [cell.cell_contents for cell in of.__closure__ or ()]
+    about = (of.__module__, str(of.__code__.co_firstlineno), repr(made_for), repr(job), repr(args))
     # Symbols of what is read from the disk meet in one process, and Numba tells them apart by names and types only
-    entry.__qualname__ = f"phase_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
-    return cached(about=about, **(OPTIONS | {"no_cfunc_wrapper": False}))(entry)
+    function.__qualname__ = f"phase_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+    function.__module__ = of.__module__
+    kept = cached(about=about, **(OPTIONS | {"no_cfunc_wrapper": False}))(function)
+    return Entry(kept, (types.int64, types.int64, job, args))
 
 
 class Program:
@@ -133,23 +146,23 @@ class Program:
         """Whether `table` finds everything compiled, in this process or, looked for once, on the disk."""
         if many not in self._tables and many not in self._found:
             entries = set(self._entries(many, job))
-            self._found[many] = all(entry.overloads or entry._cache.holds(_ARGUMENTS) for entry in entries)
+            self._found[many] = all(entry.known for entry in entries)
         return many in self._tables or self._found[many]
 
     def table(self, many: bool, job: Job) -> np.ndarray:
-        """Of each phase the addresses of code and arguments, and `apart`: uint64 [steps, 3], for jobs of many rows or of few; compiled if need be."""
+        """Of each phase the addresses of code and arguments, and `apart`: uint64 [steps, STEP_WORDS], for jobs of many rows or of few; compiled if need be."""
         if many not in self._tables:
             code = np.array([_address(entry) for entry in self._entries(many, job)], np.uint64)
             self._tables[many] = np.stack([code, self._arguments, self._apart], axis=1)
         return self._tables[many]
 
-    def _entries(self, many: bool, job: Job) -> list[Any]:
+    def _entries(self, many: bool, job: Job) -> list[Entry]:
         kind = type_of(job)
         return [_entry((many and step.many) or step.body, kind, type_of(step.args)) for step in self._steps]
 
 
-def _address(entry: Any) -> int:
+def _address(entry: Entry) -> int:
     """Where the machine code of a phase is, compiled or read from the disk first."""
-    entry.compile(_ARGUMENTS)
-    result = entry.overloads[_ARGUMENTS]
+    entry.code.compile(entry.signature)
+    result = entry.code.overloads[entry.signature]
     return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)

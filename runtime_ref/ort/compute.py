@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
     interface: the address of OrtApi; calls int64: addresses (MALLOC, ...); owner: the Python object that keeps all this; threads: parts of
     a phase; chunk: rows at a time, 0 for all. inputs int64 [.., 3 + RANK]: number, address of what to say of another shape, rank, dimensions.
     outputs int64 [.., 1 + RANK]: rank, dimensions. job int64: a Job's words. wires int64 [.., 6]: word of the job, source, its number, rows,
-    width, bytes of an element. few, many uint64 [steps, 2]: `Program.table`; by_rows int64 [steps]: 1 if one thread does a row.
+    width, bytes of an element. few, many uint64 [steps, STEP_WORDS]: `Program.table`; by_rows int64 [steps]: 1 if one thread does a row.
     carried int64 [.., 3]: input, output and bytes a text of a state: where a call takes some rows at a time, the next ones of a text go on
     from what was written.
     """

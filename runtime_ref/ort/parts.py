@@ -12,6 +12,7 @@ from runtime_ref.kernels.barrier import SPINS
 from runtime_ref.kernels.compiled import kernel, stack
 from runtime_ref.kernels.intrinsics import atomic_add, atomic_load, sched_yield
 from runtime_ref.kernels.phases import FEWEST_ROWS
+from runtime_ref.kernels.program import STEP_WORDS
 from runtime_ref.kernels.records import words_at
 from runtime_ref.ort.interface import PARALLEL_FOR
 
@@ -81,12 +82,12 @@ def work(board_at):
     thread to another run first, so that one which waited for all to come could wait for ever.)
     """
     board = words_at(board_at, BOARD_WORDS)
-    table = words_at(board[TABLE], 2 * MOST_STEPS)
+    table = words_at(board[TABLE], STEP_WORDS * MOST_STEPS)
     for step in range(board[STEPS]):
         parts, taken, done = board[PARTS + step], TAKEN + 8 * step, DONE + 8 * step
         part = atomic_add(board, taken, 1)
         while part < parts:
-            call(table[2 * step], (part, parts, board[JOB_AT], table[2 * step + 1]))
+            call(table[STEP_WORDS * step], (part, parts, board[JOB_AT], table[STEP_WORDS * step + 1]))
             atomic_add(board, done, 1)
             part = atomic_add(board, taken, 1)
         spins = 0

@@ -1,8 +1,8 @@
 """A server under load and under abuse: it answers, it refuses in one line, it forgets nobody's memory, its cache stays whole.
 
-    python scripts/faults/serve_load.py --seconds 120
+    python scripts/faults/serve_load.py [MODEL.gguf] --seconds 120
 
-Five parts, each with a server process of the demo model: (1) how many tokens a second one client gets and eight together;
+Five parts, each with a server process of MODEL (default: the demo model): (1) how many tokens a second one client gets and eight together;
 (2) --clients clients at once for --seconds, an eighth of them reading slowly, an eighth leaving in the middle, an eighth
 half-closing their connection; (3) --bad wrong requests; (4) --random random bodies; (5) --kills times kill -9 on a server
 that is writing its cache folder, after which every snapshot there must read. The last line on stdout is one JSON object;
@@ -26,8 +26,10 @@ from typing import Any
 import click
 import numpy as np
 
+from runtime_ref.command import DEMO_MODEL
 from tests.serve.running import TEMPLATE, Server, request_bytes
 from tmexport.cli.app import run_command
+from tmexport.cli.options import PATH
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 WORDS = [
@@ -213,15 +215,14 @@ def abuse(server: Server, count: int, is_random: bool) -> dict[str, Any]:
     return {"asked": count, "statuses": statuses, "failures": len(failures), "first_failures": failures[:3]}
 
 
-def kills(count: int, folder: Path) -> dict[str, Any]:
+def kills(path: Path, count: int, folder: Path) -> dict[str, Any]:
     """Part 5."""
-    from runtime_ref.command import DEMO_MODEL
     from runtime_ref.model import Model
     from runtime_ref.serve.prefix_cache import PrefixCache, read_snapshot
 
     rng, answered = random.Random(5), 0
     for number in range(count):
-        with Server("--threads", 1, "--cache-dir", folder, "--cache-size", "100M") as server:
+        with Server(path, "--threads", 1, "--cache-dir", folder, "--cache-size", "100M") as server:
             connection = server.connect()
             for turn in range(8):
                 body = {"prompt": [number + 1, turn + 1, *range(1, 1500)], "max_tokens": 1}
@@ -234,7 +235,7 @@ def kills(count: int, folder: Path) -> dict[str, Any]:
                 pass
             server.stop(signal.SIGKILL)
             connection.close()
-    model = Model.load(DEMO_MODEL, threads=1)
+    model = Model.load(path, threads=1)
     blank, damaged = PrefixCache(model.new_state(), model.config.vocab_size, "", 10**8).blank, []
     snapshots = list(folder.glob("*.state"))
     for path in snapshots:
@@ -252,6 +253,7 @@ def kills(count: int, folder: Path) -> dict[str, Any]:
 
 
 @click.command()
+@click.argument("path", metavar="[MODEL]", default=DEMO_MODEL, type=PATH)
 @click.option("--clients", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--seconds", type=float, default=120.0, show_default=True, help="Of the load.")
 @click.option("--bad", type=click.IntRange(0), default=1000, show_default=True, help="Wrong requests.")
@@ -260,13 +262,13 @@ def kills(count: int, folder: Path) -> dict[str, Any]:
 )
 @click.option("--kills", "times", type=click.IntRange(0), default=50, show_default=True, help="Times kill -9.")
 @click.option("-t", "--threads", default=1, show_default=True, help="Of the server.")
-def main(clients: int, seconds: float, bad: int, random_bodies: int, times: int, threads: int) -> None:
-    """Load, abuse and kill `tmexport serve` with the demo model."""
+def main(path: Path, clients: int, seconds: float, bad: int, random_bodies: int, times: int, threads: int) -> None:
+    """Load, abuse and kill `tmexport serve` with MODEL, a .gguf file (default: the demo model)."""
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "chat.jinja"
         template.write_text(TEMPLATE)
-        with Server("--chat-template", template, "--threads", threads, "--cache-size", "40M") as server:
+        with Server(path, "--chat-template", template, "--threads", threads, "--cache-size", "40M") as server:
             part = min(10.0, seconds / 4)
             one, eight = throughput(server, 1, part), throughput(server, 8, part)
             report["throughput"] = {"one": one, "eight": eight, "ratio": round(eight / one, 2)}
@@ -279,7 +281,7 @@ def main(clients: int, seconds: float, bad: int, random_bodies: int, times: int,
                 print(f"{name}: {report[name]}", file=sys.stderr)
             alive = server.ask("GET", "/health")[0] == 200
         report["alive"], report["traceback"] = alive, "Traceback" in server.stderr
-        report["kills"] = kills(times, Path(scratch) / "cache") if times else {"kills": 0, "damaged": 0}
+        report["kills"] = kills(path, times, Path(scratch) / "cache") if times else {"kills": 0, "damaged": 0}
     failed = (
         report["load"]["errors"]
         + report["load"]["still_running"]

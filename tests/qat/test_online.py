@@ -90,6 +90,10 @@ def test_stock_programs_refuse_it(made):
     with pytest.raises(ValueError, match="tmexport-mamba2"):
         transformers.AutoConfig.from_pretrained(made / "made")
     assert diagnose(made / "made.gguf").loads == ["tmexport, runtime_ref"]
+    assert invoke(cli, "card", made / "made").exit_code == 0
+    card = (made / "made" / "README.md").read_text()
+    assert "Stock programs (transformers, llama.cpp) do not compute this architecture" in card
+    assert "from_pretrained" not in card
 
 
 def test_torch_the_runtime_and_onnx_agree(made, tmp_path):
