@@ -46,7 +46,7 @@ CORES = {
 }
 PROFILES = tuple(PRESETS)
 PROMPT, DECODED = 40, 8
-VNNI = re.compile(r"^\s*(vpdp\w+)\s.*%([xyz]mm)\d+$", re.MULTILINE)
+VNNI = re.compile(r"^\s*(?:\{vex\}\s+)?(vpdp\w+)\s.*%([xyz]mm)\d+$", re.MULTILINE)
 
 
 def emulated(path: Path, profile: str) -> dict[str, Any]:
