@@ -26,13 +26,15 @@ def with_blocks(model: bytes) -> bytes:
     readers = Counter(name for node in nodes for name in node.input)
     readers.update(value.name for value in proto.graph.output)
     made = {name: node for node in nodes for name in node.output}
-    gone, blocks = set(), {}
+    gone, blocks = set(), {}  # by their first output: a node need not have a name
     for node in nodes:
         chain = _chain(node, made, readers)
         if chain:
-            gone |= {part.name for part in chain}
-            blocks[node.name] = _block(*chain)
-    kept = [blocks.get(node.name, node) for node in nodes if node.name in blocks or node.name not in gone]
+            gone |= {part.output[0] for part in chain}
+            blocks[node.output[0]] = _block(*chain)
+    kept = [
+        blocks.get(node.output[0], node) for node in nodes if node.output[0] in blocks or node.output[0] not in gone
+    ]
     del nodes[:]
     nodes.extend(kept)
     return proto.SerializeToString()

@@ -32,6 +32,7 @@ from runtime_ref.ort.compute import (
 )
 from runtime_ref.ort.custom_ops import keep_failure
 from runtime_ref.ort.interface import ADD_DOMAIN, ADD_TO_DOMAIN, CREATE_DOMAIN, FLOAT, Api, Node, OrtCustomOp, custom_op
+from runtime_ref.ort.parts import MOST_STEPS
 from runtime_ref.ort.plans import OPERATORS, Plan, arena
 from tmexport.errors import UsageError
 from tmexport.onnx.names import DOMAIN
@@ -41,6 +42,7 @@ class _Made:
     """A kernel, and all that its words refer to; onnxruntime owns a reference."""
 
     def __init__(self, plan: Plan, interface: int, threads: int) -> None:
+        assert len(plan.steps) <= MOST_STEPS  # what a call's threads share has room for
         job, program = empty_job(), Program(plan.steps)
         messages = [_message(number, dims) for number, dims in plan.inputs]
         inputs = [[n, ctypes.addressof(m), *_padded(dims)] for (n, dims), m in zip(plan.inputs, messages, strict=True)]
