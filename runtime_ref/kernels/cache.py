@@ -40,6 +40,7 @@ from runtime_ref.kernels.linking import Whole
 _MAGIC = b"runtime_ref kernel 1\n"
 _ROOM = 32 << 20  # bytes that must be free: the kernels of a model are some megabytes
 _PACKAGE = Path(__file__).parent
+_compiled: list[str] = []  # by this process
 _PRESETS = _PACKAGE.parent / "arithmetic.py"  # its constants are compiled in
 
 
@@ -64,6 +65,11 @@ def source_digest() -> int:
     for path in (*sorted(_PACKAGE.rglob("*.py")), _PRESETS):
         digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:7], "little")
+
+
+def compilations() -> int:
+    """How many functions this process has compiled, because no file had them."""
+    return len(_compiled)
 
 
 class KernelCache(_Cache):
@@ -109,6 +115,7 @@ class KernelCache(_Cache):
         return any((folder / name).is_file() for folder in readable())
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
+        _compiled.append(self._name)
         if not self._enabled or data.library.has_dynamic_globals or any(not x.can_cache for x in data.lifted):
             return
         name, payload = self._file_name(sig, data.codegen), dumps(data._reduce())

@@ -89,8 +89,7 @@ def test_everything_asked_for_is_there(ran, gguf):
         assert list(result["chunk_tokens_per_second"][profile]) == ["1", "8"]
         assert set(result["workloads"][profile]) == {"chat", "document", "stream"}
         memory = result["memory"][profile]
-        # a model of few kB whose kernels were on the disk needs neither the compiler nor what it imports, which are counted
-        assert memory["peak_rss_bytes"] <= memory["expected_bytes"] <= 3.5 * memory["peak_rss_bytes"]
+        assert memory["peak_rss_bytes"] <= memory["expected_bytes"] <= 2.5 * memory["peak_rss_bytes"]
         chat = result["workloads"][profile]["chat"]
         assert chat["state_bytes"] >= memory["state_bytes"]
         assert chat["time_to_first_token_s"] > chat["load_s"] > 0
