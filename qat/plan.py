@@ -96,10 +96,9 @@ def make_plan(recipe: Recipe, config: Model, accelerator: str, teacher: Model | 
     tokens = recipe.steps * recipe.tokens_per_step
 
     aligned = recipe.objective != "predict"  # layer by layer: what does not learn is not computed, nor are the logits
-    blocks = [block for block in model.backbone.blocks if not aligned or _learns(block)]
-    layers = [
-        (kind, block) for kind, block in zip(config.blocks, model.backbone.blocks, strict=True) if block in blocks
-    ]
+    every = zip(config.blocks, model.backbone.blocks, strict=True)
+    layers = [(kind, block) for kind, block in every if not aligned or _learns(block)]
+    blocks = [block for _, block in layers]
     sequences = max(1, recipe.batch_size // recipe.accumulate)
     low = recipe.dtype == "bfloat16"
     measured = {

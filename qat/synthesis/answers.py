@@ -22,6 +22,8 @@ from tmexport.errors import TextError, UsageError
 from tmexport.files import atomic_write
 from tmexport.tokenizer.beside import read_beside
 
+_BEGINS = b'{"made_of": "'  # how OUT.part does, which a power cut may have left with no whole line
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -112,11 +114,11 @@ def synthesize(
         raise UsageError(f"{out}: is there already; remove it, or choose another --out")
     part = out.with_name(out.name + ".part")
     made_of = _digest(writer, prompts, drawing)
-    written = _read_part(part, made_of)
-    fresh = not part.is_file() or not part.stat().st_size
+    found = _read_part(part, made_of)
+    written = found or []
     answers, tokens = sum(len(lines) for lines in written), sum(line["tokens"] for lines in written for line in lines)
     with open(part, "a", encoding="utf-8") as file:
-        if fresh:
+        if found is None:
             _append(file, {"made_of": made_of})
         for batch, first in enumerate(range(0, len(prompts), drawing.at_once)):
             asked = prompts[first : first + drawing.at_once]
@@ -149,17 +151,23 @@ def _append(file: TextIO, line: dict[str, Any]) -> None:
     file.flush()
 
 
-def _read_part(part: Path, made_of: str) -> list[list[dict[str, Any]]]:
-    """The lines of each batch that an interrupted run wrote; a line that was cut off is removed."""
-    if not part.is_file():
-        return []
-    whole = part.read_bytes()
-    os.truncate(part, whole.rfind(b"\n") + 1)
+def _read_part(part: Path, made_of: str) -> list[list[dict[str, Any]]] | None:
+    """The lines of each batch that an interrupted run wrote; None if it wrote nothing. A line that was cut off is removed.
+
+    Raises:
+        UsageError: the file is another run's, and stays as it is.
+    """
+    whole = part.read_bytes() if part.is_file() else b""
+    complete = whole[: whole.rfind(b"\n") + 1]
+    if not complete and whole[: len(_BEGINS)] == _BEGINS[: len(whole)]:
+        part.unlink(missing_ok=True)
+        return None
     try:
-        header, *batches = [json.loads(line) for line in whole[: whole.rfind(b"\n") + 1].splitlines() or [b"{}"]]
-        if not header or header.get("made_of") == made_of:
+        header, *batches = [json.loads(line) for line in complete.splitlines()]
+        if header["made_of"] == made_of:
+            os.truncate(part, len(complete))
             return [batch["lines"] for batch in batches]
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise UsageError(f"{part}: holds the answers of another run; remove it, or choose another --out")
 

@@ -72,12 +72,12 @@ def test_a_cut_run_goes_on_to_the_same_text(teacher, prompts, tmp_path):
 
     run(tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
-    for stop, cut in ((1, 0), (2, 7), (1, 10**6)):
+    for stop, kept in ((1, None), (2, -7), (1, 0), (1, 5), (1, 20)):
         out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
         with pytest.raises(KeyboardInterrupt):
             run(out, stop)
         assert not out.exists()
-        part.write_bytes(part.read_bytes()[: max(0, part.stat().st_size - cut)])  # as a power cut leaves it
+        part.write_bytes(part.read_bytes()[:kept])  # as a power cut leaves it
         run(out)
         assert out.read_bytes() == whole
         assert not part.exists()
@@ -90,11 +90,14 @@ def test_what_is_refused(teacher, prompts, tokenizer_path, tmp_path):
     write_checkpoint(plain, *_random(), tokenizer_path)
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "Congress " * 400}) + "\n")
     (tmp_path / "there.jsonl").write_text("mine\n")
-    (tmp_path / "other.jsonl.part").write_text('{"made_of": "another"}\n')
+    other, mine = '{"made_of": "another"}\n{"batch"', "no line of ours"
+    (tmp_path / "other.jsonl.part").write_text(other)
+    (tmp_path / "mine.jsonl.part").write_text(mine)
     for code, message, options in (
         (2, "has no chat template; add --raw", {"--teacher": plain}),
         (2, "is there already", {"--out": tmp_path / "there.jsonl"}),
         (2, "holds the answers of another run", {"--out": tmp_path / "other.jsonl"}),
+        (2, "holds the answers of another run", {"--out": tmp_path / "mine.jsonl"}),
         (2, "no prompt has between 1 and 192 tokens", {"--prompts": tmp_path / "long.jsonl"}),
         (2, "cannot be read", {"--prompts": tmp_path / "none.jsonl"}),
     ):
@@ -103,6 +106,8 @@ def test_what_is_refused(teacher, prompts, tokenizer_path, tmp_path):
         assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
         assert not (tmp_path / "o.jsonl").exists()
     assert (tmp_path / "there.jsonl").read_text() == "mine\n"
+    assert (tmp_path / "other.jsonl.part").read_text() == other
+    assert (tmp_path / "mine.jsonl.part").read_text() == mine
 
 
 def _random():

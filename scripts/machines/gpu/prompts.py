@@ -61,10 +61,9 @@ PROMPTS = (
 )
 
 
-def conversation(question: str, answer: str | None = None) -> str:
-    """A question as SmolLM2's own template writes it, up to where the assistant speaks, or with the answer."""
-    asked = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    return asked if answer is None else f"{asked}{answer}<|im_end|>\n"
+def conversation(question: str) -> str:
+    """A question as SmolLM2's own template writes it, up to where the assistant speaks."""
+    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def ends_of(tokenizer: Tokenizer) -> set[int]:
