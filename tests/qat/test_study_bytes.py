@@ -10,19 +10,13 @@ from qat.model.states import Rows, advance_int8
 from scripts.studies.against_bytes import FULL, WAYS, Study, Way, table
 from scripts.studies.state_rounding import Way as StateWay
 from scripts.studies.state_rounding import advance, again, keep, nearest, stochastic
-from tests.models import random_tensors
-from tests.qat.tiny import tiny_config
-from tmexport.checkpoint import open_checkpoint, write_checkpoint
+from tests.qat.tiny import small_teacher
+from tmexport.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, tokenizer_path):
-    folder = tmp_path_factory.mktemp("bytes")
-    text = folder / "text.txt"
-    text.write_text("The state of the Union is strong, and our debts are paid. " * 8)
-    config = tiny_config(d_model=128, vocab_size=300, eos_token_id=0)
-    write_checkpoint(folder / "teacher", config, random_tensors(config, 5), tokenizer_path)
-    return folder / "teacher", text
+    return small_teacher(tmp_path_factory.mktemp("bytes"), tokenizer_path, 8)
 
 
 def test_files_are_scored_as_evaluate_scores_and_weighed_by_their_tensors(teacher, tmp_path):

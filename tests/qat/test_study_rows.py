@@ -11,9 +11,7 @@ from qat.evaluate import documents_in, evaluate
 from qat.model import load_model
 from scripts.studies.ptq_ablation import FULL, STEPS, TEACHERS, Key, Study, keys, score, with_outliers
 from scripts.studies.rows import results
-from tests.models import random_tensors
-from tests.qat.tiny import tiny_config
-from tmexport.checkpoint import write_checkpoint
+from tests.qat.tiny import small_teacher
 
 
 def test_rows_of_two_processes_come_as_they_finish():
@@ -37,12 +35,7 @@ def test_what_reads_no_text_runs_once():
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, tokenizer_path):
-    folder = tmp_path_factory.mktemp("ablation")
-    text = folder / "text.txt"
-    text.write_text("The state of the Union is strong, and our debts are paid. " * 20)
-    config = tiny_config(d_model=128, vocab_size=300, eos_token_id=0)
-    write_checkpoint(folder / "teacher", config, random_tensors(config, 5), tokenizer_path)
-    return folder / "teacher", text
+    return small_teacher(tmp_path_factory.mktemp("ablation"), tokenizer_path, 20)
 
 
 def test_scores_are_those_of_evaluate_and_outliers_change_nothing(teacher, tmp_path):

@@ -3,6 +3,8 @@
 import json
 
 from qat.recipe import Recipe
+from tests.models import random_tensors
+from tmexport.checkpoint import write_checkpoint
 from tmexport.model import mamba2_model
 
 SENTENCES = [
@@ -15,6 +17,15 @@ SENTENCES = [
 def tiny_config(**changes):
     values = {"d_model": 64, "n_layer": 2, "vocab_size": 300, "d_state": 16, "headdim": 32, "expand": 2}
     return mamba2_model(**{**values, **changes})
+
+
+def small_teacher(folder, tokenizer_path, repeats):
+    """A random teacher of the studies, and a text for it."""
+    text = folder / "text.txt"
+    text.write_text("The state of the Union is strong, and our debts are paid. " * repeats)
+    config = tiny_config(d_model=128, vocab_size=300, eos_token_id=0)
+    write_checkpoint(folder / "teacher", config, random_tensors(config, 5), tokenizer_path)
+    return folder / "teacher", text
 
 
 TINY = {"d_model": 64, "n_layer": 1, "d_state": 16, "headdim": 32, "vocab_size": 300}
