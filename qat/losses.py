@@ -177,6 +177,8 @@ class _ChunkedLoss(torch.autograd.Function):
         sum_ce = torch.zeros((), device=hidden.device)
         sum_kl = torch.zeros((), device=hidden.device)
         step = rows_at_once(head.shape[0], hidden.device)
+        if torch.is_autocast_enabled(head.device.type):  # once: autocast would do it again for every chunk and product
+            head = head.to(torch.get_autocast_dtype(head.device.type))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             h, target = hidden[part], targets[part, None]
