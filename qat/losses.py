@@ -123,10 +123,15 @@ def alignment_loss(student: Sequence[nn.Module], stream: Iterable[Tensor]) -> Te
     for block, (before, after) in zip(student, pairwise(_without_gradient(stream)), strict=True):
         if not any(parameter.requires_grad for parameter in block.parameters()):
             continue
-        size = (after - before).square().mean()
-        total = total + (block(before) - after).square().mean() / size.clamp_min(1e-12)
+        total = total + block_error(block, before, after)
         count += 1
     return torch.as_tensor(total / max(1, count))
+
+
+def block_error(block: nn.Module, before: Tensor, after: Tensor) -> Tensor:
+    """|block(before) - after|^2 / |after - before|^2: 0 is the teacher's block, 1 one that adds nothing."""
+    size = (after - before).square().mean()
+    return (block(before) - after).square().mean() / size.clamp_min(1e-12)
 
 
 def orientation_loss(student: Sequence[ResidualBlock], mixing: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:

