@@ -95,7 +95,7 @@ class ChatTemplate:
 class _Generation(Extension):
     """{% generation %} ... {% endgeneration %}: marks the answers for training in transformers; the text is what stands in it."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares a set)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
