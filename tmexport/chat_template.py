@@ -13,8 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tmexport.documents import read_text
@@ -44,9 +45,7 @@ class ChatTemplate:
             TmexportError: it is no valid template.
         """
         self._where, self._tokens = where, dict(tokens)
-        self._environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        self._environment.filters["tojson"] = _to_json
-        self._environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        self._environment = _environment()
         try:
             self._template = self._environment.from_string(source)
         except (TemplateError, RecursionError) as error:
@@ -75,7 +74,11 @@ class ChatTemplate:
         parts, length = [], 0
         try:
             for part in self._template.generate(
-                messages=[dict(m) for m in messages], add_generation_prompt=answer, tools=None, **self._tokens
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=answer,
+                tools=None,
+                documents=None,
+                **self._tokens,
             ):
                 self._environment.check_time()
                 length += len(part)
@@ -87,6 +90,16 @@ class ChatTemplate:
         except Exception as error:  # whatever a stranger's template does is its own fault, or that of the messages
             raise TextError(f"the chat template refuses these messages: {_reason(error)}") from None
         return "".join(parts)
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: marks the answers for training in transformers; the text is what stands in it."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares a set)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -119,6 +132,22 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         self.check_time()
         return super().call(*args, **kwargs)
+
+
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return environment
+
+
+def template_fault(source: str) -> str | None:
+    """Why a text is no template; None if it is one."""
+    try:
+        _environment().from_string(source)
+    except (TemplateError, RecursionError) as error:
+        return _reason(error)
+    return None
 
 
 def load_template(model_path: Path, given: Path | None) -> ChatTemplate | None:
@@ -175,8 +204,15 @@ def _now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """With transformers' parameters, in its order."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,14 @@ from tmexport.weight_files import index_folder
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_AT_ONCE = 2**22  # values that are looked at together
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of transformers 5
 
 
@@ -87,8 +94,16 @@ class Checkpoint:
         return known.tensor(codes, self.stored[name + ".scales"].read(), form.group_size).check(name)
 
     def _read(self, name: str) -> np.ndarray:
-        """A dense tensor, with its family's multipliers folded in (then in fp32)."""
+        """A dense tensor, with its family's multipliers folded in (then in fp32).
+
+        Raises:
+            CheckpointError: it holds what is no number: training diverged, or the file is damaged.
+        """
         values = self.stored[name].read()
+        if not all(
+            np.isfinite(part).all() for part in np.array_split(values.reshape(-1), -(-values.size // _AT_ONCE) or 1)
+        ):
+            raise CheckpointError(f"{name}: holds NaN or infinite values; the checkpoint is damaged")
         for factor in self.folds.get(self.config.tensors[name].role, ()):
             values = values.astype(np.float32, copy=False) * factor
         return values
@@ -345,6 +360,13 @@ def _drop_tied_head(folder: Path, config: Model, stored: dict[str, StoredTensor]
     return {name: tensor for name, tensor in stored.items() if name != LM_HEAD}
 
 
+def _alike(name: str, stored: Iterable[str]) -> str:
+    """The stored name that ends as a missing one does, for the message."""
+    end = name.split(".", 1)[-1]
+    found = [other for other in stored if other.endswith("." + end)]
+    return f" (found {found[0]})" if found else ""
+
+
 def _check_tensors(
     folder: Path, config: Model, coded: Mapping[str, Stored], stored: Mapping[str, StoredTensor]
 ) -> None:
@@ -363,7 +385,8 @@ def _check_tensors(
             wanted[name] = (file, shape, ("F32", "F16", "BF16"))
     for name, (file, shape, dtypes) in wanted.items():
         if name not in stored:
-            raise CheckpointError(f"{folder}: {file} is missing; expected shape {list(shape)}")
+            tied = "; or tie_word_embeddings true, if it is the embedding" if file == LM_HEAD else _alike(file, stored)
+            raise CheckpointError(f"{folder}: {file} is missing; expected shape {list(shape)}{tied}")
         if stored[name].shape != shape or stored[name].dtype not in dtypes:
             raise CheckpointError(
                 f"{folder}: {file} is {stored[name].dtype} {list(stored[name].shape)}; expected {' or '.join(dtypes)} {list(shape)}"

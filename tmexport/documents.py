@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tmexport.background import in_background
-from tmexport.errors import TextError
+from tmexport.errors import TextError, TmexportError
 
 END_OF_TEXT = "<|endoftext|>"
 _AT_ONCE = 64  # documents that are tokenised together
@@ -120,6 +120,7 @@ def score_documents(documents: Iterable[Document], nats_of: Callable[[np.ndarray
 
     Raises:
         TextError: there is no token to score.
+        TmexportError: the scores are no numbers.
     """
     nats, tokens, text_bytes = 0.0, 0, 0
     for document in documents:
@@ -129,6 +130,8 @@ def score_documents(documents: Iterable[Document], nats_of: Callable[[np.ndarray
             text_bytes += document.n_bytes
     if not tokens:
         raise TextError("the text holds no token to score")
+    if not math.isfinite(nats):
+        raise TmexportError("the model's probabilities are no numbers: it computes NaN or infinite values on this text")
     return Score(tokens, nats, text_bytes)
 
 

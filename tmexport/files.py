@@ -33,9 +33,8 @@ def file_in(folder: Path | str, name: str) -> Path:
         is_file = real.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # ELOOP is a RuntimeError, a NUL in the name a ValueError
         raise CheckpointError(f"{path}: no such file ({getattr(error, 'strerror', None) or error})") from None
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
+    caches = [place.parent for place in (home, *home.parents) if place.parent.name == "snapshots"]
+    allowed = [home, *(snapshots.parent / "blobs" for snapshots in caches)]
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{path}: is a link that leaves the folder, to {real}; put the file itself there")
     if not is_file:
@@ -62,12 +61,22 @@ def read_text(path: Path, largest: int) -> str:
 
 
 def what_it_is(path: Path) -> str | None:
-    """What a file is that is not what its name says: the rest of a message; None if nothing better is known."""
+    """What a file of weights is that is not what its name says: the rest of a message; None if nothing better is known."""
     try:
         with open(path, "rb") as file:
-            return _named(file.read(_ENOUGH))
+            start = file.read(_ENOUGH)
     except OSError:
         return None
+    if start.startswith(b"PK\3\4") and path.suffix != ".bin":
+        return "is a zip archive; unpack it, or, if torch wrote it, name it pytorch_model.bin"
+    if start[8:10] == b'{"' and path.suffix != ".safetensors":
+        return "is a safetensors file; name it model.safetensors"
+    if start.startswith(b"{"):
+        return "is a JSON text (the answer of a server that refused the download?); download the file again"
+    return _named(start)
+
+
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
 def _named(start: bytes) -> str | None:
@@ -78,6 +87,9 @@ def _named(start: bytes) -> str | None:
         return "is a web page (a download that failed?); download the file again"
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is an export and no checkpoint"
+    for magic, program in _COMPRESSED.items():
+        if start.startswith(magic):
+            return f"is compressed; unpack it ({program})"
     if start.startswith((b"\xff\xfe{", b"\xff\xfe[", b"\xfe\xff\0{", b"\xfe\xff\0[")):
         return "is UTF-16 text; save it as UTF-8"
     return None

@@ -43,7 +43,7 @@ class HeldTensor(StoredTensor):
 
     def read(self) -> np.ndarray:
         """The tensor; bfloat16 arrives as fp32 (exact)."""
-        tensor = self.tensor.detach()
+        tensor = self.tensor.detach().resolve_neg()
         return (tensor.float() if self.dtype == "BF16" else tensor).contiguous().numpy()
 
     def is_at(self, other: StoredTensor) -> bool:
@@ -155,7 +155,8 @@ def _state_dict(state: object) -> dict[Any, Any]:
     nested = [key for key in _NESTED if isinstance(state.get(key), dict)]
     if len(nested) > 1:
         raise CheckpointError(f"holds the dicts {' and '.join(nested)}; expected one, or the tensors themselves")
-    return state[nested[0]] if nested else state
+    found = state[nested[0]] if nested else state
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _known(name: object, found: str, is_sparse: bool) -> str:

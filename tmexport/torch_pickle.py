@@ -128,13 +128,24 @@ class _Unpickler(pickle._Unpickler):
         return PickledStorage(str(key), dtype, itemsize, count * itemsize)
 
 
-def _tensor(storage: PickledStorage, offset: int, shape: Any, strides: Any, *_: object) -> PickledTensor:
+def _tensor(storage: PickledStorage, offset: int, shape: Any, strides: Any, *others: Any) -> PickledTensor:
+    """`others`: requires_grad, hooks, and what changes the values that are stored."""
+    _refuse_changed(others[2:])
     return _checked(storage, storage.dtype, storage.itemsize, offset, shape, strides)
 
 
 def _tensor_of_dtype(storage: PickledStorage, offset: int, shape: Any, strides: Any, *others: Any) -> PickledTensor:
     """`others`: requires_grad, hooks, a dtype that has no storage of its own, which no checkpoint holds; so its size is not needed."""
+    _refuse_changed(others[3:])
     return _checked(storage, others[2].name.removeprefix("torch."), 1, offset, shape, strides)
+
+
+def _refuse_changed(metadata: tuple[Any, ...]) -> None:
+    """torch keeps a negated or conjugated view as the values before it, and a flag."""
+    if metadata and metadata[0]:
+        raise CheckpointError(
+            f"holds a view with the flag {next(iter(metadata[0]))}; save it again with .resolve_neg() or .resolve_conj()"
+        )
 
 
 def _checked(

@@ -1,14 +1,15 @@
 """Where every tensor of a checkpoint folder lies, by its Hugging Face name: one file or shards, safetensors or torch's archive.
 
 Names come wrapped: torch.compile, DataParallel, FSDP, PEFT and trainers put a word before a model's names, or inside them
-where they wrap a part of it. Those words are dropped, and so is the root ("backbone.", or "model." of another class's
-save), when that makes a stored name one of the model's.
+where they wrap a part of it. Those words are dropped, and so are the words that all names begin with ("student.") and the
+root ("backbone.", or "model." of another class's save), when that makes a stored name one of the model's.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from tmexport.safetensors_io import StoredTensor, index_safetensors
 from tmexport.torch_bin import index_torch_bin
 
 _LARGEST_INDEX = 2**22
+_SHARD = re.compile(r"-\d+-of-\d+(?=\.(safetensors|bin)$)")
 _READERS = {"model.safetensors": index_safetensors, "pytorch_model.bin": index_torch_bin}
 _WRAPPERS = {"_orig_mod", "module", "base_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ROOTS = {"model", "backbone", "language_model"}
 _ALIASES = {"embedding": "embeddings"}  # state-spaces/mamba2-*
 _PARTS = (".codes", ".scales")
+_ADAPTED = {"base_layer", "modules_to_save"}  # PEFT's, where the adapter is not merged
 
 Index = dict[str, StoredTensor]
 
@@ -65,8 +68,13 @@ def _instead(folder: Path) -> str:
     """What a folder without weights has in their place, for the message."""
     if any(os.path.lexists(folder / name) for name in ("adapter_model.safetensors", "adapter_model.bin")):
         return f"; it {LORA}"
+    shards = sorted(name for name in os.listdir(folder) if _SHARD.search(name))
+    if shards:
+        return (
+            f" (found the shard {shards[0]}, but not the index of the shards, {_SHARD.sub('', shards[0])}.index.json)"
+        )
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
-    found = sorted(name for name in os.listdir(folder) if name.endswith(suffixes))
+    found = sorted(name for name in os.listdir(folder) if name.endswith(suffixes) or name.startswith(tuple(_READERS)))
     return f" (found {found[0]}; the weights are known by their file's name)" if found else ""
 
 
@@ -104,15 +112,25 @@ def _bare(name: str) -> tuple[str, ...]:
     return tuple(_ALIASES.get(word, word) for word in words)
 
 
+def _common(names: Iterable[str], firsts: set[str]) -> str:
+    """The words that all names begin with, up to one that a name of the model can begin with."""
+    words = next(iter(names), "").split(".")[:-1]
+    before = ""
+    while words and words[0] not in firsts | _ROOTS and all(name.startswith(f"{before}{words[0]}.") for name in names):
+        before += words.pop(0) + "."
+    return before
+
+
 def _renamed(folder: Path, stored: Mapping[str, StoredTensor], names: Iterable[str]) -> Index:
     """The tensors by the model's names; what is not the model's keeps its own."""
     known = {_bare(name + part): name + part for name in names for part in ("", *_PARTS)}
+    before = _common(stored, {bare[0] for bare in known})
     result: Index = {}
     origin: dict[str, str] = {}
     for name, tensor in stored.items():
-        if any(word.startswith("lora_") for word in name.split(".")):
+        if any(word.startswith("lora_") or word in _ADAPTED for word in name.split(".")):
             raise CheckpointError(f"{folder}: holds {name}: it {LORA}")
-        ours = known.get(_bare(name), name)
+        ours = known.get(_bare(name.removeprefix(before)), name)
         if ours in result:
             raise CheckpointError(f"{folder}: {origin[ours]} and {name} are both {ours}; expected one")
         result[ours], origin[ours] = tensor, name

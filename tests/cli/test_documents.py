@@ -20,7 +20,7 @@ from tests.models import ternary_tensors, train_tokenizer
 from tmexport.background import in_background
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
 from tmexport.documents import Score, encode_documents, read_documents, score_documents, start_token
-from tmexport.errors import TextError
+from tmexport.errors import TextError, TmexportError
 from tmexport.gguf.export import plan_export
 from tmexport.model import mamba2_model
 
@@ -94,6 +94,14 @@ def test_without_a_start_token_the_first_is_not_scored():
     with pytest.raises(TextError, match="holds no token to score"):
         score_documents([documents[1]], lambda ids: 1.0)
     assert (start_token(5, lambda t: 7), start_token(None, lambda t: 7), start_token(None, lambda t: None)) == (5, 7, None)  # fmt: skip
+
+
+def test_scores_that_are_no_numbers_are_an_error():
+    """exp(min(700, nan)) is a number: 1e304."""
+    (document,) = encode_documents(["ab"], lambda texts: [[1, 2] for _ in texts], 0)
+    for nats in (float("nan"), float("inf")):
+        with pytest.raises(TmexportError, match="computes NaN or infinite values on this text"):
+            score_documents([document], lambda ids, nats=nats: nats)
 
 
 def test_a_byte_order_mark_is_not_text(model, tmp_path):

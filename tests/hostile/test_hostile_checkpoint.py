@@ -274,6 +274,13 @@ def test_hugging_faces_cache_is_read(tmp_path):
         file.rename(blobs / str(number))
         file.symlink_to(f"../../blobs/{number}")
     read_checkpoint(snapshot)
+    for folder in (repository, repository / "snapshots" / ".."):
+        refused(folder, "its snapshots/ holds the checkpoints, a folder a revision")
+    (snapshot / "sub").mkdir()
+    for file in list(snapshot.iterdir()):
+        if file.is_symlink():
+            (snapshot / "sub" / file.name).symlink_to(f"../{file.readlink()}")
+    read_checkpoint(snapshot / "sub")
     (snapshot / "a.safetensors").unlink()
     (snapshot / "a.safetensors").symlink_to("../../../secret")
     (tmp_path / "secret").write_bytes(b"")

@@ -36,6 +36,24 @@ def test_a_template_renders_as_transformers_does():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "{% for m in messages %}\n  {%- generation -%}\n x {{ m.content }} \n {%- endgeneration -%}\n{% endfor %}",
+        "{% for m in messages %}{% generation %}{% set a = m.role %}{{ a }}{% endgeneration %}{{ a }}{% endfor %}",
+        "{{ messages | tojson }}{{ messages | tojson(true) }}{{ messages | tojson(false, 2) }}",
+        "{{ messages[1] | tojson(separators=(',', ':'), sort_keys=true) }}{{ messages[1] | tojson(ensure_ascii=true) }}",
+        "{{ tools is none }}{{ tools is defined }}{{ documents is defined }}{{ documents is none }}{{ nope is defined }}",
+        "a\r\n{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(bos_token) }}{{ messages[-1:] | map(attribute='role') | join }}\n",
+    ],
+)
+def test_what_templates_use_gives_transformers_text(text):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (wanted,), _ = render_jinja_template([MESSAGES], chat_template=text, add_generation_prompt=True, **TOKENS)
+    assert template(text).render(MESSAGES) == wanted
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),

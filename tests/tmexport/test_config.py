@@ -111,6 +111,11 @@ def test_keys_that_do_not_matter_load_and_are_inert_in_transformers():
         assert (_logits(raw | {key: value}, state)[0] - expected).abs().max() <= tolerance, key
 
 
+@pytest.mark.parametrize(("value", "wanted"), [([3, 1], 3), ([], None), (None, None), (5, 5)])
+def test_end_tokens_of_a_config(value, wanted):
+    assert parse_config(mamba2_model(256, 2, 512, d_state=64).to_hf() | {"eos_token_id": value}).eos_token_id == wanted
+
+
 def test_swish_is_silu_in_transformers():
     raw = mamba2_model(64, 2, 32, d_state=16, headdim=32).to_hf()
     expected, state = _logits(raw)

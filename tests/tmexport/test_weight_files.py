@@ -1,6 +1,9 @@
 """Checkpoints as they lie about: names that trainers wrap, views, nested and old archives, byte order marks, and what is no checkpoint."""
 
+import bz2
+import gzip
 import json
+import lzma
 import subprocess
 import sys
 from collections import Counter
@@ -10,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.commands import invoke
 from tests.models import SMALL, random_tensors, write_small, write_state_spaces
 from tmexport.checkpoint import open_checkpoint
+from tmexport.cli import cli
 from tmexport.errors import CheckpointError, ConfigError
 from tmexport.model import mamba2_model
 
@@ -26,6 +31,8 @@ NAMES = {
     "another class's root": lambda n: n.replace("backbone.", "model."),
     "no root (Mamba2Model)": lambda n: n.replace("backbone.", ""),
     "state-spaces": lambda n: n.replace("embeddings", "embedding"),
+    "a trainer's own": lambda n: "student.net." + n,
+    "Fabric": lambda n: "_forward_module.module." + n,
 }  # fmt: skip
 
 
@@ -88,6 +95,7 @@ SAVED = {
     "DeepSpeed": lambda s: {"module": s, "global_steps": 7},
     "torch's tutorial": lambda s: {"model_state_dict": s, "loss": 0.5},
     "views": _views,
+    "beside no value": lambda s: s | {"_extra_state": None},
     "half": lambda s: {n: v.to(torch.bfloat16) for n, v in s.items()},
     "parameters with attributes": lambda s: {n: _marked(torch.nn.Parameter(v)) for n, v in s.items()},
     "tensors with attributes": lambda s: {n: _marked(v) for n, v in s.items()},
@@ -206,10 +214,103 @@ def test_a_lora_adapter_is_named(tmp_path):
         open_checkpoint(tmp_path / "ckpt")
 
 
+@pytest.mark.parametrize("words", ["base_layer.weight", "modules_to_save.default.weight", "lora_magnitude_vector"])
+def test_an_adapter_that_was_not_merged_is_named(tmp_path, words):
+    write_small(tmp_path)
+    name = "backbone.layers.0.mixer.in_proj."
+    state = {n.replace(name + "weight", name + words): v for n, v in load_file(tmp_path / "model.safetensors").items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is a LoRA adapter"):
+        open_checkpoint(tmp_path)
+
+
+def test_two_models_in_one_file_are_not_guessed_between(tmp_path):
+    write_small(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({f"{of}.{n}": v.clone() for of in ("student", "teacher") for n, v in state.items()}, tmp_path / "model.safetensors")  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"embeddings.weight is missing.*\(found student.backbone.embeddings"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_untied_model_without_a_head(tmp_path):
+    write_small(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="lm_head.weight is missing.*or tie_word_embeddings true"):
+        open_checkpoint(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert open_checkpoint(tmp_path).config.tie_embeddings
+
+
+@pytest.mark.parametrize("old_form", [False, True], ids=["zip", "before 1.6"])
+def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path, old_form):
+    """torch stores the values before the sign, and a flag."""
+    tensors = random_tensors(SMALL)
+    write_state_spaces(tmp_path, SMALL, tensors, SMALL.vocab_size)
+    state = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    state["backbone.norm_f.weight"] = torch._neg_view(-state["backbone.norm_f.weight"])
+    assert torch.equal(state["backbone.norm_f.weight"], torch.from_numpy(tensors["backbone.norm_f.weight"]))
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old_form)
+    if old_form:
+        assert np.array_equal(open_checkpoint(tmp_path).dense("backbone.norm_f.weight"), tensors["backbone.norm_f.weight"])  # fmt: skip
+        return
+    with pytest.raises(CheckpointError, match="a view with the flag neg; save it again with .resolve_neg()"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["backbone.layers.1.mixer.in_proj.weight", "backbone.layers.0.mixer.dt_bias", "lm_head.weight"])  # fmt: skip
+def test_weights_that_are_no_numbers(tmp_path, name, value):
+    """A training that diverged; rounding would make codes of it without a word."""
+    write_small(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state[name].view(-1)[-1] = value
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}: holds NaN or infinite values"):
+        open_checkpoint(tmp_path).dense(name)
+    done = invoke(cli, "gguf", tmp_path, tmp_path / "m.gguf", "--ptq", "rtn")
+    assert (done.exit_code, (tmp_path / "m.gguf").exists()) == (1, False)
+    assert done.stderr.splitlines()[-1] == f"error: {name}: holds NaN or infinite values; the checkpoint is damaged"
+
+
 def test_weights_under_another_name_are_named(tmp_path):
     write_small(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.safetensors")
-    with pytest.raises(CheckpointError, match="holds no weights.*found consolidated.safetensors"):
+    for name in ("consolidated.safetensors", "model.safetensors.gz", "model.safetensors.incomplete"):
+        next(tmp_path.glob("*safetensors*")).rename(tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"holds no weights.*found {name}"):
+            open_checkpoint(tmp_path)
+    (tmp_path / name).rename(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="found the shard model-00001-of.*not the index.*, model.safetensors.index.json"):  # fmt: skip
+        open_checkpoint(tmp_path)
+
+
+OTHER_FORMS = {
+    "gzip": (lambda data: gzip.compress(data, 1), "is compressed; unpack it .gunzip"),
+    "bzip2": (lambda data: bz2.compress(data[:999]), "is compressed; unpack it .bunzip2"),
+    "xz": (lambda data: lzma.compress(data[:999]), "is compressed; unpack it .unxz"),
+    "an answer": (lambda data: b'{"error": "Repository not found"}', "is a JSON text"),
+    "torch's": (lambda data: b"PK\3\4" + data, "is a zip archive"),
+}
+
+
+@pytest.mark.parametrize("how", OTHER_FORMS)
+def test_what_lies_under_the_weights_name_is_said(tmp_path, how):
+    change, said = OTHER_FORMS[how]
+    write_small(tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(change(data))
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {said}"):
+        open_checkpoint(tmp_path)
+    path.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(data)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: is a safetensors file; name it model.safetensors"):
+        open_checkpoint(tmp_path)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ConfigError, match="config.json: cannot be read as JSON: is compressed"):
         open_checkpoint(tmp_path)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tests.tokenizer.samples import SCRIPTS
 from tmexport.errors import TokenizerError
 from tmexport.model import mamba2_model
-from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.gguf import CONTROL, NORMAL, ExportedTokenizer, export_tokenizer
 from tmexport.tokenizer.parse import parse_tokenizer
 from tmexport.tokenizer.splits import LLAMA3, QWEN2
 from tmexport.tokenizer.texts import LlamaTokenizer, first_difference
@@ -192,4 +192,21 @@ def check(seed: int, folder: Path, texts: int = 24) -> tuple[str, str]:
             )
             if found is not None:
                 return "DIFFERENT", f"{found} (whole text: {samples[found.text]!r}, add_special {special})"
-    return "equal", ""
+    odd = written_otherwise(exported)
+    return ("DIFFERENT", f"text of the tokens {odd[:3]}") if odd else ("equal", "")
+
+
+def written_otherwise(exported: ExportedTokenizer) -> list[tuple[int, str, str]]:
+    """(id, text, llama.cpp's text) of the tokens that both show and write differently; each between two letters."""
+    tokenizer = parse_tokenizer(exported.text, "exported")
+    types = exported.metadata["tokenizer.ggml.token_type"]
+    shown = [i for i, kind in enumerate(types) if kind != CONTROL]
+    letter = next(i for i in shown if types[i] == NORMAL and (tokenizer.id_to_token(i) or "").isalpha())
+    with LlamaTokenizer(exported.metadata) as llama:
+
+        def texts(ids: list[int]) -> tuple[str, str]:
+            between = [token for i in ids for token in (letter, i, letter)]
+            return tokenizer.decode(between), llama._ask("/detokenize", {"tokens": between})["content"]
+
+        ours, theirs = texts(shown)
+        return [] if ours == theirs else [(i, *pair) for i in shown if (pair := texts([i]))[0] != pair[1]]

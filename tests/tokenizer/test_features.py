@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.models import train_tokenizer
+from tests.tokenizer.random_features import written_otherwise
 from tmexport.errors import TokenizerError
 from tmexport.model import mamba2_model
 from tmexport.tokenizer.features import _ADDED, _FILE, _MODEL
@@ -66,6 +67,8 @@ def test_the_tables_hold_every_field_that_the_tokenizers_library_writes(tmp_path
         (lambda raw: raw.update(post_processor=stands_for("<s>", 700)), "gives '<s>' the id 700; the vocabulary gives it None"),
         (added(id=505), "expected ids without a gap"),
         (added(content="a\0b"), "a GGUF cannot hold it"),
+        (lambda raw: raw.update(decoder={"type": "Sequence", "decoders": []}), "the file has decoder ''; expected ByteLevel"),
+        (lambda raw: raw.update(decoder={"type": "Sequence", "decoders": [BYTE_LEVEL, BYTE_LEVEL]}), "decoder 'ByteLevel and ByteLevel'"),
     ],
 )  # fmt: skip
 def test_what_a_gguf_cannot_say_is_refused(tmp_path, change, message):
@@ -114,6 +117,37 @@ def test_added_tokens_that_overlap_are_a_warning(tmp_path):
 
     warning = export(tmp_path, change).warnings[0]
     assert "in 'q~qqq' the tokenizer takes 'q~', llama.cpp '~qqq'" in warning
+
+
+def spelled(content):
+    return lambda raw: raw["model"]["vocab"].update({content: 500})
+
+
+def kept(content, **flags):
+    """An added token that is one of the vocabulary's."""
+    return lambda raw: added(content=content, id=raw["model"]["vocab"][content], **flags)(raw)
+
+
+ODD = {
+    "nothing": (lambda raw: None, False),
+    "a word": (spelled("zqx"), False),
+    "a word in characters": (spelled("中"), True),
+    "a space": (spelled("a b"), True),
+    "no text": (spelled(""), True),
+    "an added one": (added(content="中", special=False), False),
+    "an added one, ascii": (kept("e", special=False), False),
+    "an added one of bytes": (kept("Ġ", special=False), True),
+    "a special one of bytes": (kept("Ġ"), False),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_token_that_llamacpp_writes_otherwise_is_a_warning(tmp_path, name):
+    """Every token that both show, between two letters: the library's text and llama.cpp's."""
+    change, warned = ODD[name]
+    exported = export(tmp_path, change)
+    assert ["is not spelled as the other tokens are" in w for w in exported.warnings] == [True] * warned
+    assert bool(written_otherwise(exported)) is warned
 
 
 def test_end_tokens_and_templates_beside_it(tmp_path):

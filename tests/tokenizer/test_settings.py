@@ -7,10 +7,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from tests.models import train_tokenizer
-from tmexport.errors import TokenizerError
+from tmexport.errors import TmexportError, TokenizerError
 from tmexport.model import mamba2_model
-from tmexport.tokenizer.gguf import export_tokenizer
+from tmexport.tokenizer.gguf import export_tokenizer, stop_ids
 from tmexport.tokenizer.parse import parse_tokenizer
+from tmexport.tokenizer.texts import LlamaTokenizer
 
 MODEL = mamba2_model(256, 1, 512, d_state=64)
 MARK = {
@@ -25,6 +26,8 @@ KNOWN = {"id": 500, **MARK}
 TEXT = "the union <mark> of<mark>the <|endoftext|> states"
 END = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 
+# of a tokenizer_config.json that lists its tokens, and of the files that counted before there was one
+LISTED = {"added_tokens_decoder": {"0": MARK | {"content": "<|endoftext|>"}}}
 # name: (tokenizer_config.json, added tokens of tokenizer.json, what the warning says)
 CASES = {
     "nothing": ({}, [], None),
@@ -37,7 +40,13 @@ CASES = {
     "rstrip": ({"added_tokens_decoder": {"500": MARK | {"rstrip": True}}}, [KNOWN], "gives '<mark>' the flag rstrip"),
     "a space": ({"add_prefix_space": True}, [], "has add_prefix_space"),
     "no space": ({"add_prefix_space": False, "add_bos_token": False}, [], None),
+    "special tokens are words": ({"split_special_tokens": True}, [], "has split_special_tokens"),
+    "not words": ({"split_special_tokens": False}, [], None),
 }  # fmt: skip
+OLDER = {
+    "special_tokens_map.json": {"additional_special_tokens": ["<mark>"]},
+    "added_tokens.json": {"<mark>": 500},
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,7 +61,20 @@ def test_a_warning_wherever_transformers_makes_other_tokens(tmp_path, name):
     theirs = AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
     assert (theirs == Tokenizer.from_file(str(path)).encode(TEXT).ids) == (said is None)
     assert len(warnings) == (said is not None)
-    assert said is None or f"tokenizer_config.json {said}" in warnings[0]
+    assert said is None or (said in warnings[0] and warnings[0].startswith("tokenizer_config.json"))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("file", OLDER)
+def test_the_files_of_before_count_where_transformers_reads_them(tmp_path, file, listed):
+    path = train_tokenizer(tmp_path / "tokenizer.json", 500)
+    settings = {"tokenizer_class": "GPT2Tokenizer"} | END | (LISTED if listed else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / file).write_text(json.dumps(OLDER[file]))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
+    differs = theirs != Tokenizer.from_file(str(path)).encode(TEXT).ids
+    assert differs is not listed
+    assert ["'<mark>'" in warning for warning in export_tokenizer(path, MODEL).warnings] == [True] * differs
 
 
 def test_a_token_that_only_transformers_4_adds(tmp_path):
@@ -73,14 +95,56 @@ def test_the_end_token_of_an_older_folder(tmp_path):
     assert metadata["tokenizer.ggml.eos_token_id"] == len(raw["model"]["vocab"])
 
 
-def test_templates_in_a_folder_of_their_own(tmp_path):
+NAMED = [{"name": "default", "template": "{{ a }}"}, {"name": "rag", "template": "{{ r }}"}]
+# name: (chat_template of tokenizer_config.json, files)
+TEMPLATES = {
+    "a text": ("{{ a }}", {}),
+    "a list": (NAMED, {}),
+    "an object": ({"default": "{{ a }}", "rag": "{{ r }}"}, {}),
+    "no default": (NAMED[1:], {}),
+    "a file": (None, {"chat_template.jinja": "{{ b }}"}),
+    "a file before the list": (NAMED, {"chat_template.jinja": "{{ b }}"}),
+    "another system's lines": (None, {"chat_template.jinja": "{{ b }}\r\n{{ c }}\r\n"}),
+    "a folder": (None, {"additional_chat_templates/rag.jinja": "{{ r }}"}),
+    "a folder before the list": (NAMED, {"additional_chat_templates/rag.jinja": "{{ q }}"}),
+    "the default in the folder": ("{{ a }}", {"additional_chat_templates/default.jinja": "{{ d }}"}),
+    "a file and a folder": (None, {"chat_template.jinja": "{{ b }}", "additional_chat_templates/rag.jinja": "{{ r }}"}),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_found_where_transformers_finds_them(tmp_path, name):
+    setting, files = TEMPLATES[name]
     path = train_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "chat_template.jinja").write_text("{{ a }}")
-    (tmp_path / "additional_chat_templates").mkdir()
-    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ b }}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(END | {"tokenizer_class": "GPT2Tokenizer", "chat_template": setting}))  # fmt: skip
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(text.encode())
+    theirs = AutoTokenizer.from_pretrained(tmp_path).chat_template
+    theirs = theirs if isinstance(theirs, dict) else {"default": theirs}
     metadata = export_tokenizer(path, MODEL).metadata
-    found = {key: value for key, value in metadata.items() if "chat_template" in key}
-    assert found == {"tokenizer.chat_template": "{{ a }}", "tokenizer.chat_template.rag": "{{ b }}", "tokenizer.chat_templates": ["rag"]}  # fmt: skip
+    names = {key: key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default" for key in metadata if "chat_template" in key}  # fmt: skip
+    assert {names[key]: metadata[key] for key in names if key != "tokenizer.chat_templates"} == theirs
+    assert metadata.get("tokenizer.chat_templates", []) == [name for name in theirs if name != "default"]
+
+
+@pytest.mark.parametrize(
+    "value", [7, [7], [{"name": "x"}], [{"name": ["x"], "template": "a"}], {"default": None}, "\ud800"]
+)
+def test_a_template_that_is_none(tmp_path, value):
+    path = train_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(TokenizerError, match="chat_template is neither a text nor a list|half of a surrogate pair"):
+        export_tokenizer(path, MODEL)
+
+
+def test_a_damaged_template_is_a_warning_and_llamacpp_refuses_it(tmp_path):
+    path = train_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    exported = export_tokenizer(path, MODEL)
+    assert exported.warnings[0].startswith("the chat template is damaged (TemplateSyntaxError")
+    with pytest.raises(TmexportError, match="does not load"):
+        LlamaTokenizer(exported.metadata)
 
 
 def test_an_end_token_beyond_the_model(tmp_path):
@@ -89,6 +153,18 @@ def test_an_end_token_beyond_the_model(tmp_path):
     exported = export_tokenizer(path, MODEL)
     assert exported.warnings == ("the end token 9999 is left out; the model has 512 embeddings",)
     assert exported.metadata["tokenizer.ggml.eos_token_id"] == 0
+
+
+def test_an_end_token_said_twice_takes_no_room(tmp_path):
+    path = train_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [5, 5, 0, 6, 5], "stop_strings": "\n\n"})
+    )
+    exported = export_tokenizer(path, mamba2_model(256, 1, 512, d_state=64, eos_token_id=0))
+    assert stop_ids(exported.metadata) == (0, 5, 6)
+    assert exported.warnings == (
+        "generation_config.json ends a generation at the text '\\n\\n', which a GGUF cannot hold: it goes on there",
+    )
 
 
 def test_a_file_from_before_models_named_their_type(tmp_path):

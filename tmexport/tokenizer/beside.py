@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tmexport.documents import is_text
 from tmexport.errors import CheckpointError, TokenizerError
 from tmexport.files import file_in, read_text
 
@@ -19,7 +20,8 @@ _LARGEST = 2**24  # a tokenizer_config.json repeats the added tokens, and the te
 class Beside:
     """templates: name -> Jinja text ("" is the default one). ends: ids in order. bos, eos: tokens by their content.
 
-    settings: what tokenizer_config.json says.
+    settings: what tokenizer_config.json and the older files beside it say.
+    stop_strings: texts at which transformers ends a generation.
     """
 
     templates: dict[str, str] = field(default_factory=dict)
@@ -27,6 +29,7 @@ class Beside:
     bos: str | None = None
     eos: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    stop_strings: tuple[str, ...] = ()
 
 
 def read_beside(model: Path, tokenizer: Path) -> Beside:
@@ -35,13 +38,24 @@ def read_beside(model: Path, tokenizer: Path) -> Beside:
     Raises:
         TokenizerError: a file is not what its name says.
     """
-    settings = _json(tokenizer, "tokenizer_config.json")
-    ends: list[int] = []
-    for name in ("config.json", "generation_config.json"):
-        ends += [i for i in _ids(model, name) if i not in ends]
-    named = _json(tokenizer, "special_tokens_map.json") | settings
-    bos, eos = (_content(named, key) for key in ("bos_token", "eos_token"))
-    return Beside(_templates(tokenizer, settings), tuple(ends), bos, eos, settings)
+    settings = _settings(tokenizer)
+    ends = dict.fromkeys(i for name in ("config.json", "generation_config.json") for i in _ids(model, name))
+    bos, eos = (_content(settings, key) for key in ("bos_token", "eos_token"))
+    stops = _json(model, "generation_config.json").get("stop_strings")
+    stops = [stops] if isinstance(stops, str) else stops if isinstance(stops, list) else []
+    texts = tuple(text for text in stops if isinstance(text, str))
+    return Beside(_templates(tokenizer, settings), tuple(ends), bos, eos, settings, texts)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What transformers 5 reads: tokenizer_config.json alone where it lists the added tokens itself; else special_tokens_map.json
+    goes before it, and added_tokens.json adds its own.
+    """
+    settings = _json(folder, "tokenizer_config.json")
+    if "added_tokens_decoder" in settings:
+        return settings
+    more = {index: {"content": content} for content, index in _json(folder, "added_tokens.json").items()}
+    return settings | _json(folder, "special_tokens_map.json") | ({"added_tokens_decoder": more} if more else {})
 
 
 def _ids(folder: Path, name: str) -> list[int]:
@@ -54,19 +68,28 @@ def _ids(folder: Path, name: str) -> list[int]:
 
 def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     """chat_template.jinja and additional_chat_templates/NAME.jinja, or else tokenizer_config.json's: a text, or named ones."""
-    more = sorted((folder / _MORE).glob("*.jinja"))
-    templates = {path.stem: _text(folder, f"{_MORE}/{path.name}") or "" for path in more}
-    text = _text(folder, "chat_template.jinja")
-    found = settings.get("chat_template") if text is None else text
-    if found is None:
-        return templates
-    entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
-    for entry in entries:
-        name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(template, str):
-            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor a list of named ones")  # fmt: skip
-        templates["" if name == "default" else name] = template
-    return templates
+    found = {path.stem: f"{_MORE}/{path.name}" for path in sorted((folder / _MORE).glob("*.jinja"))}
+    if os.path.lexists(folder / "chat_template.jinja"):
+        found["default"] = "chat_template.jinja"
+    read = {name: (_text(folder, file) or "").replace("\r\n", "\n") for name, file in found.items()}
+    templates = read or _named_templates(folder, settings.get("chat_template"))
+    if not all(is_text(text) for pair in templates.items() for text in pair):
+        raise TokenizerError(f"{folder}: a chat template has half of a surrogate pair, which is no character")
+    return {"" if name == "default" else name: template for name, template in templates.items()}
+
+
+def _named_templates(folder: Path, value: Any) -> dict[str, str]:
+    """tokenizer_config.json's chat_template: a text, a list of named ones, or an object of them."""
+    if value is None:
+        return {}
+    pairs: list[tuple[Any, Any]] = [("default", value)]
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = [(e.get("name"), e.get("template")) if isinstance(e, dict) else (None, None) for e in value]
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor a list of named ones")  # fmt: skip
+    return dict(pairs)
 
 
 def _content(settings: dict[str, Any], key: str) -> str | None:

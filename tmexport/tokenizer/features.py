@@ -8,7 +8,7 @@ it), warned about with an example, or refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,12 +168,18 @@ def _around(names: list[str | None]) -> tuple[list[str | None], None, list[str |
 
 
 def _decoder(features: Features, value: Any, what: str) -> None:
+    kinds = list(_decoders(value))
+    if kinds != ["ByteLevel"]:
+        raise _Refused(f"{what} {' and '.join(kinds)[:40]!r}; expected ByteLevel, as llama.cpp writes tokens as text")
+
+
+def _decoders(value: Any) -> Iterator[str]:
     kind = value.get("type") if isinstance(value, dict) else value
     if kind == "Sequence" and set(value) == {"type", "decoders"}:
         for part in value["decoders"]:
-            _decoder(features, part, what)
-    elif kind != "ByteLevel":
-        raise _Refused(f"{what} {str(kind)[:40]!r}; expected ByteLevel, as llama.cpp writes tokens as text")
+            yield from _decoders(part)
+    else:
+        yield str(kind)
 
 
 _NO = _only(False)
@@ -248,11 +254,28 @@ def _tokens(features: Features) -> None:
             f"the vocabulary has no token for {len(missing)} of the bytes of UTF-8; the tokenizer {becomes}, llama.cpp leaves them out: "
             f"a text with {ascii(sample_with(missing[0]))[1:-1]} may give other tokens there"
         )
+    odd = sorted(_written_otherwise(vocabulary, added))
+    if odd:
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        features.warnings.append(
+            f"the token {odd[0][:40]!r}{more} is not spelled as the other tokens are: where the model generates it, llama.cpp writes other text"
+        )
     pair = overlapping(added)
     if pair is not None:
         features.warnings.append(
             f"the added tokens {pair.first!r} and {pair.second!r} can overlap; in {pair.text!r} the tokenizer takes {pair.ours!r}, llama.cpp {pair.theirs!r}"
         )
+
+
+def _written_otherwise(vocabulary: dict[str, int], added: list[dict[str, Any]]) -> Iterator[str]:
+    """Tokens whose text llama.cpp does not write as the tokenizer does: it takes ordinary ones for bytes written as
+    characters, always, and added ones for plain text, always. (Special ones are shown by neither.)
+    """
+    special = {entry["content"]: bool(entry.get("special")) for entry in added}
+    for token in vocabulary:
+        plain = not token or not set(token) <= CHARACTERS
+        if (token not in special and plain) or (special.get(token) is False and not plain and not token.isascii()):
+            yield token
 
 
 def _merges(features: Features) -> None:

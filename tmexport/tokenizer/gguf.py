@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,31 @@ def _export(path: Path, model: Model, folder: Path) -> ExportedTokenizer:
     features.warnings += differences(beside.settings, features.raw, added)
     metadata = _vocabulary(features, ids, model.vocab_size)
     metadata |= _special(features, ids, model, beside)
+    features.warnings += _not_held(beside)
     for name, template in beside.templates.items():
         metadata["tokenizer.chat_template" + (f".{name}" if name else "")] = template
     if set(beside.templates) - {""}:
         metadata["tokenizer.chat_templates"] = [name for name in beside.templates if name]
     metadata[TOKENIZER_JSON_KEY] = features.text
     return ExportedTokenizer(features.text, metadata, tuple(features.neutralised), tuple(features.warnings))
+
+
+def _not_held(beside: Beside) -> Iterator[str]:
+    """What a generation by transformers heeds and a GGUF cannot say, or llama.cpp cannot read."""
+    if beside.stop_strings:
+        yield f"generation_config.json ends a generation at the text {beside.stop_strings[0][:40]!r}, which a GGUF cannot hold: it goes on there"
+    for name, template in beside.templates.items():
+        fault = _fault(template)
+        if fault is not None:
+            yield f"the chat template{' ' if name else ''}{name} is damaged ({fault}): llama.cpp's server does not load a file with it"
+
+
+def _fault(template: str) -> str | None:
+    try:  # jinja2 comes with the extras that render templates; without it a template is only carried
+        from tmexport.chat_template import template_fault
+    except ImportError:
+        return None
+    return template_fault(template)
 
 
 def _ids(path: Path, raw: dict[str, Any], model: Model) -> dict[str, int]:

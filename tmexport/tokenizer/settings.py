@@ -27,7 +27,7 @@ def differences(settings: dict[str, Any], raw: dict[str, Any], adds: tuple[bool,
     new = [content for content in found if content not in added]
     if new:
         yield (
-            f"tokenizer_config.json has the added token {_first(new)}, and tokenizer.json does not: transformers takes it for one "
+            f"tokenizer_config.json, or a file beside it, has the added token {_first(new)}, and tokenizer.json does not: transformers takes it for one "
             "token wherever it stands in a text, this file does not"
         )
     for flag in _FLAGS:
@@ -36,6 +36,8 @@ def differences(settings: dict[str, Any], raw: dict[str, Any], adds: tuple[bool,
             yield f"tokenizer_config.json gives {_first(other)} the flag {flag}, and tokenizer.json does not: transformers follows it, this file does not"  # fmt: skip
     if settings.get("add_prefix_space") is True:
         yield "tokenizer_config.json has add_prefix_space, and tokenizer.json does not: transformers puts a space before a text, this file does not"  # fmt: skip
+    if settings.get("split_special_tokens") is True:
+        yield "tokenizer_config.json has split_special_tokens: transformers reads special tokens in a text as ordinary words, this file does not"
     for key, there in zip(("add_bos_token", "add_eos_token"), adds, strict=True):
         if settings.get(key) is True and not there:
             yield f"tokenizer_config.json has {key}, but tokenizer.json has no template that adds it: transformers 4 adds that token to a text, transformers 5 and this file do not"  # fmt: skip

@@ -44,7 +44,9 @@ def load_config(folder: Path | str) -> tuple[Model, dict[str, Any]]:
     if not path.exists() and (path.parent / "adapter_config.json").exists():
         raise ConfigError(f"{folder}: {LORA}")
     if not path.exists():
-        raise ConfigError(f"{path}: no such file; expected a checkpoint folder with a config.json")
+        cache = (path.parent / "snapshots").is_dir()  # Hugging Face's
+        which = "; its snapshots/ holds the checkpoints, a folder a revision: name one of those" if cache else ""
+        raise ConfigError(f"{path}: no such file; expected a checkpoint folder with a config.json{which}")
     try:
         raw = json.loads(read_text(file_in(folder, "config.json"), _LARGEST_FILE))
     except (OSError, ValueError, RecursionError) as error:

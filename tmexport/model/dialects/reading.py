@@ -186,8 +186,8 @@ def refuse_dt_clamp(limit: Any) -> None:
 
 
 def first_id(value: Any) -> Any:
-    """The first of several end tokens."""
-    return value[0] if isinstance(value, list) and value else value
+    """The first of several end tokens; an empty list names none."""
+    return next(iter(value), None) if isinstance(value, list) else value
 
 
 def padded_vocabulary(raw: Mapping[str, Any]) -> int:
