@@ -123,10 +123,15 @@ def alignment_loss(student: Sequence[nn.Module], stream: Iterable[Tensor]) -> Te
     for block, (before, after) in zip(student, pairwise(_without_gradient(stream)), strict=True):
         if not any(parameter.requires_grad for parameter in block.parameters()):
             continue
-        size = (after - before).square().mean()
-        total = total + (block(before) - after).square().mean() / size.clamp_min(1e-12)
+        total = total + block_error(block, before, after)
         count += 1
     return torch.as_tensor(total / max(1, count))
+
+
+def block_error(block: nn.Module, before: Tensor, after: Tensor) -> Tensor:
+    """|block(before) - after|^2 / |after - before|^2: 0 is the teacher's block, 1 one that adds nothing."""
+    size = (after - before).square().mean()
+    return (block(before) - after).square().mean() / size.clamp_min(1e-12)
 
 
 def orientation_loss(student: Sequence[ResidualBlock], mixing: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -177,6 +182,8 @@ class _ChunkedLoss(torch.autograd.Function):
         sum_ce = torch.zeros((), device=hidden.device)
         sum_kl = torch.zeros((), device=hidden.device)
         step = rows_at_once(head.shape[0], hidden.device)
+        if torch.is_autocast_enabled(head.device.type):  # once: autocast would do it again for every chunk and product
+            head = head.to(torch.get_autocast_dtype(head.device.type))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             h, target = hidden[part], targets[part, None]

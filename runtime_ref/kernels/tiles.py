@@ -30,7 +30,9 @@ I8, I16, I32, I64, F32, HALF = (
     ir.HalfType(),
 )
 ROWS = 16
-AHEAD = 6144  # bytes; the processor's own prefetching does not overlap enough of the memory's latency with our work
+# Bytes to ask for in advance, into the first cache and, further, into the second, which waits for more lines at once: the
+# processor's own prefetching does not overlap enough of the memory's latency with our work.
+AHEAD, FAR = 6144, 24576
 V: TypeAlias = ir.Value
 PLANES = {Int16: 2, Int8: 1}  # of bytes in an activation
 
@@ -75,7 +77,8 @@ class Code:
         return results
 
     def prefetch(self, pointer: V) -> None:
-        """Ask for the cache line AHEAD of `pointer`: a prefetch past the end of an array is harmless."""
+        """Ask for the cache lines AHEAD and FAR of `pointer`: a prefetch past the end of an array is harmless."""
+        ask_for_line(self.b, self.at(pointer, FAR), level=2)
         ask_for_line(self.b, self.at(pointer, AHEAD))
 
 

