@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from tmexport.documents import read_text
 from tmexport.errors import TextError, UsageError
 
 STDIN = "-"
+LARGEST_PROMPT = 2**26  # bytes, some 15 million tokens: a pipe need not end, and memory does
 _HOW = "give --prompt TEXT, --prompt-file FILE, --prompt - to read stdin, or --tokens 1,2,3"
 
 
@@ -31,7 +33,7 @@ def read_prompt(prompt: str | None, file: Path | None, tokens: str | None) -> st
     if prompt is not None and prompt != STDIN:
         return _argument(prompt)
     if file is not None and str(file) != STDIN:
-        return _without_last_break(read_text(file))
+        return _without_last_break(read_text(file, LARGEST_PROMPT))
     if prompt is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(f"no prompt: {_HOW}")
     return _without_last_break(_read_stdin())
@@ -52,10 +54,14 @@ def _ids(text: str) -> list[int]:
 
 
 def _read_stdin() -> str:
+    """As a file is read: UTF-8, without a byte order mark, line breaks of any system."""
     if sys.stdin is None:
         raise TextError("stdin: is closed; expected the text to continue")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        data = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
+        if len(data) > LARGEST_PROMPT:
+            raise TextError(f"stdin: does not end after {LARGEST_PROMPT} bytes; expected a prompt")
+        return io.StringIO(data.decode("utf-8-sig"), newline=None).read()
     except UnicodeDecodeError as error:
         raise TextError(f"stdin: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:

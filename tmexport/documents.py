@@ -60,14 +60,18 @@ class Score:
         return {**asdict(self), "bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity}
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest: int | None = None) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        TextError: it is missing or not UTF-8.
+        TextError: it is missing or not UTF-8, or has more than `largest` characters.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(-1 if largest is None else largest + 1)
+        if largest is not None and len(text) > largest:
+            raise TextError(f"{path}: does not end after {largest} characters; expected a prompt")
+        return text
     except UnicodeDecodeError as error:
         raise TextError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:

@@ -54,7 +54,7 @@ def read_text(path: Path, largest: int) -> str:
         if size > largest:
             raise ValueError(f"has {size} bytes; expected at most {largest}")
         data = file.read(size)
-    found = _named(data[:_ENOUGH])
+    found = named_by_its_start(data[:_ENOUGH])
     if found is not None:
         raise ValueError(found)
     return data.decode("utf-8-sig")  # a byte order mark is not part of the text
@@ -73,13 +73,14 @@ def what_it_is(path: Path) -> str | None:
         return "is a safetensors file; name it model.safetensors"
     if start.startswith(b"{"):
         return "is a JSON text (the answer of a server that refused the download?); download the file again"
-    return _named(start)
+    return named_by_its_start(start)
 
 
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
-def _named(start: bytes) -> str | None:
+def named_by_its_start(start: bytes) -> str | None:
+    """What a file that starts so is, and is no model or text: the rest of a message; None if it is nothing known."""
     text = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download the file"

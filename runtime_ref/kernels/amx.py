@@ -16,10 +16,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from runtime_ref.kernels.compiled import kernel, overload
+from runtime_ref.kernels.compiled import overload
 from runtime_ref.kernels.isa import PRIMITIVES, constant
+from runtime_ref.kernels.output import put_row
 from runtime_ref.kernels.tiles import F32, HALF, I8, I16, I32, I64, PLANES, ROWS, Code
-from runtime_ref.kernels.vector import address, ask_for, ask_for_line, peek, poke, splatted
+from runtime_ref.kernels.vector import address, ask_for, ask_for_line, poke, splat, splatted
 
 # ruff: noqa: ANN001, ANN201, ANN202 - compiled functions, typed by Numba
 
@@ -167,21 +168,6 @@ def _scale(typingctx, profile, sums, scales, q_scale, b_stride, tokens, y):
     return sig, codegen
 
 
-@kernel
-def _put(y, tile, rows, out, add):
-    """out[token, 16 tile..] (+)= y[token], as far as `out` has columns."""
-    first = 16 * tile
-    if first + 16 <= out.shape[1]:
-        for r in range(rows):
-            place = address(out) + r * out.strides[0] + 4 * first
-            value = peek(address(y) + 64 * r)
-            poke(place, peek(place) + value if add else value)
-    else:
-        for r in range(rows):
-            for c in range(out.shape[1] - first):
-                out[r, first + c] = out[r, first + c] + y[r, c] if add else y[r, c]
-
-
 def by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end):
     """The product of the tiles first..end and all `rows`, or nothing; returns how many rows it was.
 
@@ -203,15 +189,18 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
         blocks, spread = k // block, block * ROWS
         per_group = blocks // scales.shape[1]
         q_stride, b_stride = s.low.strides[0], s.q_scale.shape[1]
-        memory = np.empty(64 + (1 + SUMS) * TILE + together * spread, np.uint8)
-        y = np.empty((together, rows, ROWS), np.float32)
+        memory = np.empty(64 + (1 + SUMS) * TILE + together * (spread + 64 * rows), np.uint8)
         shape = (address(memory) + 63) // 64 * 64
         sums = shape + TILE
         weights = sums + SUMS * TILE
+        y = (
+            weights + together * spread
+        )  # whole KB after the sums: a sum that is read never lies 4 KB beside a y just written
         amx_begin(columns, min(TOKENS, rows), shape)
         for start in range(first, end, together):
             tiles = min(together, end - start)
-            y[:] = np.float32(0.0)
+            for row in range(tiles * rows):
+                poke(y + 64 * row, splat(np.float32(0.0)))
             for r in range(rows):  # the states that passed since have taken these out of the caches
                 for tile in range(tiles):
                     ask_for(address(out) + r * out.strides[0] + 64 * (start + tile))
@@ -230,7 +219,7 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
                         of_tile = (
                             address(scales) + (start + tile) * scales.strides[0] + i // per_group * scales.strides[1]
                         )
-                        y_at = address(y) + 64 * (tile * rows + r)
+                        y_at = y + 64 * (tile * rows + r)
                         _scale(
                             profile,
                             sums + tile * planes * TILE,
@@ -241,7 +230,8 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
                             y_at,
                         )
             for tile in range(tiles):
-                _put(y[tile], start + tile, rows, out, add)
+                for r in range(rows):
+                    put_row(out, r, start + tile, y + 64 * (tile * rows + r), add)
         amx_end()
         return rows + 0 * memory[0]  # Numba frees an array after its last mention
 

@@ -25,7 +25,8 @@ from runtime_ref.kernels.vector import address, ask_for_line, splatted
 BLOCK = 32
 BYTES = BLOCK * ROWS  # of a block of 16 rows as int8
 SPARE = 4  # places for a block's sums
-FEWEST_ROWS = 8  # fewer tokens leave most of a tile idle
+FEW = 8  # tokens for which half a tile is shaped
+FEWEST_ROWS = 4  # fewer leave most of that idle too
 AHEAD = 2  # blocks whose sums are made before they are read: what the unit stores is not at hand at once
 FURTHER = 8192  # bytes of codes to ask for in advance
 
@@ -54,23 +55,28 @@ def _spread(typingctx, codes, words, weights):
     return types.void(*[types.int64] * 3), codegen
 
 
-@intrinsic
-def _multiply(typingctx, profile, weights, scales, low, high, q_stride, q_scale, b_stride, blocks, sums, y, ahead):
-    """16 tokens times 16 rows: y fp32 [token][16 rows].
+@intrinsic(prefer_literal=True)
+def _multiply(
+    typingctx, profile, tokens, weights, scales, low, high, q_stride, q_scale, b_stride, blocks, sums, y, ahead
+):
+    """`tokens` (literal) tokens times 16 rows: y fp32 [token][16 rows].
 
     weights: int8 [column / 4][16 rows][4]; scales: of these rows; low, high: the first token's planes, q_stride bytes a token; q_scale:
     b_stride elements a token; sums: room for SPARE times the planes' sums; ahead: how many bytes further to ask for weights.
     """
-    planes = PLANES[profile.instance_class]
-    sig = types.void(profile, *[types.int64] * 11)
+    if not isinstance(tokens, types.IntegerLiteral):
+        return None
+    planes, count = PLANES[profile.instance_class], tokens.literal_value
+    sig = types.void(profile, tokens, *[types.int64] * 11)
 
     def codegen(context, builder, sig, args):
         code, b = Code(builder), builder
+        args = args[1:]
         weights_at, scales_at, low_at, high_at, q_at, sums_at, y_at = (
             code.pointer(args[i]) for i in (1, 2, 3, 4, 6, 9, 10)
         )
         line, floats, ints = code.i64(64), ir.VectorType(F32, ROWS), ir.VectorType(I32, ROWS)
-        tokens = [code.at(q_at, b.mul(args[7], code.i64(4 * t))) for t in range(TOKENS)]
+        tokens = [code.at(q_at, b.mul(args[7], code.i64(4 * t))) for t in range(count)]
 
         def place(i):
             return code.at(sums_at, b.mul(b.and_(i, code.i64(SPARE - 1)), code.i64(planes * TILE)))
@@ -95,7 +101,7 @@ def _multiply(typingctx, profile, weights, scales, low, high, q_stride, q_scale,
             own_sums = place(i)
             (scale,) = scale_vectors(code, code.at(scales_at, b.mul(i, code.i64(2 * ROWS))), ROWS)
             result = []
-            for t in range(TOKENS):
+            for t in range(count):
                 total = code.load(code.at(own_sums, 64 * t), ints, 4)
                 if planes == 2:
                     upper = code.load(code.at(own_sums, TILE + 64 * t), ints, 4)
@@ -106,7 +112,7 @@ def _multiply(typingctx, profile, weights, scales, low, high, q_stride, q_scale,
 
         ahead = code.i64(AHEAD)
         code.loop(b.select(b.icmp_signed("<", args[8], ahead), args[8], ahead), [], add_up)
-        for t, row in enumerate(code.loop(args[8], zeros(floats, TOKENS), block)):
+        for t, row in enumerate(code.loop(args[8], zeros(floats, count), block)):
             code.store(row, code.at(y_at, 64 * t))
         return context.get_dummy_value()
 
@@ -136,18 +142,26 @@ def _blocks_by_amx(isa, profile, bits, codes, scales, s, rows, out, add, first, 
         memory = np.empty(128 + weights_at + (blocks * BYTES if bits == 4 else 0), np.uint8)
         shape = (address(memory) + 63) // 64 * 64
         sums = shape + 64
-        amx_begin(BLOCK, TOKENS, shape)
+        few = rows <= FEW
+        amx_begin(BLOCK, FEW if few else TOKENS, shape)
         for tile in range(first, end):
             weights = address(codes) + tile * codes.strides[0]
             if bits == 4:
                 _spread(weights, blocks * 4, sums + weights_at)
                 weights = sums + weights_at
+            scales_at = address(scales) + tile * scales.strides[0]
             for r in range(0, rows, TOKENS):
-                q = r * q_stride
-                _multiply(
-                    profile, weights, address(scales) + tile * scales.strides[0], low + q, high + q, q_stride,
-                    q_scale + 4 * r * b_stride, b_stride, blocks, sums, sums + results, FURTHER if bits == 8 and r == 0 else 0,
-                )  # fmt: skip
+                q, q_scale_at, ahead = r * q_stride, q_scale + 4 * r * b_stride, FURTHER if bits == 8 and r == 0 else 0
+                if few:
+                    _multiply(
+                        profile, FEW, weights, scales_at, low + q, high + q, q_stride, q_scale_at, b_stride, blocks, sums,
+                        sums + results, ahead,
+                    )  # fmt: skip
+                else:
+                    _multiply(
+                        profile, TOKENS, weights, scales_at, low + q, high + q, q_stride, q_scale_at, b_stride, blocks, sums,
+                        sums + results, ahead,
+                    )  # fmt: skip
                 for t in range(min(TOKENS, rows - r)):
                     put_row(out, r + t, tile, sums + results + 64 * t, add)
         amx_end()

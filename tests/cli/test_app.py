@@ -161,6 +161,36 @@ def test_signals_unwind(number, code):
     assert (process.returncode, out, err.count("\n")) == (code, "cleaned\n", 1)
 
 
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.{handler})
+from tmexport.__main__ import main
+sys.argv = ["tmexport", "gguf", "--help"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "handler", "code", "said"),
+    [
+        ("tmexport.cli", "default_int_handler", -signal.SIGINT, ""),  # nothing can answer it yet: no traceback either
+        ("tmexport.cli.app", "default_int_handler", -signal.SIGINT, ""),
+        ("tmexport.cli.gguf", "default_int_handler", 130, "interrupted; no file was left half written\n"),
+        ("tmexport.cli", "SIG_IGN", 0, ""),  # nohup
+        ("tmexport.cli.gguf", "SIG_IGN", 0, ""),
+    ],
+)
+def test_ctrl_c_while_the_command_is_imported(module, handler, code, said):
+    program = INTERRUPTED.format(module=module, handler=handler)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_warnings_are_one_line():
     done = program('warnings.warn("first\\nTraceback (most recent call last):\\n  x")')
     assert (done.returncode, done.stderr) == (0, b"warning: first\n")

@@ -120,6 +120,31 @@ def test_both_refuse_alike(folder, tmp_path, file, args, message, monkeypatch):
     assert message in result.stderr
 
 
+def test_line_breaks_of_another_system_are_line_breaks_from_every_place(folder, tmp_path):
+    common = [folder / "ckpt.gguf", "-n", 1, "--json", "--threads", 1]
+    wanted = made(invoke(generate, *common, "--prompt", "the\n\nunion\nof"))
+    (tmp_path / "p.txt").write_bytes(b"the\r\n\r\nunion\rof\r\n")
+    ways = [
+        invoke(generate, *common, "--prompt-file", tmp_path / "p.txt"),
+        invoke(generate, *common, stdin=(tmp_path / "p.txt").read_bytes()),
+    ]
+    for way in map(made, ways):
+        assert (way["prompt_tokens"], way["tokens"]) == (wanted["prompt_tokens"], wanted["tokens"])
+
+
+def test_a_prompt_that_does_not_end(folder):
+    """A device or a pipe: the memory is not filled with it."""
+    command = [sys.executable, "-m", "runtime_ref.generate", str(folder / "ckpt.gguf"), "--threads", "1"]
+    for number, said in enumerate(("stdin: does not end after 67108864 bytes", "/dev/zero: does not end after 67108864 ch")):  # fmt: skip
+        with open("/dev/zero", "rb") as endless:
+            more = ["--prompt-file", "/dev/zero"] * number
+            done = subprocess.run(
+                [*command, *more], cwd=ROOT, stdin=endless, capture_output=True, text=True, check=False
+            )
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert said in done.stderr
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_pipe_that_is_empty_or_not_utf8(folder, file):
     empty = invoke(generate, folder / file, stdin=b"")

@@ -17,7 +17,7 @@ CODES = np.random.default_rng(3).integers(0, 3, (6, 384)).astype(np.uint8)
 SCALES = np.random.default_rng(4).uniform(0.5, 2, (6, 3)).astype(np.float16)
 MERGES = {"tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eos_token_id": 0}
 VOCABULARY = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
-KEYS = {"general.architecture": "llama"} | VOCABULARY | MERGES
+KEYS = {"general.architecture": "gemma"} | VOCABULARY | MERGES
 
 
 def text(value):

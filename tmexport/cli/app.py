@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -33,7 +33,9 @@ Command = click.Command | Callable[[], click.Command]
 def run_command(command: Command, name: str, args: Sequence[str] | None = None) -> NoReturn:
     """Run a click command as a program called `name`, with `args` or else the process's own; ends the process."""
     _prepare()
-    sys.exit(outcome(command, name, list(sys.argv[1:] if args is None else args)))
+    code = outcome(command, name, list(sys.argv[1:] if args is None else args))
+    _on_interrupt(signal.SIG_DFL)  # the result is there: while the libraries end, Ctrl-C just ends the process
+    sys.exit(code)
 
 
 def outcome(command: Command, name: str, args: list[str]) -> int:
@@ -71,6 +73,14 @@ def _prepare() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a cp1252 terminal has no omega
     warnings.showwarning = _warn
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # __main__.py's; one that is ignored (nohup) stays so
+        _on_interrupt(signal.default_int_handler)
+
+
+def _on_interrupt(handler: Any) -> None:
+    with contextlib.suppress(ValueError):  # not in the main thread
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, handler)
 
 
 class _Stderr(io.TextIOWrapper):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 
 from tmexport.errors import GGUFError
+from tmexport.files import named_by_its_start
+from tmexport.gguf.kinds import wrong_kinds
 from tmexport.types import GGMLType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+_MAGIC, _BEFORE = b"GGUF", (b"lmgg", b"fmgg", b"tjgg", b"algg")  # ggml, ggmf, ggjt, ggla
+_SMALLEST = 24  # bytes of a header that declares nothing
 _MAX_NAME = 2**16
 _MAX_DIMENSIONS = 4
 # A model has some 30 keys and 9 tensors a layer. Small ones cost a Python object of 10 times their size, so their number is
@@ -136,22 +140,30 @@ def open_gguf(path: Path | str) -> GGUFFile:
         size = path.stat().st_size
         if not path.is_file():
             raise GGUFError(f"{path}: is not a file; expected a GGUF file")
-        if size < 24:
-            raise GGUFError(f"{path}: has {size} bytes; a GGUF header needs at least 24")
-        data = np.memmap(path, np.uint8, "r")
+        data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     except OSError as error:
         raise GGUFError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
         metadata, tensors = _parse(Cursor(data), size)
     except GGUFError as error:
-        raise GGUFError(f"{path}: {error}") from None
+        found = None if bytes(data[:4]) == _MAGIC else named_by_its_start(bytes(data[:512]))
+        raise GGUFError(f"{path}: {found or error}") from None
     return GGUFFile(path, metadata, tensors, data)
 
 
-def _parse(cursor: Cursor, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def read_version(cursor: Cursor) -> int:
+    """The version of a file, after its magic.
+
+    Raises:
+        GGUFError: it is no GGUF, or one of another version or byte order.
+    """
+    if cursor.left < _SMALLEST:
+        raise GGUFError(f"has {cursor.left} bytes; a GGUF header needs at least {_SMALLEST}")
     magic = bytes(cursor.take(4, "the magic"))
-    if magic != b"GGUF":
-        raise GGUFError(f"starts with {magic!r}; expected b'GGUF'")
+    if magic in _BEFORE:
+        raise GGUFError("is in a format of llama.cpp from before GGUF; convert the model again")
+    if magic != _MAGIC:
+        raise GGUFError(f"starts with {magic!r}; expected {_MAGIC!r}")
     version = cursor.number("I", "the version")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -160,6 +172,11 @@ def _parse(cursor: Cursor, size: int) -> tuple[dict[str, Any], dict[str, TensorI
                 "is a big-endian GGUF file; expected little-endian (convert it on the machine that wrote it)"
             )
         raise GGUFError(f"is GGUF version {version}; expected 2 or 3")
+    return version
+
+
+def _parse(cursor: Cursor, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    read_version(cursor)
     n_tensors, n_keys = cursor.number("Q", "the tensor count"), cursor.number("Q", "the key count")
     if n_tensors * _SMALLEST_TENSOR + n_keys * _SMALLEST_KEY > cursor.left:
         raise GGUFError(f"promises {n_tensors} tensors and {n_keys} keys, more than its {size} bytes can hold")
@@ -173,6 +190,8 @@ def _parse(cursor: Cursor, size: int) -> tuple[dict[str, Any], dict[str, TensorI
         if key in metadata:
             raise GGUFError(f"has the key {key!r} twice")
         metadata[key] = read_value(cursor, f"the value of {key!r}")
+    for sentence in (*wrong_kinds(metadata), *part_of_a_split(metadata)):
+        raise GGUFError(sentence)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment > 2**20 or alignment & (alignment - 1):
         raise GGUFError(f"general.alignment is {alignment!r}; expected a power of two from 8 to {2**20}")
@@ -219,6 +238,14 @@ def _strings(cursor: Cursor, count: int, what: str) -> StoredArray:
         return str(view[start + 8 : start + 8 + int.from_bytes(view[start : start + 8], "little")], "utf-8")
 
     return StoredArray(count, item)
+
+
+def part_of_a_split(metadata: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence, if a file is one of several that are a model together."""
+    count, number = metadata.get("split.count"), metadata.get("split.no")
+    if type(count) is int and count > 1:
+        which = f"part {number + 1}" if type(number) is int else "a part"
+        yield f"is {which} of {count} of a split model; join them (llama-gguf-split --merge FIRST OUT)"
 
 
 def _declaration(cursor: Cursor, name: str) -> tuple[tuple[int, ...], GGMLType, int]:
