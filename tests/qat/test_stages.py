@@ -122,7 +122,7 @@ def test_interrupted_and_resumed_is_the_whole_run_bit_for_bit(folders, whole, co
 
 @pytest.fixture(scope="module")
 def loud(folders, corpus, tmp_path_factory):
-    """The same with one large channel in the residual stream, as pretrained Transformers have: there bf16 counts in ones."""
+    """The same with one large channel in the residual stream, as pretrained Transformers have: there bf16 counts in steps of one."""
     root = tmp_path_factory.mktemp("loud")
     model = load_model(folders / "teacher").requires_grad_(False)
     model.backbone.embeddings.weight[:, 5] += 200
