@@ -199,6 +199,11 @@ SETTINGS = [
     ("NUMBA_NUM_THREADS=abc", 2, "error: Environment variable 'NUMBA_NUM_THREADS' is defined but its"),
     ("NUMBA_NUM_THREADS=0", 2, "error: NUMBA_NUM_THREADS is 0; expected 1 or more"),
     ("NUMBA_OPT=abc", 2, "error: Environment variable 'NUMBA_OPT'"),
+    (
+        "NUMBA_COLOR_SCHEME=abc",
+        2,
+        "error: Numba does not start with NUMBA_COLOR_SCHEME=abc: KeyError 'abc'; correct it",
+    ),
     ("NUMBA_DISABLE_JIT=1", 2, "error: NUMBA_DISABLE_JIT is set"),
     ("NUMBA_CPU_FEATURES=abc", 2, "error: NUMBA_CPU_FEATURES holds 'abc'"),
     (
