@@ -88,7 +88,8 @@ def train(
             draw_curves(run.metrics, out / "curves.png")
     if accelerator.is_main_process:
         if recipe.refit_tokens:
-            _refit(run)
+            assert teacher is not None
+            _refit(run, load_model(teacher))
         write_checkpoint(out, run.student.config, model_tensors(run.student), run.tokenizer)
     accelerator.wait_for_everyone()
     return {"out": str(out), **summary}
@@ -163,15 +164,17 @@ def _check_pair(teacher: Model, student: Model, recipe: Recipe) -> None:
             raise UsageError(f"the student's {name} is {found}, the teacher's {wanted}; expected the same")
 
 
-def _refit(run: Run) -> None:
-    """Fit out_proj of the student's mixers to the teacher's layers, on the first batches of the run."""
+def _refit(run: Run, teacher: LanguageModel) -> None:
+    """Fit out_proj of the student's mixers to the teacher's layers, on the first batches of the run.
+
+    In fp32 whatever the run computes in, and so is `teacher`: what a layer is to add is a small difference of two large
+    residual streams.
+    """
     recipe = run.recipe
-    assert isinstance(run.teacher, LanguageModel)
     count = max(1, recipe.refit_tokens // recipe.tokens_per_step)
     ids = torch.cat([torch.from_numpy(run.batches(step)[:, :-1]) for step in range(count)])
     device = run.accelerator.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-        fit_layers(run.teacher, run.student, ids.to(device))
+    fit_layers(teacher.to(device), run.student, ids.to(device))
 
 
 def _digest_of_vectors(teacher: Teacher) -> str:

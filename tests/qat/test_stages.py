@@ -120,8 +120,24 @@ def test_interrupted_and_resumed_is_the_whole_run_bit_for_bit(folders, whole, co
             )
 
 
-def test_out_proj_is_fitted_in_fp32_whatever_the_rest_computes_in(folders, whole, corpus, tmp_path):
-    """No worse than numpy's least squares in fp64: with the moments in bf16, as autocast makes them, a model was ruined."""
+@pytest.fixture(scope="module")
+def loud(folders, corpus, tmp_path_factory):
+    """The same with one large channel in the residual stream, as pretrained Transformers have: there bf16 counts in ones."""
+    root = tmp_path_factory.mktemp("loud")
+    model = load_model(folders / "teacher").requires_grad_(False)
+    model.backbone.embeddings.weight[:, 5] += 200
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    write_checkpoint(root / "teacher", model.config, tensors, folders / "teacher" / "tokenizer.json")
+    ids = calibration_ids(root / "teacher", [corpus], None, 8, 24, 0, root / "cache")
+    convert(root / "teacher", "0,", root / "hybrid", ids)
+    (root / "recipe.toml").write_text(RECIPE)
+    return root
+
+
+@pytest.mark.parametrize("pair", ["folders", "loud"])
+def test_out_proj_is_fitted_in_fp32_whatever_the_rest_computes_in(pair, request, corpus, tmp_path):
+    """No worse than numpy's least squares in fp64: with moments or hidden states in bf16, as autocast makes them, models were ruined."""
+    folders = request.getfixturevalue(pair)
     stages = load_stages(str(folders / "recipe.toml"), {"dtype": "bfloat16"})
     run_ = replace(stages["align"], refit_tokens=96)
     train(run_, [corpus], tmp_path / "a", folders / "teacher", None, None, False, None, (), folders / "hybrid", "align")

