@@ -60,13 +60,13 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         if is_dataset(path):
             found.append(path)
         elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise TextError(f"{path}: holds no text; expected files ending in {', '.join(SUFFIXES)}")
             found += inside
         elif not path.is_file():
             raise TextError(f"{path}: no such file; expected a text, JSON Lines or Parquet file, or a folder of them")
-        elif path.suffix not in SUFFIXES:
+        elif path.suffix.lower() not in SUFFIXES:
             raise TextError(f"{path}: ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
         else:
             found.append(path)
@@ -82,7 +82,7 @@ def read_documents(path: Path) -> Iterator[str]:
     try:
         if is_dataset(path):
             yield from _read_dataset(path)
-        elif path.suffix in (".txt", ".jsonl"):
+        elif path.suffix.lower() in (".txt", ".jsonl"):
             yield from read_text_documents(path)
         else:
             yield from _read_parquet(path)

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from tmexport.documents import END_OF_TEXT
 from tmexport.errors import UsageError
 from tmexport.types import KINDS
 
@@ -49,6 +50,7 @@ class Recipe:
     expand: int = _setting(2, "from scratch: d_inner / d_model", 1)
     n_groups: int = _setting(1, "from scratch: groups of B and C", 1)
     vocab_size: int = _setting(4096, "from scratch: size of the tokenizer that is trained", 257)
+    end_token: str = _setting(END_OF_TEXT, "from scratch: the token of the tokenizer that ends a text")
     weights: str = _setting(
         "ternary", f"kind of the student's weights: {', '.join(KINDS)}, or dense, to train the teacher on as a control"
     )

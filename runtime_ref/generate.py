@@ -34,6 +34,7 @@ from runtime_ref.sampling import Sampling
 from tmexport.cli.options import HELP, PATH, threads_option
 from tmexport.errors import UsageError
 from tmexport.extras import import_with
+from tmexport.files import refuse_overwriting
 
 _GGUF_ONLY = ("profile", "load_state", "save_state", "max_memory", "chat", "chat_template")
 
@@ -95,6 +96,8 @@ def generate(
         raise UsageError("--kernels is for an ONNX file; a GGUF always runs with the runtime's own kernels")
     if chat_template is not None and not chat:
         raise UsageError("--chat-template is for --chat")
+    if save_state is not None:
+        refuse_overwriting(save_state, model_path, prompt_file, tokenizer_path, chat_template)
     text = read_prompt(prompt, prompt_file, token_ids)
     if max_memory is not None:
         check_memory(model_path, max_memory, profile, states=5 if load_state or save_state else 2)

@@ -84,7 +84,7 @@ def read_documents(path: Path) -> Iterator[str]:
     Raises:
         TextError: it cannot be read, or a line of a .jsonl file has no string "text".
     """
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         yield read_text(path)
         return
     try:

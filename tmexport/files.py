@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tmexport.errors import CheckpointError, TmexportError
+from tmexport.errors import CheckpointError, TmexportError, UsageError
 
 _ENOUGH = 512  # bytes that tell what a file is
 LORA = (
@@ -96,6 +96,24 @@ def named_by_its_start(start: bytes) -> str | None:
     return None
 
 
+def refuse_overwriting(out: Path, *read: Path | None) -> None:
+    """Refuse to write over a file that the same command reads.
+
+    Args:
+        out: the file to write.
+        read: files, and folders whose files are read; None: none.
+
+    Raises:
+        UsageError: `out` is one of them.
+    """
+    if not out.exists():
+        return
+    for path in filter(None, read):
+        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path] * path.exists()
+        if any(out.samefile(file) for file in files):
+            raise UsageError(f"{out}: is {'a file of the checkpoint' if path.is_dir() else 'the file'} itself; name another file to write")  # fmt: skip
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the block ends without an error.
@@ -111,7 +129,9 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     try:
         if path.is_dir():
             raise TmexportError(f"{path}: is a folder; expected the name of a file to write")
-        if path.exists() and not path.is_file():  # the rename would replace /dev/null itself
+        if (path.exists() and not path.is_file()) or _is_of_the_system(
+            path
+        ):  # the rename would replace /dev/null itself
             raise TmexportError(f"{path}: is a device or a pipe; expected the name of a file to write")
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
@@ -131,6 +151,12 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _is_of_the_system(path: Path) -> bool:
+    """Whether a name is one of /dev or /proc: /dev/stdout is a link to whatever file stdout is, and would become that file."""
+    place = path.parent.resolve()
+    return place == Path("/dev") or place.is_relative_to("/proc")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from qat.model import LanguageModel, load_model
 from qat.plan import config_of
 from qat.quantizer import make_low_bit, model_tensors
 from qat.recipe import Recipe
-from qat.tokenizer import END_OF_TEXT, train_tokenizer
+from qat.tokenizer import train_tokenizer
 from qat.train.curves import draw_curves
 from qat.train.hooks import Hook
 from qat.train.loop import fit
@@ -114,7 +114,7 @@ def _prepare(
             if used:
                 raise UsageError(f"{name} needs a teacher; remove it, or give --teacher")
         tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
-        config = _with_vocabulary(shape or config_of(recipe), tokenizer)
+        config = _with_vocabulary(shape or config_of(recipe), tokenizer, recipe.end_token)
     else:
         config, tokenizer = _full_precision(teacher, "teacher"), find_tokenizer(teacher, tokenizer)
         teacher_model = load_model(teacher).requires_grad_(False).eval()
@@ -209,11 +209,13 @@ def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | No
     return path
 
 
-def _with_vocabulary(shape: Model, tokenizer: Path) -> Model:
+def _with_vocabulary(shape: Model, tokenizer: Path, end_token: str) -> Model:
     from tokenizers import Tokenizer
 
     known = Tokenizer.from_file(str(tokenizer))
-    eos = known.token_to_id(END_OF_TEXT)
+    eos = known.token_to_id(end_token)
+    if eos is None:
+        raise UsageError(f"{tokenizer}: has no token {end_token!r}; name the one that ends a text with --end-token")
     return replace(shape, vocab_size=known.get_vocab_size(), bos_token_id=eos, eos_token_id=eos)
 
 

@@ -58,6 +58,13 @@ def _import_numba() -> None:
             import numba  # noqa: F401
         except RuntimeWarning as warning:
             raise UsageError(f"{str(warning).strip().splitlines()[0]} Correct it, or unset it") from None
+        except Exception as error:  # NUMBA_COLOR_SCHEME: a KeyError
+            given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_")]
+            if isinstance(error, ImportError) or not given:
+                raise
+            raise UsageError(
+                f"Numba does not start with {' '.join(given)}: {type(error).__name__} {error}; correct it, or unset it"
+            ) from None
 
 
 check_settings()

@@ -1,7 +1,7 @@
 """Compiled kernels kept on the disk, whatever the disk is like; `cached` takes the place of Numba's njit(cache=True).
 
-A function's code for one CPU and one signature is one file, with a SHA-256 of what follows: a file that is empty, cut or
-altered counts as none and is written again. Files are read from every folder below, and written to the first that can be
+A function's code for one CPU and one signature is one file, with a SHA-256 of its name and of what follows: a file that is empty,
+cut, altered or another's counts as none and is written again. Files are read from every folder below, and written to the first that can be
 written, which is tried before the first compilation:
 
     $NUMBA_CACHE_DIR, if set; the package's __pycache__; the user's cache folder; a folder of the user's in /tmp.
@@ -37,7 +37,7 @@ from numba.core.serialize import dumps
 
 from runtime_ref.kernels.linking import Whole
 
-_MAGIC = b"runtime_ref kernel 1\n"
+_MAGIC = b"runtime_ref kernel 2\n"
 _ROOM = 32 << 20  # bytes that must be free: the kernels of a model are some megabytes
 _PACKAGE = Path(__file__).parent
 _compiled: list[str] = []  # by this process
@@ -125,7 +125,7 @@ class KernelCache(_Cache):
         try:
             _write(folder / name, payload)
         except OSError as error:
-            warnings.warn(f"{folder}: the compiled kernels cannot be kept there ({error.strerror}); the next run compiles again", RuntimeWarning, stacklevel=2)  # fmt: skip
+            _warn_not_kept(folder, error.strerror)
             return
         for path in self._files(folder):
             if f"-{source_digest():014x}-" not in path.name:
@@ -233,11 +233,24 @@ def _is_ours(folder: Path) -> bool:
 def _read(path: Path) -> bytes | None:
     """What `_write` was given; None if there is no such file, or not all of it."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         data = path.read_bytes()
     except OSError:
         return None
     digest, payload = data[len(_MAGIC) : len(_MAGIC) + 32], data[len(_MAGIC) + 32 :]
-    return payload if data.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest else None
+    return payload if data.startswith(_MAGIC) and _digest(path, payload) == digest else None
+
+
+@once
+def _warn_not_kept(folder: Path, reason: str | None) -> None:
+    """Once for all functions."""
+    warnings.warn(f"{folder}: the compiled kernels cannot be kept there ({reason}); the next run compiles again", RuntimeWarning, stacklevel=4)  # fmt: skip
+
+
+def _digest(path: Path, payload: bytes) -> bytes:
+    """Of the name too: what was compiled for another function must not come in its place."""
+    return hashlib.sha256(path.name.encode() + b"\n" + payload).digest()
 
 
 def _write(path: Path, payload: bytes) -> None:
@@ -245,7 +258,7 @@ def _write(path: Path, payload: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kernel-", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
+            file.write(_MAGIC + _digest(path, payload) + payload)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -36,12 +36,12 @@ from scripts.machines.emulated_cpu import EmulatedCpu, EmulatedFunction, Emulati
 from scripts.machines.logit_hashes import logits_digest
 from tmexport.cli.app import run_command
 
-# LLVM's name of a core, and the instruction set; the emulated CPU has no AMX. What LLVM makes for znver4, where the runtime chooses the
-# tables, does not end under Bochs (docs/log.md): they are compiled for an Intel core.
+# LLVM's name of a core, and the instruction set; the emulated CPU has no AMX. The runtime chooses the tables on znver4.
 CORES = {
     "icelake-server": ("icelake-server", "avx512vnni"),
     "sapphirerapids": ("sapphirerapids", "avx512vnni"),
     "icelake-server-tables": ("icelake-server", "avx512tables"),
+    "znver4": ("znver4", "avx512tables"),
     "alderlake": ("alderlake", "avxvnni"),
 }
 PROFILES = tuple(PRESETS)

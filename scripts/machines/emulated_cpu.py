@@ -25,7 +25,8 @@ import numpy as np
 from tmexport.errors import TmexportError
 
 PAGE, REGION = 1 << 12, 1 << 30
-STACK = 8 << 20
+STACK, HEAP = 8 << 20, 32 << 20  # malloc accepts no threshold above 32 MiB
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # Present, writable; and for an entry that maps a whole region at once.
 TABLE, LARGE = 0x3, 0x83
 PACKAGE = "bochscpu-python==0.4.0"
@@ -104,6 +105,7 @@ class EmulatedCpu:
         Raises:
             EmulationError: it ended with a processor exception.
         """
+        _fill_heap()
         self._map_everything()
         state = self._state()
         in_registers, on_stack = integers[:6], integers[6:]
@@ -196,6 +198,15 @@ class EmulatedCpu:
         segment.present, segment.limit = True, 0xFFFFFFFF
         segment.attr, segment.selector, segment.base = attributes, selector, base
         return segment
+
+
+def _fill_heap() -> None:
+    """Give malloc what compiled code may ask of it: an emulated CPU has no kernel to get more from, and would stop with malloc's lock held."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)  # what is freed stays malloc's,
+    libc.mallopt(M_MMAP_THRESHOLD, HEAP)  # and large arrays come from it too
+    libc.free(libc.malloc(HEAP - PAGE))
 
 
 def _readable() -> Iterator[tuple[int, int]]:

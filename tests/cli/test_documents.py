@@ -23,6 +23,7 @@ from tmexport.documents import Score, encode_documents, read_documents, score_do
 from tmexport.errors import TextError, TmexportError
 from tmexport.gguf.export import plan_export
 from tmexport.model import mamba2_model
+from tmexport.tokenizer.texts import read_texts
 
 BOM = b"\xef\xbb\xbf"
 
@@ -72,6 +73,15 @@ def test_both_programs_count_the_same(model, tmp_path, case):
     assert in_runtime["bits_per_byte"] == pytest.approx(in_torch["bits_per_byte"], rel=1e-3)
     assert in_runtime["perplexity"] == pytest.approx(in_torch["perplexity"], rel=1e-3)
     assert set(in_torch) | {"profile"} == set(in_runtime)
+
+
+def test_a_name_in_capitals_is_the_same_file(model, tmp_path):
+    """As another system writes it: not one text with JSON's own signs in it."""
+    lines = b'{"text": "one"}\r\n{"text": "two"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "A.JSONL").write_bytes(lines)
+    assert list(read_documents(tmp_path / "A.JSONL")) == read_texts(tmp_path / "A.JSONL") == ["one", "two"]
+    assert scores(model, tmp_path / "A.JSONL") == scores(model, tmp_path / "a.jsonl")
 
 
 def test_a_marker_is_scored_given_what_precedes_it(model):

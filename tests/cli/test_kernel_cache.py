@@ -1,6 +1,7 @@
 """Where compiled code is kept, on machines where little can be written; what is damaged counts as none."""
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -145,7 +146,8 @@ def test_numbas_own_variable_comes_first(machine):
 @pytest.mark.parametrize("damage", [
     lambda data: b"", lambda data: data[:10], lambda data: data[:1000], lambda data: data[:-1], lambda data: bytes(len(data)),
     lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), lambda data: b"x" * 500,
-], ids=["empty", "header", "cut", "one byte short", "zeros", "a bit", "half zeros", "other"])  # fmt: skip
+    lambda data: data[:21] + hashlib.sha256(b"another.kernel\n" + data[53:]).digest() + data[53:],
+], ids=["empty", "header", "cut", "one byte short", "zeros", "a bit", "half zeros", "other", "another function's"])  # fmt: skip
 def test_damaged_files_are_written_again(machine, damage):
     machine.run()
     (path,) = machine.place.rglob("*.kernel")
@@ -154,6 +156,21 @@ def test_damaged_files_are_written_again(machine, damage):
     assert machine.run() == {"total": 3, "hits": 0, "misses": 1, "said": []}
     assert path.read_bytes()[:53] != damage(whole)[:53] or len(path.read_bytes()) > 1000
     assert machine.run()["hits"] == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "folder"])
+def test_what_lies_there_and_is_no_file(machine, kind):
+    machine.run()
+    (path,) = machine.place.rglob("*.kernel")
+    path.unlink()
+    if kind == "dangling link":
+        path.symlink_to("nowhere")
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    found = machine.run()
+    assert (found["hits"], found["misses"]) == (0, 1)
+    assert ["cannot be kept there (Is a directory)" in line for line in found["said"]] == [True] * (kind == "folder")
+    assert machine.run()["hits"] == (kind != "folder")
 
 
 def test_a_full_disk_is_passed_over(machine):
@@ -199,6 +216,11 @@ SETTINGS = [
     ("NUMBA_NUM_THREADS=abc", 2, "error: Environment variable 'NUMBA_NUM_THREADS' is defined but its"),
     ("NUMBA_NUM_THREADS=0", 2, "error: NUMBA_NUM_THREADS is 0; expected 1 or more"),
     ("NUMBA_OPT=abc", 2, "error: Environment variable 'NUMBA_OPT'"),
+    (
+        "NUMBA_COLOR_SCHEME=abc",
+        2,
+        "error: Numba does not start with NUMBA_COLOR_SCHEME=abc: KeyError 'abc'; correct it",
+    ),
     ("NUMBA_DISABLE_JIT=1", 2, "error: NUMBA_DISABLE_JIT is set"),
     ("NUMBA_CPU_FEATURES=abc", 2, "error: NUMBA_CPU_FEATURES holds 'abc'"),
     (

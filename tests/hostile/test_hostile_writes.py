@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import invoke
 from tests.hostile.expecting import OLD, names
 from tests.models import SMALL, write_small
 from tmexport import files
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
+from tmexport.cli import cli
 from tmexport.errors import TmexportError
 from tmexport.files import atomic_write
 from tmexport.gguf.reader import open_gguf
@@ -166,11 +168,37 @@ def test_places_where_no_file_can_be(tmp_path):
         (tmp_path / ("x" * 300), "cannot be written: File name too long"),
         (tmp_path / "pipe", "is a device or a pipe"),
         (Path("/dev/null"), "is a device or a pipe"),
+        (Path("/dev/model.gguf"), "is a device or a pipe"),  # as /dev/stdout, a link to a file where stdout is one
+        (Path("/proc/self/fd/1"), "is a device or a pipe"),
     ]:
         with pytest.raises(TmexportError, match=message):
             write_gguf(path, {"a": 1}, planned())
     assert names(tmp_path) == ["file", "pipe"]
     assert Path("/dev/null").is_char_device()
+
+
+def test_no_command_writes_over_what_it_reads(tmp_path):
+    write_small(tmp_path / "ckpt", group_size=256)
+    tokenizer = tmp_path / "other.json"
+    tokenizer.write_bytes((tmp_path / "ckpt" / "tokenizer.json").read_bytes())
+    (tmp_path / "p.txt").write_text("the")
+    assert invoke(cli, "gguf", tmp_path / "ckpt", tmp_path / "m.gguf").exit_code == 0
+    (tmp_path / "link.gguf").symlink_to("m.gguf")
+    model = ["generate", tmp_path / "m.gguf", "-n", "1", "--threads", "1", "--prompt-file", tmp_path / "p.txt"]
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for args in (
+        ["gguf", tmp_path / "ckpt", tmp_path / "ckpt" / "model.safetensors"],
+        ["gguf", tmp_path / "ckpt", tokenizer, "--tokenizer", tokenizer],
+        ["onnx", tmp_path / "ckpt", tokenizer, "--tokenizer", tokenizer],
+        [*model, "--save-state", tmp_path / "m.gguf"],
+        [*model, "--save-state", tmp_path / "link.gguf"],
+        [*model, "--save-state", tmp_path / "p.txt"],
+        [*model, "--tokenizer", tokenizer, "--save-state", tokenizer],
+    ):
+        done = invoke(cli, *args)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "itself; name another file to write" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
 
 
 def test_the_longest_name_a_file_can_have(tmp_path):

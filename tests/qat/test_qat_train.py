@@ -1,5 +1,6 @@
 """Training end to end on a tiny model: results, and the ways it must refuse."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -14,12 +15,13 @@ import qat.evaluate
 import qat.ptq.cli
 import qat.train.cli
 from qat.errors import TrainingError
-from qat.evaluate import evaluate
+from qat.evaluate import end_of_text_id, evaluate
 from qat.model import load_model
 from qat.ptq.making import make
 from qat.recipe import Recipe, load_recipe
 from qat.train.hooks import find_collapse
 from qat.train.training import train
+from tests.models import train_tokenizer
 from tests.qat.tiny import STUDENT, TINY, curve
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli.app import run_command
@@ -218,6 +220,24 @@ def test_ternary_teacher_and_no_teacher(teacher, corpus, tmp_path):
     empty.write_text("")
     with pytest.raises(TextError, match="holds no text"):
         train(STUDENT, [empty], tmp_path / "c", teacher)
+
+
+def test_from_scratch_with_another_end_token(corpus, tmp_path):
+    """A tokenizer with </s>: its token stands between documents, in the config and in the file; without the flag it is asked for."""
+    raw = json.loads(train_tokenizer(tmp_path / "t.json", 300).read_text())
+    end = raw["added_tokens"][0]["id"]
+    raw["added_tokens"][0]["content"] = "</s>"
+    raw["model"]["vocab"]["</s>"] = raw["model"]["vocab"].pop("<|endoftext|>")
+    (tmp_path / "t.json").write_text(json.dumps(raw))
+    recipe = Recipe(**TINY | {"steps": 1})
+    with pytest.raises(
+        UsageError, match=r"has no token '<\|endoftext\|>'; name the one that ends a text with --end-token"
+    ):
+        train(recipe, [corpus], tmp_path / "a", None, tokenizer=tmp_path / "t.json")
+    train(dataclasses.replace(recipe, end_token="</s>"), [corpus], tmp_path / "b", None, tokenizer=tmp_path / "t.json")
+    made = open_checkpoint(tmp_path / "b").config
+    assert (made.eos_token_id, made.bos_token_id) == (end, end)
+    assert end_of_text_id(made, tmp_path / "b" / "tokenizer.json") == end
 
 
 def command(*arguments, **options):

@@ -16,7 +16,7 @@ from tmexport.cli.options import (
     warn_of_rounded_scales,
 )
 from tmexport.cli.progress import progress_bar
-from tmexport.errors import UsageError
+from tmexport.files import refuse_overwriting
 
 
 @click.command(context_settings=HELP)
@@ -85,8 +85,7 @@ def gguf(
     size = plan.n_bytes
     if not dry_run:
         assert output is not None
-        if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
-            raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
+        refuse_overwriting(output, checkpoint, tokenizer)
         with progress_bar("writing", len(plan.tensors), unit="tensors") as bar:
             size = plan.write(output, lambda tensor: bar.advance())
     ratio = plan.n_bytes_fp16 / size

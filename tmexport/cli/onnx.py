@@ -21,6 +21,7 @@ from tmexport.cli.options import (
 from tmexport.cli.progress import progress_bar
 from tmexport.errors import UsageError
 from tmexport.extras import import_with
+from tmexport.files import refuse_overwriting
 
 if TYPE_CHECKING:
     from tmexport.onnx.names import ModelInfo
@@ -77,8 +78,7 @@ def onnx(
     if tokenizer and no_tokenizer:
         raise click.UsageError("--tokenizer and --no-tokenizer exclude each other")
     source = open_checkpoint(checkpoint, round_scales)
-    if output.exists() and any(output.samefile(file) for file in checkpoint.iterdir() if file.is_file()):
-        raise UsageError(f"{output}: is a file of the checkpoint itself; name another file to write")
+    refuse_overwriting(output, checkpoint, tokenizer)
     graph = build_graph(source, form, EMBEDDINGS[embedding_type], opset, io_names, logits, projections)
     if io_names == "genai" and output.parent.resolve() == checkpoint.resolve():
         raise UsageError(f"{output}: lies in the checkpoint's folder, whose tokenizer.json onnxruntime-genai's would replace; name another folder")  # fmt: skip

@@ -16,8 +16,8 @@ from tmexport.doctor.fix import check_equal, write_stock
 from tmexport.doctor.header import Header, layout_problems, open_bytes, read_header
 from tmexport.doctor.keys import Problem, is_later_part, is_model, is_part, key_notes, key_problems
 from tmexport.doctor.types import NO_WEIGHTS, Q2_0_G128, STOCK
-from tmexport.errors import GGUFError, TmexportError, UsageError
-from tmexport.files import named_by_its_start
+from tmexport.errors import GGUFError, TmexportError
+from tmexport.files import named_by_its_start, refuse_overwriting
 from tmexport.gguf.kinds import wrong_kinds
 from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import open_gguf
@@ -171,8 +171,7 @@ def write_fixed(path: Path, out: Path) -> int:
     """
     if diagnose(path).fix is None:
         raise TmexportError(f"{path}: no lossless transcode to a stock type is known for it; nothing was written")
-    if out.exists() and out.samefile(path):
-        raise UsageError(f"{out}: is the file itself; name another file to write")
+    refuse_overwriting(out, path)
     data = open_bytes(path)
     header = read_header(data)
     write_stock(out, data, header)

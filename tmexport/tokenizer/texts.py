@@ -51,7 +51,7 @@ def read_texts(path: Path) -> list[str]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             return [text]
         texts = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
