@@ -39,7 +39,7 @@ def unit(code: Code, name: str, *args: V | int) -> None:
     code.b.call(code.b.module.globals.get(name) or ir.Function(code.b.module, kind, name), values)
 
 
-def planes_of(profile) -> int:
+def _planes(profile) -> int:
     return PLANES[profile.instance_class]
 
 
@@ -103,13 +103,13 @@ def _spread(typingctx, codes, steps, ahead, weights):
 
 
 @intrinsic
-def multiply_tiles(typingctx, profile, weights, stride, low, high, q_stride, columns, times, sums):
+def _multiply(typingctx, profile, weights, stride, low, high, q_stride, columns, times, sums):
     """16 tokens times SUMS / planes tiles of weights: sums int32 [tile][plane][token][16 rows].
 
     weights: spread, `stride` bytes a tile of rows; low, high: the first token's planes, q_stride bytes a token; `times`
     times `columns` columns.
     """
-    planes = planes_of(profile)
+    planes = _planes(profile)
     sig = types.void(profile, *[types.int64] * 8)
 
     def codegen(context, builder, sig, args):
@@ -139,9 +139,9 @@ def multiply_tiles(typingctx, profile, weights, stride, low, high, q_stride, col
 
 
 @intrinsic
-def scale_sums(typingctx, profile, sums, scales, q_scale, b_stride, tokens, y):
+def _scale(typingctx, profile, sums, scales, q_scale, b_stride, tokens, y):
     """y[token][16 rows] += float(sum) * (the row's scale * the token's), for one tile; q_scale b_stride elements a token."""
-    planes = planes_of(profile)
+    planes = _planes(profile)
     sig = types.void(profile, *[types.int64] * 6)
 
     def codegen(context, builder, sig, args):
@@ -179,7 +179,7 @@ def by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end)
 def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end):
     if not PRIMITIVES[isa.instance_class].matrices:
         return lambda isa, profile, codes, scales, s, rows, k, block, out, add, first, end: 0
-    planes = planes_of(profile)
+    planes = _planes(profile)
     together = SUMS // planes
 
     def body(isa, profile, codes, scales, s, rows, k, block, out, add, first, end):
@@ -210,7 +210,7 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
                     _spread(at, block // 16, together * codes.strides[0], weights + tile * spread)
                 for r in range(0, rows, TOKENS):
                     q = r * q_stride + i * block
-                    multiply_tiles(
+                    _multiply(
                         profile, weights, spread, address(s.low) + q, address(s.high) + q, q_stride, columns,
                         block // columns, sums,
                     )  # fmt: skip
@@ -220,7 +220,7 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
                             address(scales) + (start + tile) * scales.strides[0] + i // per_group * scales.strides[1]
                         )
                         y_at = y + 64 * (tile * rows + r)
-                        scale_sums(
+                        _scale(
                             profile,
                             sums + tile * planes * TILE,
                             of_tile,

@@ -89,8 +89,7 @@ class Primitives:
 
     tables: bytes of a vector where many tokens are multiplied by tables of sums (tables.py), else 0. matrices: whether they
     are multiplied by AMX (amx.py). scan: how many vectors of 16 of two channels' state the registers hold beside
-    what a token brings; the first that fits is used. base3: whether large ternary matrices are kept in base 3
-    (packed/base3.py) where the CPU permutes bytes; not where tables, which read two bits a weight, take many tokens.
+    what a token brings; the first that fits is used.
     """
 
     lanes: int
@@ -99,7 +98,6 @@ class Primitives:
     tables: int = 0
     matrices: bool = False
     scan: tuple[int, ...] = (2, 1)
-    base3: bool = False
 
 
 def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -254,9 +252,7 @@ def _neon(dotprod: bool) -> Primitives:
 _VNNI_512 = _vnni(16, 512, 8)
 
 PRIMITIVES: dict[type, Primitives] = {
-    Amx: replace(
-        _VNNI_512, bytes=replace(_VNNI_512.bytes, in_flight=4), matrices=True, base3=True
-    ),  # it takes 8 tokens or more
+    Amx: replace(_VNNI_512, bytes=replace(_VNNI_512.bytes, in_flight=4), matrices=True),  # it takes 8 tokens or more
     Avx512Vnni: _VNNI_512,
     Avx512Tables: replace(_VNNI_512, tables=64),
     AvxVnni: _vnni(8, 256, 4),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime_ref.kernels import base3, blocks, dense, ternary
+from runtime_ref.kernels import blocks, dense, ternary
 from runtime_ref.kernels.packed import Packed, Reader
 from runtime_ref.kernels.packed import blocks as packed_blocks
 from runtime_ref.kernels.packed import dense as packed_dense
@@ -24,7 +24,7 @@ def _all(*tables: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: value for table in tables for key, value in table.items()}
 
 
-PRODUCTS: dict[type, Callable[..., Any]] = _all(base3.PRODUCTS, *(kernel.PRODUCTS for kernel, _ in KINDS))
+PRODUCTS: dict[type, Callable[..., Any]] = _all(*(kernel.PRODUCTS for kernel, _ in KINDS))
 EMBEDDINGS: dict[type, Callable[..., Any]] = _all(*(kernel.EMBEDDINGS for kernel, _ in KINDS))
 UNQUANTISED = tuple(kind for kernel, _ in KINDS for kind in kernel.UNQUANTISED)
 _PACK: dict[type, Callable[[Any], Packed]] = _all(*(layout.PACK for _, layout in KINDS))

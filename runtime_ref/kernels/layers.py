@@ -13,7 +13,7 @@ import numpy as np
 from runtime_ref.arithmetic import Preset
 from runtime_ref.kernels.isa import Isa
 from runtime_ref.kernels.kinds import UNQUANTISED
-from runtime_ref.kernels.packed import Packed, aligned, base3, expect
+from runtime_ref.kernels.packed import Packed, aligned, expect
 from runtime_ref.kernels.phases import (
     ADD,
     RESIDUAL,
@@ -97,7 +97,7 @@ class Layer:
         return vectors(self.source, self.number, self.branch)
 
     def matrix(self, role: str) -> Multiplied:
-        """A matrix by its role, in the layout that `packed.base3.suits` decides.
+        """A matrix by its role.
 
         Raises:
             GGUFError: it is damaged, or of a type or shape that the kernels do not compute.
@@ -105,8 +105,7 @@ class Layer:
         (spec,) = (spec for spec in self.branch.tensors() if spec.role == role)
         n, k = spec.gguf_shape or spec.shape
         found = multiplied(self.source, tensor_name(self.source.config, self.number, spec), n, k, self.preset)
-        packed = base3.repacked(self.isa, self.preset.activations, found.packed, found.block)
-        return found._replace(packed=type(packed)(*map(self.arena.keep, packed)))
+        return found._replace(packed=type(found.packed)(*map(self.arena.keep, found.packed)))
 
     def product(self, matrix: Multiplied, target: int) -> Step:
         """The matrix times what is prepared in the scratch."""

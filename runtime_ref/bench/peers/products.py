@@ -20,7 +20,6 @@ from runtime_ref.kernels.barrier import barrier
 from runtime_ref.kernels.cache import cached
 from runtime_ref.kernels.isa import select
 from runtime_ref.kernels.matmul import multiply, prepare
-from runtime_ref.kernels.packed.base3 import repacked
 from runtime_ref.team import Team
 from tmexport.errors import TmexportError
 from tmexport.gguf.names import config_from_metadata, group_sizes_of
@@ -101,10 +100,10 @@ def _product(tid, threads, sync, isa, how, packed, s, x, rows, k, block, out, ti
 def by_kernels(problem: Problem, profile: str, x: np.ndarray) -> Product:
     """Ours, with one thread."""
     source, preset = source_of(problem.gguf), preset_of(profile)
-    block, isa = source.activation_block(problem.name, preset), select()
-    packed = repacked(isa, preset.activations, source.packed(problem.name), block)
+    packed = source.packed(problem.name)
+    block = source.activation_block(problem.name, preset)
     (n, k), m = problem.shape, len(x)
-    scratch, team = product_scratch(m, k), Team(1)
+    scratch, team, isa = product_scratch(m, k), Team(1), select()
     out = np.zeros((m, -(-n // 16) * 16), np.float32)
 
     def run() -> np.ndarray:

@@ -79,7 +79,7 @@ def _put_rows(blocks: Blocks, words: Words, at: int, codes: np.ndarray, scales: 
     return bool(ok and not bad_scales(bits).any() and (bits == bits[:, :1]).all())
 
 
-def swap(high: np.ndarray, low: np.ndarray, distance: int, mask: int) -> None:
+def _swap(high: np.ndarray, low: np.ndarray, distance: int, mask: int) -> None:
     """The bits of `high` in the mask, moved up by a distance, and those of `low` in the mask trade places."""
     changed = (high >> np.uint32(distance) ^ low) & np.uint32(mask)
     low ^= changed
@@ -92,13 +92,6 @@ def _joined(fields: np.ndarray) -> np.ndarray:
     return f[0] | f[1] << np.uint32(2) | f[2] << np.uint32(4) | f[3] << np.uint32(6)
 
 
-def turned_fields(words: np.ndarray) -> None:
-    """In each dword, field i of byte j and field j of byte i trade places."""
-    for distance, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):
-        changed = (words ^ words >> np.uint32(distance)) & np.uint32(mask)
-        words ^= changed ^ changed << np.uint32(distance)
-
-
 def _tq2(blocks: Blocks) -> tuple[np.ndarray, bool]:
     """In each half of 128 columns, byte m has columns m, m + 32, m + 64 and m + 96."""
     w = blocks.turned()
@@ -107,7 +100,7 @@ def _tq2(blocks: Blocks) -> tuple[np.ndarray, bool]:
     # fields and dwords trade places: what was field s of dword i becomes field i of dword s
     for distance, mask, pairs in ((2, 0x33333333, ((0, 1), (2, 3))), (4, 0x0F0F0F0F, ((0, 2), (1, 3)))):
         for i, j in pairs:
-            swap(w[:, :, i], w[:, :, j], distance, mask)
+            _swap(w[:, :, i], w[:, :, j], distance, mask)
     return w.transpose(0, 2, 1, 3, 4).reshape(16, *w.shape[3:]), ok
 
 
@@ -115,7 +108,9 @@ def _q2(blocks: Blocks) -> tuple[np.ndarray, bool]:
     """Byte i has columns 4 i .. 4 i + 3, lowest bits first; transposed, byte j has columns j, j + 4, j + 8, j + 12."""
     w = blocks.turned()
     ok = not (w & w >> np.uint32(1) & _LOW_BITS).any()
-    turned_fields(w)
+    for distance, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):
+        changed = (w ^ w >> np.uint32(distance)) & np.uint32(mask)
+        w ^= changed ^ changed << np.uint32(distance)
     return w, ok
 
 
