@@ -9,15 +9,16 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qat.data import find_files, read_documents
+from tmexport.documents import END_OF_TEXT
 from tmexport.files import atomic_write
 
-END_OF_TEXT = "<|endoftext|>"
 
-
-def train_tokenizer(paths: Sequence[Path], vocab_size: int, out: Path, limit: int = 0) -> Path:
+def train_tokenizer(
+    paths: Sequence[Path], vocab_size: int, out: Path, limit: int = 0, end_token: str = END_OF_TEXT
+) -> Path:
     """Train on the documents of `paths` and write `out`, a Hugging Face tokenizer.json; returns `out`.
 
-    All 256 bytes are in the vocabulary, so any text can be encoded; the end-of-text token has the id 0; text is split by
+    All 256 bytes are in the vocabulary, so any text can be encoded; the token that ends a text has the id 0; text is split by
     GPT-2's regular expression first. With a `limit`, the document that reaches so many characters is the last.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -25,7 +26,7 @@ def train_tokenizer(paths: Sequence[Path], vocab_size: int, out: Path, limit: in
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[end_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )

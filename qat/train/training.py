@@ -31,7 +31,7 @@ from qat.train.run import Run
 from qat.train.teacher import Teacher, teacher_folder
 from qat.train.teacher_cache import open_teacher_cache
 from tmexport.checkpoint import open_checkpoint, write_checkpoint
-from tmexport.documents import Document
+from tmexport.documents import END_OF_TEXT, Document
 from tmexport.errors import CheckpointError, UsageError
 from tmexport.model import Model
 from tmexport.threads import default_threads
@@ -89,6 +89,7 @@ def train(
     if accelerator.is_main_process:
         if recipe.refit_tokens:
             assert teacher is not None
+            run.teacher = None  # makes room for the one in fp32
             _refit(run, load_model(teacher))
         write_checkpoint(out, run.student.config, model_tensors(run.student), run.tokenizer)
     accelerator.wait_for_everyone()
@@ -110,12 +111,18 @@ def _prepare(
     """Models, tokens and batches of a run."""
     teacher_model = None
     if teacher is None:
-        for name, used in (("align_steps", recipe.align_steps), ("objective", recipe.objective != "predict")):
+        for name, used in (
+            ("align_steps", recipe.align_steps),
+            ("objective", recipe.objective != "predict"),
+            ("refit_tokens", recipe.refit_tokens),
+        ):
             if used:
                 raise UsageError(f"{name} needs a teacher; remove it, or give --teacher")
         tokenizer = _own_tokenizer(data, recipe, out, tokenizer)
         config = _with_vocabulary(shape or config_of(recipe), tokenizer, recipe.end_token)
     else:
+        if recipe.end_token != END_OF_TEXT:
+            raise UsageError("end_token is for a model from scratch; a teacher brings its own, leave it out")
         config, tokenizer = _full_precision(teacher, "teacher"), find_tokenizer(teacher, tokenizer)
         teacher_model = load_model(teacher).requires_grad_(False).eval()
         if recipe.dtype == "bfloat16":
@@ -205,7 +212,8 @@ def _own_tokenizer(data: list[Path], recipe: Recipe, out: Path, given: Path | No
         shutil.copyfile(given, path)
     elif not (out / "checkpoints" / "latest.pt").is_file():
         click.echo(f"training a tokenizer of {recipe.vocab_size} tokens", err=True)
-        train_tokenizer(data, recipe.vocab_size, path, 4 * recipe.data_tokens)  # about 4 characters a token
+        limit = 4 * recipe.data_tokens  # about 4 characters a token
+        train_tokenizer(data, recipe.vocab_size, path, limit, recipe.end_token)
     return path
 
 

@@ -24,7 +24,7 @@ from qat.train.training import train
 from tests.models import train_tokenizer
 from tests.qat.tiny import STUDENT, TINY, curve
 from tmexport.checkpoint import open_checkpoint
-from tmexport.cli.app import run_command
+from tmexport.cli.app import outcome
 from tmexport.errors import CheckpointError, TextError, TokenizerError, UsageError
 from tmexport.types.ternary import quantize_absmean
 
@@ -235,6 +235,14 @@ def test_from_scratch_with_another_end_token(corpus, tmp_path):
     ):
         train(recipe, [corpus], tmp_path / "a", None, tokenizer=tmp_path / "t.json")
     train(dataclasses.replace(recipe, end_token="</s>"), [corpus], tmp_path / "b", None, tokenizer=tmp_path / "t.json")
+    with pytest.raises(UsageError, match="end_token is for a model from scratch"):
+        train(dataclasses.replace(recipe, end_token="</s>"), [corpus], tmp_path / "d", tmp_path / "b")
+    train(
+        dataclasses.replace(recipe, end_token="</s>", vocab_size=300), [corpus], tmp_path / "c", None
+    )  # its own tokenizer
+    own = json.loads((tmp_path / "c" / "tokenizer.json").read_text())
+    assert own["added_tokens"][0]["content"] == "</s>"
+    assert open_checkpoint(tmp_path / "c").config.eos_token_id == own["added_tokens"][0]["id"]
     made = open_checkpoint(tmp_path / "b").config
     assert (made.eos_token_id, made.bos_token_id) == (end, end)
     assert end_of_text_id(made, tmp_path / "b" / "tokenizer.json") == end
@@ -277,15 +285,12 @@ def test_commands(teacher, corpus, tmp_path):
         (qat.evaluate.main, ["--data", "CORPUS"]),
     ],
 )
-def test_wrong_usage_exits_2(teacher, corpus, tmp_path, monkeypatch, capsys, command, arguments):
+def test_wrong_usage_exits_2(teacher, corpus, tmp_path, capsys, command, arguments):
     known = {"TEACHER": str(teacher), "CORPUS": str(corpus)}
     arguments = [known.get(word, word) for word in arguments]
     if command is not qat.evaluate.main:
         arguments += ["--out", str(tmp_path / "x")]
-    monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        run_command(command, "command")
-    assert caught.value.code == 2
+    assert outcome(command, "command", arguments) == 2
     assert capsys.readouterr().err.strip()
     assert not (tmp_path / "x" / "model.safetensors").exists()
 

@@ -31,6 +31,7 @@ from qat.train.training import first_tokens
 from scripts.machines.gpu.prompts import PROMPTS
 from tmexport.cli.app import run_command
 from tmexport.documents import score_documents
+from tmexport.errors import UsageError
 from zero_shot.examples import load_examples
 from zero_shot.metrics import measure
 from zero_shot.scoring import Likelihood, encode_pair
@@ -141,6 +142,7 @@ def score_of_answer(teacher: LanguageModel, prompt: list[int], answer: list[int]
 @click.option("--held-out", required=True, type=_PATH, help="Text that nothing was trained on.")
 @click.option(
     "--tokens",
+    type=click.IntRange(0),
     default=0,
     show_default=True,
     help="About so many of the held-out text, an equal share of each document; 0 = all.",
@@ -158,6 +160,8 @@ def main(
     documents = documents_in([held_out], teacher / "tokenizer.json", config)
     documents = first_tokens(documents, tokens, teacher / "tokenizer.json") if tokens else documents
     text = torch.cat([torch.from_numpy(document.ids.astype("int64")) for document in documents])
+    if len(text) <= _WINDOW:
+        raise UsageError(f"{held_out}: {len(text)} tokens are left of it; expected more than a window of {_WINDOW}")
     found: dict[str, Any] = {}
 
     def keep(name: str, **more: Any) -> None:
