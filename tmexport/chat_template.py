@@ -6,14 +6,16 @@ compute is bounded: text by length, time by a deadline, powers and repetitions b
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -26,6 +28,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 _LONGEST = 16_000_000  # characters of a rendered conversation
 _SECONDS = 5.0
 _LARGEST = 1_000_000  # of a product or a power of numbers that a template needs (loop counters)
+_WIDE = re.compile(r"\d{7}|%[^a-zA-Z%]*\*")  # a width in a format
 
 Message = Mapping[str, Any]
 
@@ -47,9 +50,9 @@ class ChatTemplate:
         self._where, self._tokens = where, dict(tokens)
         self._environment = _environment()
         try:
-            self._template = self._environment.from_string(source)
-        except (TemplateError, RecursionError) as error:
-            raise TmexportError(f"{where}: the chat template is damaged: {_reason(error)}") from None
+            self._template = _compile(self._environment, source)
+        except _DamagedError as error:
+            raise TmexportError(f"{where}: the chat template is damaged: {error}") from None
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, given: str | None = None) -> ChatTemplate | None:
@@ -105,7 +108,7 @@ class _Generation(Extension):
 class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, which keeps templates from our objects; here also from memory and time."""
 
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["*", "**", "%"])
     deadline = float("inf")
 
     def check_time(self) -> None:
@@ -113,6 +116,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise TextError(f"the chat template takes longer than {_SECONDS:.0f} s")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%":
+            if isinstance(left, str) and _WIDE.search(left):
+                raise TextError("the chat template computes % of too large values")
+            return super().call_binop(context, operator, left, right)
         sizes = [abs(v) if isinstance(v, int | float) else len(v) for v in (left, right)]
         if operator == "**" or sizes[0] * sizes[1] > _LARGEST:
             raise TextError(f"the chat template computes {operator} of too large values")
@@ -129,24 +136,60 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.check_time()
         return super().getitem(obj, argument)
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
         self.check_time()
-        return super().call(*args, **kwargs)
+        if isinstance(getattr(called, "__self__", None), str):  # 'x'.center(1000000000)
+            self.check_sizes(*args, *kwargs.values())
+        return super().call(context, called, *args, **kwargs)
+
+    def check_sizes(self, *values: Any) -> None:
+        if any(isinstance(value, int) and value > _LARGEST for value in values):
+            raise TextError(f"the chat template asks for something of a size above {_LARGEST}")
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is computed when the text is made, never while the template is compiled, and of small sizes only."""
+    wants = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
+
+    @functools.wraps(function)
+    def bounded(context: Any, *args: Any, **kwargs: Any) -> Any:
+        context.environment.check_time()
+        context.environment.check_sizes(*args[1:], *kwargs.values())
+        first = {"context": [context], "eval_context": [context.eval_ctx], "environment": [context.environment]}
+        return function(*first.get(wants, []), *args, **kwargs)
+
+    return pass_context(bounded)  # jinja2 folds no filter that wants the context
 
 
 def _environment() -> _Sandbox:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation]
+    )
     environment.filters["tojson"] = _to_json
+    for name in set(environment.filters) - {"default", "d"}:  # whose argument is a value, not a size
+        environment.filters[name] = _bounded(environment.filters[name])
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     return environment
+
+
+class _DamagedError(Exception):
+    """A text is no template; the message says why."""
+
+
+def _compile(environment: _Sandbox, source: str) -> Template:
+    """jinja2 compiles by way of Python, and lets Python's own errors out beside its own."""
+    try:
+        return environment.from_string(source)
+    except Exception as error:
+        raise _DamagedError(_reason(error)) from None
 
 
 def template_fault(source: str) -> str | None:
     """Why a text is no template; None if it is one."""
     try:
-        _environment().from_string(source)
-    except (TemplateError, RecursionError) as error:
-        return _reason(error)
+        _compile(_environment(), source)
+    except _DamagedError as error:
+        return str(error)
     return None
 
 

@@ -71,7 +71,7 @@ def what_it_is(path: Path) -> str | None:
         return "is a zip archive; unpack it, or, if torch wrote it, name it pytorch_model.bin"
     if start[8:10] == b'{"' and path.suffix != ".safetensors":
         return "is a safetensors file; name it model.safetensors"
-    if start.startswith(b"{"):
+    if start.startswith(b"{") and start[8:9] != b"{":  # a safetensors header's length may begin with that byte
         return "is a JSON text (the answer of a server that refused the download?); download the file again"
     return named_by_its_start(start)
 
@@ -129,10 +129,11 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     try:
         if path.is_dir():
             raise TmexportError(f"{path}: is a folder; expected the name of a file to write")
-        if (path.exists() and not path.is_file()) or _is_of_the_system(
-            path
-        ):  # the rename would replace /dev/null itself
+        # the rename would replace /dev/null itself
+        if path.exists() and not path.is_file():
             raise TmexportError(f"{path}: is a device or a pipe; expected the name of a file to write")
+        if _is_of_the_system(path):
+            raise TmexportError(f"{path}: lies in /dev or /proc; expected the name of a file to write")
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -155,7 +156,10 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
 
 def _is_of_the_system(path: Path) -> bool:
     """Whether a name is one of /dev or /proc: /dev/stdout is a link to whatever file stdout is, and would become that file."""
-    place = path.parent.resolve()
+    try:
+        place = path.parent.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
     return place == Path("/dev") or place.is_relative_to("/proc")
 
 

@@ -161,6 +161,7 @@ def test_a_folder_that_may_not_be_written():
 def test_places_where_no_file_can_be(tmp_path):
     (tmp_path / "file").write_bytes(OLD)
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
     for path, message in [
         (tmp_path, "is a folder; expected the name of a file to write"),
         (tmp_path / "none" / "m", "cannot be written: No such file or directory"),
@@ -168,12 +169,13 @@ def test_places_where_no_file_can_be(tmp_path):
         (tmp_path / ("x" * 300), "cannot be written: File name too long"),
         (tmp_path / "pipe", "is a device or a pipe"),
         (Path("/dev/null"), "is a device or a pipe"),
-        (Path("/dev/model.gguf"), "is a device or a pipe"),  # as /dev/stdout, a link to a file where stdout is one
-        (Path("/proc/self/fd/1"), "is a device or a pipe"),
+        (tmp_path / "loop" / "m", "cannot be written: Too many levels of symbolic links"),
+        (Path("/dev/model.gguf"), "lies in /dev or /proc"),  # as /dev/stdout, a link to a file where stdout is one
+        (Path("/proc/self/fd/1"), "is a device or a pipe|lies in /dev or /proc"),
     ]:
         with pytest.raises(TmexportError, match=message):
             write_gguf(path, {"a": 1}, planned())
-    assert names(tmp_path) == ["file", "pipe"]
+    assert names(tmp_path) == ["file", "loop", "pipe"]
     assert Path("/dev/null").is_char_device()
 
 

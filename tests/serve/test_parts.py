@@ -1,6 +1,7 @@
 """Templates, stop texts and grammars by themselves."""
 
 import time
+import tracemalloc
 
 import jinja2
 import numpy as np
@@ -11,7 +12,7 @@ from runtime_ref.sampling import Sampling, descending
 from runtime_ref.serve.choice import Choice, StopTexts, score
 from runtime_ref.serve.vocabulary import Vocabulary
 from runtime_ref.tokenizer import Tokenizer
-from tmexport.chat_template import ChatTemplate
+from tmexport.chat_template import ChatTemplate, template_fault
 from tmexport.errors import TextError, TmexportError
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -85,10 +86,57 @@ def test_a_slow_template_is_stopped():
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("text", ["{% for %}", "{{", "{% include 'x' %}{% endfor %}"])
+DAMAGED = {
+    "for without end": "{% for %}",
+    "open": "{{",
+    "an end too many": "{% include 'x' %}{% endfor %}",
+    "break outside a loop": "{% break %}",
+    "25 loops": "{% for i in x %}" * 25 + "{% endfor %}" * 25,
+    "an argument twice": "{{ f(a=1, a=2) }}",
+    "5,000 digits": "{{ " + "9" * 5000 + " }}",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_template_is_one_line(text):
     with pytest.raises(TmexportError, match=r"x\.gguf: the chat template is damaged"):
         template(text)
+    assert "\n" not in (template_fault(text) or "\n")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'x' | center(1000000000)",
+        "'x'.center(1000000000)",
+        "'%1000000000d' % 1",
+        "[1] | batch(1000000000, 2) | list | length",
+        "'a' | indent(width=1000000000, first=true)",
+    ],
+)
+def test_sizes_are_bounded_and_nothing_is_computed_while_compiling(expression):
+    tracemalloc.start()
+    try:
+        assert template_fault("{{ " + expression + " }}") is None
+        with pytest.raises(TextError, match="too large|of a size above 1000000"):
+            template("{{ " + expression + " }}").render(MESSAGES)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("expression", "wanted"),
+    [
+        ("'x' | center(5)", "  x  "),
+        ("'%5d' % 7", "    7"),
+        ("17 % 5", "2"),
+        ("[3, 1] | sort | map('string') | join('-')", "1-3"),
+        ("missing | default(4000000000)", "4000000000"),
+    ],
+)
+def test_filters_still_compute(expression, wanted):
+    assert template("{{ " + expression + " }}").render(MESSAGES) == wanted
 
 
 def test_jinja_is_the_real_one():

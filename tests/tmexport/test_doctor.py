@@ -118,3 +118,16 @@ def test_our_own_file_is_fine(tmp_path):
     plan_export(open_checkpoint(tmp_path / "ckpt")).write(tmp_path / "m.gguf", lambda tensor: None)
     found = diagnose(tmp_path / "m.gguf")
     assert (found.problems, found.variant, found.loads) == ([], "Q2_0", ["stock llama.cpp", "tmexport, runtime_ref"])
+
+
+@pytest.mark.parametrize("count", [65536, 2**32 - 1])
+def test_more_parts_than_a_model_can_have(tmp_path, count):
+    found = diagnose(file(tmp_path / "m.gguf", KEYS | {"split.count": count, "split.no": 0}))
+    assert f"split.count is {count}; expected at most 65535" in found.problems
+    assert not any("beside it" in problem for problem in found.problems)
+
+
+def test_a_part_whose_neighbours_name_is_too_long(tmp_path):
+    """255 bytes are a name's most; the part's own number and count add 20."""
+    found = diagnose(file(tmp_path / ("m" * 245 + ".gguf"), KEYS | {"split.count": 65535, "split.no": 0}))
+    assert [problem[-17:] for problem in found.problems if "split model" in problem] == [" is not beside it"]

@@ -44,7 +44,7 @@ CHANGED = {
     "no epsilon": ({"mamba2.attention.layer_norm_rms_epsilon": None}, False, False, "the norm's epsilon is None"),
     "more layers": ({"mamba2.block_count": 3}, False, False, "has no tensor blk.2"),
     "an adapter": ({"general.type": "adapter"}, True, True, "is no model by itself: its general.type is 'adapter'"),
-    "a part": ({"split.count": 3, "split.no": 0}, False, False, "is a part of a split model; part-00002-of-00003.gguf and 1 more are not beside it"),
+    "a part": ({"split.count": 3, "split.no": 0}, False, False, "is a part of a split model; part-00002-of-00003.gguf is not beside it"),
 }  # fmt: skip
 LLAMA = """
 import sys, xllamacpp

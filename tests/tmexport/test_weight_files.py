@@ -18,6 +18,7 @@ from tests.models import SMALL, random_tensors, write_small, write_state_spaces
 from tmexport.checkpoint import open_checkpoint
 from tmexport.cli import cli
 from tmexport.errors import CheckpointError, ConfigError
+from tmexport.files import what_it_is
 from tmexport.model import mamba2_model
 
 NAMES = {
@@ -196,6 +197,15 @@ def test_files_that_are_something_else(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises((CheckpointError, ConfigError), match=f"{name}: .*{message}"):
         open_checkpoint(tmp_path)
+
+
+def test_a_safetensors_header_whose_length_begins_as_json_does(tmp_path):
+    """123 is the byte of "{"."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((123).to_bytes(8, "little") + b'{"a": 1}'.ljust(123))
+    assert what_it_is(path) is None
+    path.write_bytes(b'{"error": "not found"}')
+    assert "is a JSON text" in (what_it_is(path) or "")
 
 
 def test_a_lora_adapter_is_named(tmp_path):

@@ -105,6 +105,7 @@ TEMPLATES = {
     "a file": (None, {"chat_template.jinja": "{{ b }}"}),
     "a file before the list": (NAMED, {"chat_template.jinja": "{{ b }}"}),
     "another system's lines": (None, {"chat_template.jinja": "{{ b }}\r\n{{ c }}\r\n"}),
+    "an old system's lines": (None, {"chat_template.jinja": "{{ b }}\r{{ c }}\r\r\n"}),
     "a folder": (None, {"additional_chat_templates/rag.jinja": "{{ r }}"}),
     "a folder before the list": (NAMED, {"additional_chat_templates/rag.jinja": "{{ q }}"}),
     "the default in the folder": ("{{ a }}", {"additional_chat_templates/default.jinja": "{{ d }}"}),
@@ -135,6 +136,14 @@ def test_a_template_that_is_none(tmp_path, value):
     path = train_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     with pytest.raises(TokenizerError, match="chat_template is neither a text nor a list|half of a surrogate pair"):
+        export_tokenizer(path, MODEL)
+
+
+@pytest.mark.parametrize("index", [[5], {"id": 5}, "5", None, True])
+def test_an_added_token_whose_id_is_no_number(tmp_path, index):
+    path = train_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<mark>": index}))
+    with pytest.raises(TokenizerError, match="the id of '<mark>' is .*; expected a whole number"):
         export_tokenizer(path, MODEL)
 
 

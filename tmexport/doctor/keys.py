@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from tmexport.gguf.kinds import wrong_kinds
 from tmexport.tokenizer.names import NO_END
 
 _NOT_READ = ("tokenizer.chat_template", "tokenizer.huggingface")  # by llama.cpp, at loading
+_MOST_PARTS = 2**16 - 1  # llama.cpp's uint16
 
 
 class Problem(NamedTuple):
@@ -29,10 +31,14 @@ def key_problems(path: Path, header: Header) -> Iterator[Problem]:
         yield Problem("has no general.architecture, without which nothing loads it")
     if wrong:
         return
-    others = [part.name for part in _other_parts(path, keys) if not part.exists()]
-    if others:
-        more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
-        yield Problem(f"is a part of a split model; {others[0]}{more} not beside it")
+    if keys.get("split.count", 1) > _MOST_PARTS:
+        yield Problem(f"split.count is {keys['split.count']}; expected at most {_MOST_PARTS}")
+        return
+    missing = next(
+        (part for part in _other_parts(path, keys) if not os.path.exists(part)), None
+    )  # False also of too long a name
+    if missing is not None:
+        yield Problem(f"is a part of a split model; {missing.name} is not beside it")
     if is_model(keys) and not is_later_part(keys):
         yield from _vocabulary(header)
         yield from _template(keys)

@@ -54,7 +54,13 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings = _json(folder, "tokenizer_config.json")
     if "added_tokens_decoder" in settings:
         return settings
-    more = {index: {"content": content} for content, index in _json(folder, "added_tokens.json").items()}
+    added = _json(folder, "added_tokens.json")
+    for content, index in added.items():
+        if type(index) is not int:
+            raise TokenizerError(
+                f"{folder / 'added_tokens.json'}: the id of {content!r} is {index!r}; expected a whole number"
+            )
+    more = {index: {"content": content} for content, index in added.items()}
     return settings | _json(folder, "special_tokens_map.json") | ({"added_tokens_decoder": more} if more else {})
 
 
@@ -71,7 +77,7 @@ def _templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     found = {path.stem: f"{_MORE}/{path.name}" for path in sorted((folder / _MORE).glob("*.jinja"))}
     if os.path.lexists(folder / "chat_template.jinja"):
         found["default"] = "chat_template.jinja"
-    read = {name: (_text(folder, file) or "").replace("\r\n", "\n") for name, file in found.items()}
+    read = {name: (_text(folder, file) or "").replace("\r\n", "\n").replace("\r", "\n") for name, file in found.items()}
     templates = read or _named_templates(folder, settings.get("chat_template"))
     if not all(is_text(text) for pair in templates.items() for text in pair):
         raise TokenizerError(f"{folder}: a chat template has half of a surrogate pair, which is no character")
