@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import sys
 from pathlib import Path
 
-from tmexport.documents import read_text
+from tmexport.documents import decoded, read_text
 from tmexport.errors import TextError, UsageError
 
 STDIN = "-"
@@ -58,10 +57,7 @@ def _read_stdin() -> str:
     if sys.stdin is None:
         raise TextError("stdin: is closed; expected the text to continue")
     try:
-        data = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
-        if len(data) > LARGEST_PROMPT:
-            raise TextError(f"stdin: does not end after {LARGEST_PROMPT} bytes; expected a prompt")
-        return io.StringIO(data.decode("utf-8-sig"), newline=None).read()
+        return decoded("stdin", sys.stdin.buffer.read(LARGEST_PROMPT + 1), LARGEST_PROMPT)
     except UnicodeDecodeError as error:
         raise TextError(f"stdin: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:

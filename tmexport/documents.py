@@ -9,6 +9,7 @@ text, so it compares models with different tokenizers; perplexity is exp(nats / 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,18 +65,27 @@ def read_text(path: Path, largest: int | None = None) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        TextError: it is missing or not UTF-8, or has more than `largest` characters.
+        TextError: it is missing or not UTF-8, or has more than `largest` bytes.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(-1 if largest is None else largest + 1)
-        if largest is not None and len(text) > largest:
-            raise TextError(f"{path}: does not end after {largest} characters; expected a prompt")
-        return text
+        with path.open("rb") as file:
+            return decoded(str(path), file.read() if largest is None else file.read(largest + 1), largest)
     except UnicodeDecodeError as error:
         raise TextError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def decoded(name: str, data: bytes, largest: int | None) -> str:
+    """UTF-8 as text: without a byte order mark, line breaks of any system.
+
+    Raises:
+        TextError: more than `largest` bytes.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if largest is not None and len(data) > largest:
+        raise TextError(f"{name}: is longer than {largest} bytes; expected a prompt")
+    return io.StringIO(data.decode("utf-8-sig"), newline=None).read()
 
 
 def read_documents(path: Path) -> Iterator[str]:

@@ -12,6 +12,8 @@ from tmexport.gguf.kinds import wrong_kinds
 from tmexport.tokenizer.names import NO_END
 
 _NOT_READ = ("tokenizer.chat_template", "tokenizer.huggingface")  # by llama.cpp, at loading
+_NEEDED = ("embedding_length", "block_count")  # by llama.cpp, of every model that it computes
+_OURS = ("llama", "granitehybrid", "falcon-h1", "mamba", "mamba2")  # families that we know well enough to say so
 _MOST_PARTS = 2**16 - 1  # llama.cpp's uint16
 
 
@@ -40,6 +42,10 @@ def key_problems(path: Path, header: Header) -> Iterator[Problem]:
     if missing is not None:
         yield Problem(f"is a part of a split model; {missing.name} is not beside it")
     if is_model(keys) and not is_later_part(keys):
+        family = keys.get("general.architecture")
+        for name in _NEEDED if family in _OURS else ():
+            if f"{family}.{name}" not in keys:
+                yield Problem(f"has no {family}.{name}, without which llama.cpp does not load it")
         yield from _vocabulary(header)
         yield from _template(keys)
 
