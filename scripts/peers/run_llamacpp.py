@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,8 +61,21 @@ def _captured_output() -> Iterator[BinaryIO]:
             os.close(saved[1])
 
 
+def _wait_for_the_log(log: BinaryIO) -> None:
+    """llama.cpp writes its log on a thread of its own: until nothing has come for a second, five in all."""
+    size, still = -1, 0
+    for _ in range(50):
+        found = os.fstat(log.fileno()).st_size
+        still = still + 1 if found == size and found else 0
+        if still == 10:
+            return
+        size = found
+        time.sleep(0.1)
+
+
 def _reason(log: BinaryIO) -> str:
     """llama.cpp's own words for why it did not load a file."""
+    _wait_for_the_log(log)
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if " E " in line]
     loading = [line for line in lines if "error loading model: " in line]
