@@ -58,8 +58,6 @@ def _read_stdin() -> str:
         raise TextError("stdin: is closed; expected the text to continue")
     try:
         return decoded("stdin", sys.stdin.buffer.read(LARGEST_PROMPT + 1), LARGEST_PROMPT)
-    except UnicodeDecodeError as error:
-        raise TextError(f"stdin: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:
         raise TextError(f"stdin: cannot be read: {error.strerror or error}") from None
 

@@ -70,8 +70,6 @@ def read_text(path: Path, largest: int | None = None) -> str:
     try:
         with path.open("rb") as file:
             return decoded(str(path), file.read() if largest is None else file.read(largest + 1), largest)
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -80,12 +78,15 @@ def decoded(name: str, data: bytes, largest: int | None) -> str:
     """UTF-8 as text: without a byte order mark, line breaks of any system.
 
     Raises:
-        TextError: more than `largest` bytes.
-        UnicodeDecodeError: it is not UTF-8.
+        TextError: more than `largest` bytes, or not UTF-8.
     """
     if largest is not None and len(data) > largest:
         raise TextError(f"{name}: is longer than {largest} bytes; expected a prompt")
-    return io.StringIO(data.decode("utf-8-sig"), newline=None).read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
+    return io.StringIO(text, newline=None).read()
 
 
 def read_documents(path: Path) -> Iterator[str]:
