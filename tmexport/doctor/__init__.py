@@ -14,11 +14,11 @@ from typing import Any
 
 from tmexport.doctor.fix import check_equal, write_stock
 from tmexport.doctor.header import Header, layout_problems, open_bytes, read_header
-from tmexport.doctor.keys import Problem, is_later_part, is_model, is_part, key_notes, key_problems
+from tmexport.doctor.keys import Problem, is_later_part, is_model, key_notes, key_problems
 from tmexport.doctor.types import NO_WEIGHTS, Q2_0_G128, STOCK
 from tmexport.errors import GGUFError, TmexportError
 from tmexport.files import named_by_its_start, refuse_overwriting
-from tmexport.gguf.kinds import wrong_kinds
+from tmexport.gguf.kinds import is_part, wrong_kinds
 from tmexport.gguf.names import TOKENIZER_JSON_KEY, config_from_metadata
 from tmexport.gguf.reader import open_gguf
 from tmexport.model.dialects import FAMILIES, tmexport_mamba2
@@ -29,11 +29,8 @@ from tmexport.types import GGMLType
 __all__ = ["Diagnosis", "diagnose", "read_header", "write_fixed"]
 OURS = "tmexport, runtime_ref"
 _READ = {kind.name for kind in GGMLType}
-_NOTHING_MORE = (
-    "mamba",
-    "mamba2",
-    tmexport_mamba2.NAME,
-)  # our programs read all that these can be: what they refuse is a fault
+# Our programs read all that these can be: what they refuse is a fault.
+_NOTHING_MORE = ("mamba", "mamba2", tmexport_mamba2.NAME)
 
 
 @dataclass

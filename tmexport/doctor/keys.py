@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tmexport.doctor.header import Header
-from tmexport.gguf.kinds import wrong_kinds
+from tmexport.gguf.kinds import is_part, wrong_kinds
+from tmexport.tokenizer.gguf import fault_of_template
 from tmexport.tokenizer.names import NO_END
 
 _NOT_READ = ("tokenizer.chat_template", "tokenizer.huggingface")  # by llama.cpp, at loading
@@ -36,9 +37,8 @@ def key_problems(path: Path, header: Header) -> Iterator[Problem]:
     if keys.get("split.count", 1) > _MOST_PARTS:
         yield Problem(f"split.count is {keys['split.count']}; expected at most {_MOST_PARTS}")
         return
-    missing = next(
-        (part for part in _other_parts(path, keys) if not os.path.exists(part)), None
-    )  # False also of too long a name
+    # os.path's exists is False also of too long a name
+    missing = next((part for part in _other_parts(path, keys) if not os.path.exists(part)), None)
     if missing is not None:
         yield Problem(f"is a part of a split model; {missing.name} is not beside it")
     if is_model(keys) and not is_later_part(keys):
@@ -53,11 +53,6 @@ def key_problems(path: Path, header: Header) -> Iterator[Problem]:
 def is_model(keys: dict[str, Any]) -> bool:
     """Whether a file is a model, and not an adapter, a projector or statistics for one."""
     return keys.get("general.type", "model") == "model"
-
-
-def is_part(keys: dict[str, Any]) -> bool:
-    """Whether a file is one of several that are a model together."""
-    return keys.get("split.count", 1) > 1
 
 
 def is_later_part(keys: dict[str, Any]) -> bool:
@@ -109,11 +104,7 @@ def _template(keys: dict[str, Any]) -> Iterator[Problem]:
     template = keys.get("tokenizer.chat_template")
     if template is None:
         return
-    try:  # jinja2 comes with the extras that render templates
-        from tmexport.chat_template import template_fault
-    except ImportError:
-        return
-    fault = template_fault(template)
+    fault = fault_of_template(template)
     if fault is not None:
         yield Problem(f"its chat template is damaged ({fault}): llama.cpp's server does not load it")
 

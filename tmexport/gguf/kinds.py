@@ -29,21 +29,24 @@ KINDS = {
 def wrong_kinds(metadata: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each key whose value is of another kind."""
     for key, kind in KINDS.items():
-        if key in metadata and _kind_of(metadata[key]) not in (
-            kind,
-            "an empty list" if kind in (_TEXTS, _NUMBERS) else kind,
-        ):
+        if key in metadata and not _is(metadata[key], kind):
             yield f"{key} is {repr(metadata[key])[:60]}; expected {kind}"
 
 
+def is_part(metadata: Mapping[str, Any]) -> bool:
+    """Whether a file is one of several that are a model together; of keys that have their kinds."""
+    return bool(metadata.get("split.count", 1) > 1)
+
+
+def _is(value: Any, kind: str) -> bool:
+    """A list by its first item, as all are of one type in a GGUF; an empty one is a list of anything."""
+    item = {_TEXTS: _TEXT, _NUMBERS: _NUMBER}.get(kind)
+    if item is None:
+        return _kind_of(value) == kind
+    return isinstance(value, Sequence) and not isinstance(value, str) and (not len(value) or _kind_of(value[0]) == item)
+
+
 def _kind_of(value: Any) -> str:
-    """By the first item of a list: all are of one type in a GGUF."""
     if isinstance(value, str):
         return _TEXT
-    if isinstance(value, Sequence):
-        return (
-            {_TEXT: _TEXTS, _NUMBER: _NUMBERS}.get(_kind_of(value[0]), "another list")
-            if len(value)
-            else "an empty list"
-        )
     return _BOOL if isinstance(value, bool) else _NUMBER if isinstance(value, int) else "another value"

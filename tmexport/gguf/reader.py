@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from tmexport.errors import GGUFError
 from tmexport.files import named_by_its_start
-from tmexport.gguf.kinds import wrong_kinds
+from tmexport.gguf.kinds import is_part, wrong_kinds
 from tmexport.types import GGMLType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -190,8 +190,11 @@ def _parse(cursor: Cursor, size: int) -> tuple[dict[str, Any], dict[str, TensorI
         if key in metadata:
             raise GGUFError(f"has the key {key!r} twice")
         metadata[key] = read_value(cursor, f"the value of {key!r}")
-    for sentence in (*wrong_kinds(metadata), *part_of_a_split(metadata)):
+    for sentence in wrong_kinds(metadata):
         raise GGUFError(sentence)
+    if is_part(metadata):
+        which = f"part {metadata['split.no'] + 1}" if "split.no" in metadata else "a part"
+        raise GGUFError(f"is {which} of {metadata['split.count']} of a split model; join them (llama-gguf-split --merge FIRST OUT)")  # fmt: skip
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment > 2**20 or alignment & (alignment - 1):
         raise GGUFError(f"general.alignment is {alignment!r}; expected a power of two from 8 to {2**20}")
@@ -238,14 +241,6 @@ def _strings(cursor: Cursor, count: int, what: str) -> StoredArray:
         return str(view[start + 8 : start + 8 + int.from_bytes(view[start : start + 8], "little")], "utf-8")
 
     return StoredArray(count, item)
-
-
-def part_of_a_split(metadata: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence, if a file is one of several that are a model together."""
-    count, number = metadata.get("split.count"), metadata.get("split.no")
-    if type(count) is int and count > 1:
-        which = f"part {number + 1}" if type(number) is int else "a part"
-        yield f"is {which} of {count} of a split model; join them (llama-gguf-split --merge FIRST OUT)"
 
 
 def _declaration(cursor: Cursor, name: str) -> tuple[tuple[int, ...], GGMLType, int]:

@@ -86,12 +86,13 @@ def _not_held(beside: Beside) -> Iterator[str]:
     if beside.stop_strings:
         yield f"generation_config.json ends a generation at the text {beside.stop_strings[0][:40]!r}, which a GGUF cannot hold: it goes on there"
     for name, template in beside.templates.items():
-        fault = _fault(template)
+        fault = fault_of_template(template)
         if fault is not None:
             yield f"the chat template{' ' if name else ''}{name} is damaged ({fault}): llama.cpp's server does not load a file with it"
 
 
-def _fault(template: str) -> str | None:
+def fault_of_template(template: str) -> str | None:
+    """Why a chat template is damaged; None if it is not, or if nothing here can tell."""
     try:  # jinja2 comes with the extras that render templates; without it a template is only carried
         from tmexport.chat_template import template_fault
     except ImportError:
