@@ -193,9 +193,8 @@ def _by_amx(isa, profile, codes, scales, s, rows, k, block, out, add, first, end
         shape = (address(memory) + 63) // 64 * 64
         sums = shape + TILE
         weights = sums + SUMS * TILE
-        y = (
-            weights + together * spread
-        )  # whole KB after the sums: a sum that is read never lies 4 KB beside a y just written
+        # whole KB after the sums: a sum that is read never lies 4 KB beside a y just written
+        y = weights + together * spread
         amx_begin(columns, min(TOKENS, rows), shape)
         for start in range(first, end, together):
             tiles = min(together, end - start)
