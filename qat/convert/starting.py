@@ -23,7 +23,10 @@ from tmexport.errors import UsageError
 _SLOWEST, _FASTEST = 0.01, 0.4  # decay a position, exp(-rate)
 _GATE = 4.0  # z: silu is nearly the identity there
 _WIDTH_OF_X = 0.3  # root mean square of what enters SiLU as x
-_RIDGE = 1e-3  # of the mean of the moments' diagonal
+# Of the mean of the moments' diagonal. As much as the squared rounding error of a weight, relative to it: what the fit then
+# minimises is the error with weights so rounded (int4 0.006, ternary 0.2). With less, weights of hundreds cancel each other, and
+# neither rounding nor a step of training leaves that alone (docs/mohawk.md).
+_RIDGE = 0.03
 
 
 @torch.no_grad()

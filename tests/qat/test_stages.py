@@ -152,7 +152,7 @@ def test_out_proj_is_fitted_in_fp32_whatever_the_rest_computes_in(pair, request,
         states, wanted = list(hybrid.stream(ids)), list(teacher.stream(ids))
     features, target = seen[0].flatten(0, -2).double().numpy(), (wanted[3] - states[2]).flatten(0, -2).double().numpy()
     moments = features.T @ features
-    ridge = 1e-3 * moments.diagonal().mean() * np.eye(len(moments))
+    ridge = 0.03 * moments.diagonal().mean() * np.eye(len(moments))
     best = np.linalg.solve(moments + ridge, features.T @ target)
     left = [np.square(features @ weight - target).sum() for weight in (mixer.out_proj.weight.detach().numpy().T, best)]
     assert left[0] < 1.2 * left[1]  # 46 times as much before; what is left is the rounding of what the model computes
