@@ -92,17 +92,17 @@ def group_codes(weight: Tensor, scales: Tensor, group_size: int, kind: str) -> T
     return round_to_codes(kind, grouped, scales.float()[..., None])
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward: code * scale, exactly. Backward: the identity."""
+# An operator of its own, so that torch.compile leaves it whole: inductor takes the rounding of a scale to fp16 and back for
+# superfluous, and would train other weights than are exported.
+@torch.library.custom_op("tmexport::fake_quantize", mutates_args=())
+def _fake_quantize(weight: Tensor, group_size: int, kind: str) -> Tensor:
+    """Forward: code * scale, exactly, fp32. Backward: the identity."""
+    scales = group_scales(weight, group_size, kind)
+    return group_codes(weight, scales, group_size, kind).mul_(scales.float()[..., None]).flatten(-2)
 
-    @staticmethod
-    def forward(ctx: object, weight: Tensor, group_size: int, kind: str) -> Tensor:
-        scales = group_scales(weight, group_size, kind)
-        return group_codes(weight, scales, group_size, kind).mul_(scales.float()[..., None]).flatten(-2)
 
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
+_fake_quantize.register_fake(lambda weight, group_size, kind: torch.empty_like(weight, dtype=torch.float32))
+_fake_quantize.register_autograd(lambda ctx, grad: (grad, None, None))
 
 
 class FakeQuantizer(nn.Module):
@@ -115,7 +115,7 @@ class FakeQuantizer(nn.Module):
         self.group_size = group_size
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self.group_size, self.kind)
+        return _fake_quantize(weight, self.group_size, self.kind)
 
     def scales(self, latent: Tensor) -> Tensor:
         """fp16 [n, k / group_size]."""
@@ -156,16 +156,14 @@ class Int4Weight(FakeQuantizer):
 QUANTIZERS: dict[str, type[FakeQuantizer]] = {q.kind: q for q in (TernaryWeight, BinaryWeight, Int8Weight, Int4Weight)}
 
 
-class _RoundThrough(torch.autograd.Function):
-    """Round to whole numbers, or to fp16; the gradient passes straight through."""
+@torch.library.custom_op("tmexport::round_through", mutates_args=())
+def _round_through(x: Tensor, to_half: bool) -> Tensor:
+    """Round to whole numbers, or to fp16; the gradient passes straight through. An operator for the same reason."""
+    return x.to(torch.float16).float() if to_half else x.round()
 
-    @staticmethod
-    def forward(ctx: object, x: Tensor, to_half: bool) -> Tensor:
-        return x.to(torch.float16).float() if to_half else x.round()
 
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+_round_through.register_fake(lambda x, to_half: torch.empty_like(x))
+_round_through.register_autograd(lambda ctx, grad: (grad, None))
 
 
 class LearnedTernaryWeight(TernaryWeight):
@@ -180,11 +178,11 @@ class LearnedTernaryWeight(TernaryWeight):
         self.scale = nn.Parameter(group_scales(weight, group_size, self.kind).float())
 
     def _rounded_scale(self) -> Tensor:
-        return _RoundThrough.apply(self.scale.clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)), True)
+        return _round_through(self.scale.clamp(float(SMALLEST_SCALE), float(LARGEST_SCALE)), True)
 
     def forward(self, weight: Tensor) -> Tensor:
         scale = self._rounded_scale()[..., None]
-        codes = _RoundThrough.apply((weight.unflatten(-1, (-1, self.group_size)) / scale).clamp(-1, 1), False)
+        codes = _round_through((weight.unflatten(-1, (-1, self.group_size)) / scale).clamp(-1, 1), False)
         return (codes * scale).flatten(-2)
 
     def scales(self, latent: Tensor) -> Tensor:

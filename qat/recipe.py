@@ -72,7 +72,7 @@ class Recipe:
     accumulate: int = _setting(1, "parts into which a process cuts its share of the batch, to save memory", 1)
     checkpoint_activations: bool = _setting(False, "recompute each layer in the backward pass, to save memory")
     shard: bool = _setting(False, "several processes share weights, gradients and optimiser (FSDP) to save memory")
-    compile: bool = _setting(False, "torch.compile the layers (needs a C++ compiler on a CPU)")
+    compile: bool = _setting(False, "torch.compile the layers that train (needs a C++ compiler on a CPU)")
     lr: float = _setting(2.5e-4, "peak learning rate", 0)
     final_lr: float = _setting(0.0, "learning rate at the end, as a share of the peak", 0, 1)
     warmup: float = _setting(0.02, "share of the steps over which the learning rate rises", 0, 1)

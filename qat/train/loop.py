@@ -15,6 +15,7 @@ from accelerate import DistributedType
 from torch import Tensor
 
 from qat.errors import TrainingError
+from qat.model import LanguageModel
 from qat.recipe import Recipe
 from qat.train.hooks import Hook, Interruption, Training, hooks_of
 from qat.train.run import Run
@@ -60,6 +61,21 @@ def fit(run: Run, resume: bool, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
     }
 
 
+def compile_layers(model: LanguageModel) -> None:
+    """torch.compile each layer, in place.
+
+    Layers of a kind share their code, but those with a fake-quantiser do not: torch makes a class of each such module. After too
+    many versions it would go on without compiling.
+    """
+    import torch._dynamo
+
+    layers, limits = model.backbone.layers, torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * len(layers))
+    for layer in layers:
+        layer.compile()
+
+
 class Loop:
     """A run ready to go on: models and optimiser on their devices, in the state of the last checkpoint.
 
@@ -81,8 +97,7 @@ class Loop:
         freeze(run.student, recipe)
         self._trained = copy.deepcopy(run.student) if recipe.shard else run.student
         if recipe.compile:
-            for layer in self._trained.backbone.layers:
-                layer.compile()
+            compile_layers(self._trained)
         self._work = Step(self._trained, run.teacher, recipe)
         if recipe.shard:
             shard(self._work, self._trained.backbone.layers, accelerator.device, accelerator.num_processes)

@@ -181,7 +181,8 @@ def _refit(run: Run, teacher: LanguageModel) -> None:
     count = max(1, recipe.refit_tokens // recipe.tokens_per_step)
     ids = torch.cat([torch.from_numpy(run.batches(step)[:, :-1]) for step in range(count)])
     device = run.accelerator.device
-    fit_layers(teacher.to(device), run.student, ids.to(device))
+    with torch.compiler.set_stance("force_eager"):  # compiled layers do not see the hook that reads their features
+        fit_layers(teacher.to(device), run.student, ids.to(device))
 
 
 def _digest_of_vectors(teacher: Teacher) -> str:

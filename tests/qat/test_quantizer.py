@@ -74,6 +74,16 @@ def test_all_zero_group_gets_the_smallest_scale():
     assert not got.codes.any()
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_compiled_weights_are_those_that_are_exported(learned):
+    """inductor leaves out a rounding to fp16 and back, which every scale goes through."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 128) * 0.03
+    module = LearnedTernaryWeight(64, weight) if learned else TernaryWeight(64)
+    compiled = torch.compile(lambda w: module(w) * 2)
+    assert np.array_equal(compiled(weight).detach().numpy(), 2 * module.quantize(weight).dense())
+
+
 def test_gradient_passes_straight_through():
     weight = torch.randn(4, 128, requires_grad=True)
     upstream = torch.randn(4, 128)

@@ -158,6 +158,17 @@ def test_out_proj_is_fitted_in_fp32_whatever_the_rest_computes_in(pair, request,
     assert left[0] < 1.2 * left[1]  # 46 times as much before; what is left is the rounding of what the model computes
 
 
+def test_compiled_layers_are_fitted_too(folders, corpus, tmp_path):
+    """The fit reads out_proj's features by a hook, which a compiled layer does not see."""
+    stages = load_stages(str(folders / "recipe.toml"), {"compile": True})
+    parts = [corpus], folders / "teacher", None, None, False, None, (), folders / "hybrid", "align"
+    for name, recipe in (("compiled", stages["align"]), ("eager", replace(stages["align"], compile=False))):
+        train(recipe, parts[0], tmp_path / name, *parts[1:])
+    compiled, eager = (load_model(tmp_path / name).state_dict() for name in ("compiled", "eager"))
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_a_teacher_may_be_a_gguf(folders, corpus, tmp_path):
     """What it multiplies out to is the checkpoint it was exported from, in fp16."""
     plan_export(open_checkpoint(folders / "teacher"), "f16").write(tmp_path / "t.gguf", lambda tensor: None)
