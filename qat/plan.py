@@ -90,7 +90,9 @@ def make_plan(recipe: Recipe, config: Model, accelerator: str, teacher: Model | 
     with torch.device("meta"):
         model, imitated = LanguageModel(config), LanguageModel(teacher) if teacher is not None else None
     if teacher is not None:
-        make_low_bit(model, recipe.weights, recipe.group_size, False, recipe.ternary_embedding, recipe.projections)
+        make_low_bit(
+            model, recipe.weights, recipe.group_size, False, recipe.ternary_embedding, recipe.projections, recipe.rest
+        )
     freeze(model, recipe)
     parameters, trained = _count(model.parameters()), _count(p for p in model.parameters() if p.requires_grad)
     tokens = recipe.steps * recipe.tokens_per_step

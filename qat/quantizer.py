@@ -196,8 +196,9 @@ def make_low_bit(
     learned_scale: bool = False,
     ternary_embedding: bool = False,
     projections: str = "all",
+    rest: str = "dense",
 ) -> LanguageModel:
-    """Put a fake-quantiser of a kind on projections of `model`, in place.
+    """Put a fake-quantiser of a kind on projections of `model`, and of another on the others, in place.
 
     Args:
         model: changed and returned.
@@ -206,6 +207,7 @@ def make_low_bit(
         learned_scale: ternary only: the scales are parameters.
         ternary_embedding: the embedding and the head become ternary too (Slender-Mamba), in groups of the same size.
         projections: which (`tmexport.quantization.projections_of`).
+        rest: the kind of the other projections, in its widest groups; or dense.
 
     Raises:
         UsageError: the group size is none of the kind's, or does not divide the rows; or the scale of a binary weight is learned.
@@ -215,8 +217,11 @@ def make_low_bit(
     if kind == "dense" and ternary_embedding:
         raise UsageError("--ternary-embedding goes with --weights ternary or binary; dense weights are the control")
     chosen = projections_of(model.config, projections)
-    for name, module in model.projections().items() if kind != "dense" else ():
-        if f"{name}.weight" in chosen:
+    for name, module in model.projections().items():
+        if f"{name}.weight" not in chosen:
+            if rest != "dense":
+                _attach(module, name, rest, 0)
+        elif kind != "dense":
             _attach(module, name, kind, group_size, learned_scale)
     if ternary_embedding:
         _attach(model.backbone.embeddings, "the embedding", "ternary", group_size)

@@ -58,6 +58,7 @@ class Recipe:
         0, "weights that share a scale; 0 = the widest group of their kind that fits their rows", 0, 256
     )
     projections: str = _setting("all", "which become low-bit: all, mixers (not the MLPs'), or roles: in_proj,down_proj")
+    rest: str = _setting("dense", f"kind of the other projections: {', '.join(KINDS)}, or dense")
     ternary_embedding: bool = _setting(False, "train the embedding and the head ternary too")
     learned_scale: bool = _setting(
         False, "train the scales instead of recomputing them; to study the collapse it causes"
@@ -122,8 +123,9 @@ class Recipe:
             raise UsageError(f"objective is {self.objective!r}; expected {', '.join(map(repr, OBJECTIVES))}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
-        if self.weights not in (*KINDS, "dense"):
-            raise UsageError(f"weights is {self.weights!r}; expected {', '.join(map(repr, KINDS))} or 'dense'")
+        for name, kind in (("weights", self.weights), ("rest", self.rest)):
+            if kind not in (*KINDS, "dense"):
+                raise UsageError(f"{name} is {kind!r}; expected {', '.join(map(repr, KINDS))} or 'dense'")
         if self.tokens:
             object.__setattr__(self, "steps", max(1, self.tokens // self.tokens_per_step))
             object.__setattr__(self, "tokens", 0)

@@ -22,7 +22,7 @@ from qat.train.training import train
 from tmexport.errors import UsageError
 
 _MIXERS_ALONE = {"weights": "dense", "rest_lr": 0.0, "freeze_embedding": True, "weight_decay": 0.0, "kd_weight": 1.0}
-_OF_LOW_BIT = {"weights", "group_size", "projections", "ternary_embedding", "learned_scale"}
+_OF_LOW_BIT = {"weights", "group_size", "projections", "rest", "ternary_embedding", "learned_scale"}
 # What a stage's table need not say
 DEFAULTS: dict[str, dict[str, Any]] = {
     "orient": {**_MIXERS_ALONE, "objective": "orient"},

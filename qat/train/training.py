@@ -134,7 +134,7 @@ def _prepare(
     if teacher is not None:
         _check_pair(config, config if student is None else _full_precision(student, "student"), recipe)
         learned, embedding = recipe.learned_scale, recipe.ternary_embedding
-        make_low_bit(model, recipe.weights, recipe.group_size, learned, embedding, recipe.projections)
+        make_low_bit(model, recipe.weights, recipe.group_size, learned, embedding, recipe.projections, recipe.rest)
     run = Run(
         recipe, model, teacher_model, batches, stream.bytes_per_token, out, eos, tokenizer, accelerator=accelerator
     )
@@ -161,8 +161,10 @@ def _full_precision(folder: Path, what: str) -> Model:
 
 def _check_pair(teacher: Model, student: Model, recipe: Recipe) -> None:
     """Whether one can imitate the other: the vocabulary, and for layer by layer the layers."""
-    if recipe.refit_tokens and recipe.weights != "dense":
-        raise UsageError(f"refit_tokens fits full-precision weights, not {recipe.weights} ones; use --weights dense")
+    if recipe.refit_tokens and (kinds := {recipe.weights, recipe.rest} - {"dense"}):
+        raise UsageError(
+            f"refit_tokens fits full-precision weights, not {kinds.pop()} ones; use --weights dense --rest dense"
+        )
     pairs = [("vocab_size", teacher.vocab_size, student.vocab_size)]
     if recipe.objective != "predict" or recipe.align_steps or recipe.refit_tokens:
         pairs += [("d_model", teacher.d_model, student.d_model), ("blocks", teacher.n_layer, student.n_layer)]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from tmexport.errors import CheckpointError, UsageError
 from tmexport.gguf.export import plan_export
 from tmexport.gguf.reader import open_gguf
 from tmexport.model import llama_model
-from tmexport.types import GGMLType
+from tmexport.types import KINDS, GGMLType
 from tmexport.verify import verify_gguf
 
 ROLES = {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -66,6 +67,18 @@ def test_gradients_reach_every_latent_weight():
     model(torch.arange(12)[None]).square().sum().backward()
     assert len(quantized_weights(model)) == 14
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+def test_what_is_not_ternary_trains_as_int4(teachers):
+    """The codes are those of the exporter's rule for the same weights."""
+    model = load_model(teachers / "granite")
+    latent = {name: weight.detach().numpy().copy() for name, weight in model.named_parameters()}
+    make_low_bit(model, "ternary", 64, projections="in_proj", rest="int4")
+    kinds = {"in_proj": ("ternary", 64)}
+    for name, coded in quantized_weights(model).items():
+        kind, size = kinds.get(name.split(".")[-2], ("int4", 32))
+        assert np.array_equal(coded.dense(), KINDS[kind].quantize(latent[name], size).dense()), name
+    assert len(quantized_weights(model)) == len(model.projections())
 
 
 def test_mixers_ternary_the_mlp_int4_the_embedding_int8(teachers, tmp_path):
