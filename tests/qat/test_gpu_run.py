@@ -47,10 +47,10 @@ def test_dry_run(tokenizer_path, tmp_path):
     judged = json.loads((tmp_path / "out" / "judged-ternary.json").read_text())["ternary"]
     assert judged["windows"] == pytest.approx(judged["documents"], rel=0.02)
     assert len(judged["answers"]) == 50
-    assert json.loads((tmp_path / "out" / "judged-mixers-int4.json").read_text()).keys() == {"mixers", "mixers-int4"}
-    kinds = {role: form.kind for role, form in open_checkpoint(tmp_path / "work" / "mixers-int4").coded.items()}
+    assert json.loads((tmp_path / "out" / "judged-mixers.json").read_text()).keys() == {"mixers"}
+    kinds = {role: form.kind for role, form in open_checkpoint(tmp_path / "work" / "mixers").coded.items()}
     assert kinds["in_proj"] == kinds["out_proj"] == "ternary"
-    assert kinds["gate_proj"] == kinds["down_proj"] == "int4"
+    assert kinds["gate_proj"] == kinds["down_proj"] == kinds["q_proj"] == "int4"
     texts = [json.loads(line)["text"] for line in (tmp_path / "work" / "written.jsonl").read_text().splitlines()]
     assert len(texts) == log["written"]["texts"]
     assert all("Who?" in text or "Union" in text for text in texts)
@@ -63,8 +63,8 @@ def test_dry_run(tokenizer_path, tmp_path):
     assert codes
     assert all(np.array_equal(packed[name], stored[name].read()) for name in codes)
     (teacher,) = (tmp_path / "work" / "cache").glob("teacher-*")  # out of the GGUF, so its embedding is fp16's
-    restore_checkpoint(tmp_path / "work" / "packed", "mixers-int4", teacher, tmp_path / "again")
-    there, here = (open_checkpoint(folder) for folder in (tmp_path / "work" / "mixers-int4", tmp_path / "again"))
+    restore_checkpoint(tmp_path / "work" / "packed", "mixers", teacher, tmp_path / "again")
+    there, here = (open_checkpoint(folder) for folder in (tmp_path / "work" / "mixers", tmp_path / "again"))
     for name in there.names:
         tolerance = 0 if there.kind(name) or there.dense(name).ndim < 2 else 1e-3
         assert np.allclose(there.dense(name), here.dense(name), rtol=tolerance, atol=0), name

@@ -6,7 +6,7 @@ checks     torch on the GPU against the CPU, and every scan against fp64 (script
 probe      tokens a second of the stages at SmolLM2-135M's shape, by each scan this machine has
 speeds     the same, and memory, of the recipes mamba2-130m-h100 and mamba2-1.3b-h100, `--seconds` each
 chain      the teacher out of its parts, `convert`, what the teacher writes to `--prompts`, then the stages of the recipe: align, distill,
-           ternary mixers with int4 MLPs, all ternary; their steps cut to the time. Each result is judged beside the next (judge.py)
+           ternary state-space mixers with all else in int4, all ternary; their steps cut to the time. Each result is judged beside the next (judge.py)
 controls   the same ternary training on the Transformer itself, and the Transformer trained on the same text
 WORK keeps everything (a second call goes on from there), WORK/packed what is to be brought back as files of at most 15 MiB; OUT gets
 log.json after each step and the judgements. Without `--only` all but the probe and the controls are done, and packed into OUT.
@@ -30,7 +30,7 @@ import torch
 from qat.convert.making import convert
 from qat.convert.shape import hybrid_of
 from qat.model import LanguageModel, load_model
-from qat.ptq.making import calibration_ids, make
+from qat.ptq.making import calibration_ids
 from qat.recipe import Recipe, load_recipe
 from qat.synthesis.answers import Drawing, load_writer
 from qat.train.stages import DEFAULTS, load_stages
@@ -195,7 +195,8 @@ class Chain:
         found = load_stages(self.recipe, self.change)
         recipes = {stage: recipe for stage, recipe in found.items() if stage != "ternary"}
         if "ternary" in found:
-            recipes |= {"mixers": replace(found["ternary"], projections="mixers"), "ternary": found["ternary"]}
+            mixers = replace(found["ternary"], projections="in_proj,out_proj", rest="int4")
+            recipes |= {"mixers": mixers, "ternary": found["ternary"]}
         for stage, recipe in recipes.items():
             low_bit = stage in ("mixers", "ternary")
             later = SHARES["end"] + sum(SHARES.get(name, 0.0) for name in list(recipes)[list(recipes).index(stage) :])
@@ -205,15 +206,12 @@ class Chain:
                 return
             summary = self._train(log, device, stage, recipe, student if low_bit else self.teacher, student, seconds)
             log.add(stage, summary)
-            made = self.work / stage
-            if stage == "mixers":
-                made = self.work / "mixers-int4"
-                make("rtn", self.work / stage, made, "ternary", None, None, projections="mixers", rest="int4")
-            self.judge(log, *dict.fromkeys((self.work / stage, made)))
+            self.judge(log, self.work / stage)
             if low_bit:
-                log.add(f"{stage} files", [path.name for path in pack_checkpoint(made, self.work / "packed")])
+                packed = pack_checkpoint(self.work / stage, self.work / "packed")
+                log.add(f"{stage} files", [path.name for path in packed])
             else:
-                student = made
+                student = self.work / stage
 
     def controls(self, log: Log, device: torch.device) -> None:
         """What the ternary training makes of the Transformer itself, and what the text alone does for it."""
