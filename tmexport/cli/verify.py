@@ -62,7 +62,7 @@ def verify(
         )
     elif report.difference is None:
         click.echo(
-            f"{click.format_filename(exported)}: equal. {report.codes:,} codes and {report.scales:,} scales in {report.ternary_tensors} ternary tensors "
+            f"{click.format_filename(exported)}: equal. {report.codes:,} codes and {report.scales:,} scales in {report.ternary_tensors} low-bit tensors "
             f"bit for bit; {report.other_tensors} other tensors within their type's rounding"
         )
         if compared is not None:
