@@ -163,7 +163,7 @@ def _check_pair(teacher: Model, student: Model, recipe: Recipe) -> None:
     """Whether one can imitate the other: the vocabulary, and for layer by layer the layers."""
     if recipe.refit_tokens and (kinds := {recipe.weights, recipe.rest} - {"dense"}):
         raise UsageError(
-            f"refit_tokens fits full-precision weights, not {kinds.pop()} ones; use --weights dense --rest dense"
+            f"refit_tokens fits full-precision weights, not {' and '.join(sorted(kinds))} ones; use --weights dense --rest dense"
         )
     pairs = [("vocab_size", teacher.vocab_size, student.vocab_size)]
     if recipe.objective != "predict" or recipe.align_steps or recipe.refit_tokens:

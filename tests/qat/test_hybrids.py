@@ -74,9 +74,8 @@ def test_what_is_not_ternary_trains_as_int4(teachers):
     model = load_model(teachers / "granite")
     latent = {name: weight.detach().numpy().copy() for name, weight in model.named_parameters()}
     make_low_bit(model, "ternary", 64, projections="in_proj", rest="int4")
-    kinds = {"in_proj": ("ternary", 64)}
     for name, coded in quantized_weights(model).items():
-        kind, size = kinds.get(name.split(".")[-2], ("int4", 32))
+        kind, size = ("ternary", 64) if name.endswith("in_proj.weight") else ("int4", 32)
         assert np.array_equal(coded.dense(), KINDS[kind].quantize(latent[name], size).dense()), name
     assert len(quantized_weights(model)) == len(model.projections())
 

@@ -161,9 +161,8 @@ def test_out_proj_is_fitted_in_fp32_whatever_the_rest_computes_in(pair, request,
 def test_compiled_layers_are_fitted_too(folders, corpus, tmp_path):
     """The fit reads out_proj's features by a hook, which a compiled layer does not see."""
     stages = load_stages(str(folders / "recipe.toml"), {"compile": True})
-    parts = [corpus], folders / "teacher", None, None, False, None, (), folders / "hybrid", "align"
     for name, recipe in (("compiled", stages["align"]), ("eager", replace(stages["align"], compile=False))):
-        train(recipe, parts[0], tmp_path / name, *parts[1:])
+        train(recipe, [corpus], tmp_path / name, folders / "teacher", student=folders / "hybrid", table="align")
     compiled, eager = (load_model(tmp_path / name).state_dict() for name in ("compiled", "eager"))
     for name, tensor in eager.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

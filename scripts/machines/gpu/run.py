@@ -206,12 +206,12 @@ class Chain:
                 return
             summary = self._train(log, device, stage, recipe, student if low_bit else self.teacher, student, seconds)
             log.add(stage, summary)
-            self.judge(log, self.work / stage)
+            made = self.work / stage
+            self.judge(log, made)
             if low_bit:
-                packed = pack_checkpoint(self.work / stage, self.work / "packed")
-                log.add(f"{stage} files", [path.name for path in packed])
+                log.add(f"{stage} files", [path.name for path in pack_checkpoint(made, self.work / "packed")])
             else:
-                student = self.work / stage
+                student = made
 
     def controls(self, log: Log, device: torch.device) -> None:
         """What the ternary training makes of the Transformer itself, and what the text alone does for it."""
