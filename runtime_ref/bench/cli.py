@@ -66,7 +66,7 @@ def _compare_peers(model: Path, settings: PeerSettings, log_path: Path | None, a
 @click.option(
     "-n", "count", type=click.IntRange(1), default=64, show_default=True, help="Tokens of the generation test."
 )
-@click.option("-d", "before", type=click.IntRange(0, 2048), default=0, show_default=True,
+@click.option("-d", "before", type=click.IntRange(0), default=0, show_default=True,
               help="With --peers: tokens read before those of the generation test.")  # fmt: skip
 @click.option("-t", "--threads", default="1,2", show_default=True, callback=_numbers, help="Numbers of threads.")
 @click.option("-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Repeats of each test.")

@@ -139,6 +139,14 @@ def test_generation_after_a_context(gguf, tmp_path):
     assert depths == {"product": 0, "pp": 0, "tg": 24}
 
 
+def test_texts_longer_than_a_batch_of_llama_cpp(gguf, tmp_path):
+    """Its llama_decode ends the process when it gets more than n_batch tokens (2,048), and fails where the context is full."""
+    settings = PeerSettings(3000, 2, (1,), 1, ("fast",), depth=4200)
+    with open(tmp_path / "log", "w") as log:
+        result = compare_peers(gguf, settings, log, lambda what, done: None)
+    assert {"pp3000", "tg2 @ d4200"} <= {row["test"] for row in result["rows"] if row["who"] == "xllamacpp"}
+
+
 def test_a_model_of_int4_blocks(tmp_path):
     """No codes: the libraries that multiply nothing else say so, the others are measured."""
     write_checkpoint(

@@ -59,7 +59,7 @@ class Sample:
 class Worker:
     """A participant in a process of its own; `tests` are those it takes."""
 
-    def __init__(self, name: str, release: str, model: Path, about: dict[str, str], log: IO[str] | int) -> None:
+    def __init__(self, name: str, release: str, model: Path, about: dict[str, Any], log: IO[str] | int) -> None:
         """Raises TmexportError if it cannot take part."""
         self.name, self.version = name, release
         command = [sys.executable, "-m", "runtime_ref.bench.peers.worker", str(model), json.dumps(about)]
@@ -167,7 +167,11 @@ def _participants(
 
         def llama(name: str = name, package: str = package, python: str | None = python) -> Participant | None:
             library = library_of(package, python)
-            return library and Worker(name, library[1], path, {"kind": "llama", "library": str(library[0])}, log)
+            if library is None:
+                return None
+            longest = 1 + max(settings.prompt, settings.depth + settings.count)  # a token is read to start
+            about = {"kind": "llama", "library": str(library[0]), "context": longest}
+            return Worker(name, library[1], path, about, log)
 
         add(name, llama)
     if settings.llama_bench:

@@ -16,7 +16,7 @@ import numpy as np
 
 from tmexport.errors import TmexportError
 
-CONTEXT, BATCH = 4096, 2048
+BATCH = 2048  # tokens of one llama_decode
 REPEATED = 8  # products in one graph, so that starting it counts little
 
 
@@ -116,14 +116,14 @@ def library_of(package: str, python: str | None = None) -> tuple[Path, str] | No
 class Llama:
     """A model in llama.cpp."""
 
-    def __init__(self, library: c.CDLL, model: Path) -> None:
-        """Raises TmexportError if llama.cpp does not load the file."""
+    def __init__(self, library: c.CDLL, model: Path, context: int = BATCH) -> None:
+        """context: tokens that a text may have. Raises TmexportError if llama.cpp does not load the file."""
         self._lib = library
         loaded = library.llama_model_load_from_file(str(model).encode(), library.llama_model_default_params())
         if not loaded:
             raise TmexportError(f"{model}: llama.cpp does not load it")
         settings = library.llama_context_default_params()
-        settings.words[0], settings.words[1] = CONTEXT, BATCH
+        settings.words[0], settings.words[1] = context, BATCH
         self._context = library.llama_init_from_model(loaded, settings)
         if not self._context:
             raise TmexportError(f"{model}: llama.cpp makes no context for it")
@@ -140,9 +140,11 @@ class Llama:
         Raises:
             TmexportError: llama.cpp refuses.
         """
-        ids = (c.c_int32 * len(tokens))(*tokens)  # must outlive the call
-        if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(ids, len(tokens))):
-            raise TmexportError("llama_decode failed")
+        for begin in range(0, len(tokens), BATCH):
+            part = tokens[begin : begin + BATCH]
+            ids = (c.c_int32 * len(part))(*part)  # must outlive the call
+            if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(ids, len(part))):
+                raise TmexportError("llama_decode failed")
         self._lib.llama_synchronize(self._context)
 
     def logits(self, tokens: list[int], vocabulary: int) -> np.ndarray:

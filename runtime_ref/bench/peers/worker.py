@@ -26,25 +26,29 @@ from runtime_ref.bench.peers.products import (
     problem_of,
 )
 from tmexport.errors import TmexportError
+from tmexport.gguf.names import config_from_metadata
 
 SHORTEST = 0.1  # seconds of a measurement of products
 Answer = dict[str, Any]
 Timed = Callable[[str, int, int, int], Answer]  # test, count, threads, depth
 
 
-def _texts(start: Callable[[int], None], read: Callable[[list[int]], None], step: Callable[[int], None]) -> Timed:
+def _texts(
+    start: Callable[[int], None], read: Callable[[list[int]], None], step: Callable[[int], None], vocabulary: int
+) -> Timed:
     """pp and tg of a runtime: start(threads) forgets everything and reads a token; read a prompt; step by one token."""
+    different = min(vocabulary, 1000)
 
     def time_text(test: str, count: int, threads: int, depth: int) -> Answer:
         start(threads)
         if depth:
-            read([(17 * i) % 1000 for i in range(depth)])
+            read([(17 * i) % different for i in range(depth)])
         clock, cpu = time.perf_counter(), time.process_time()
         if test == "pp":
-            read([(17 * i) % 1000 for i in range(count)])
+            read([(17 * i) % different for i in range(count)])
         else:
             for i in range(count):
-                step((31 * i) % 1000)
+                step((31 * i) % different)
         return {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
 
     return time_text
@@ -91,21 +95,22 @@ def _ours(path: Path, profile: str) -> Timed:
         start,
         lambda tokens: _drop(model.prefill(states[0], tokens)),
         lambda token: _drop(model.decode(states[0], token)),
+        model.config.vocab_size,
     )
 
 
-def _llama(path: Path, library: Path) -> Timed:
+def _llama(path: Path, library: Path, context: int, vocabulary: int) -> Timed:
     from runtime_ref.bench.peers.llama import Llama, open_library
 
-    llama = Llama(open_library(library), path)
-    return _texts(llama.start, llama.read, lambda token: llama.read([token]))
+    llama = Llama(open_library(library), path, context)
+    return _texts(llama.start, llama.read, lambda token: llama.read([token]), vocabulary)
 
 
 def _drop(_: object) -> None:
     """What a measurement does with a result."""
 
 
-def tests_of(path: Path, about: dict[str, str]) -> dict[str, Timed]:
+def tests_of(path: Path, about: dict[str, Any]) -> dict[str, Timed]:
     """The tests that a participant takes, by name.
 
     Raises:
@@ -120,7 +125,8 @@ def tests_of(path: Path, about: dict[str, str]) -> dict[str, Timed]:
             "product": _products(problem, lambda x: by_kernels(problem, about["profile"], x)),
         }
     if kind == "llama":
-        text = _llama(path, Path(about["library"]))
+        vocabulary = config_from_metadata(problem.gguf).vocab_size
+        text = _llama(path, Path(about["library"]), about["context"], vocabulary)
         return {
             "pp": text,
             "tg": text,
@@ -131,7 +137,7 @@ def tests_of(path: Path, about: dict[str, str]) -> dict[str, Timed]:
     return {"product": _products(problem, lambda x: by(problem, x))}
 
 
-def serve(path: Path, about: dict[str, str], answers: TextIO) -> None:
+def serve(path: Path, about: dict[str, Any], answers: TextIO) -> None:
     """Answer the lines of stdin until it ends."""
 
     def say(answer: Answer) -> None:
