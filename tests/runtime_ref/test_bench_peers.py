@@ -139,6 +139,7 @@ def test_generation_after_a_context(gguf, tmp_path):
     assert depths == {"product": 0, "pp": 0, "tg": 24}
 
 
+@pytest.mark.slow
 def test_texts_longer_than_a_batch_of_llama_cpp(gguf, tmp_path):
     """Its llama_decode ends the process when it gets more than n_batch tokens (2,048), and fails where the context is full."""
     settings = PeerSettings(3000, 2, (1,), 1, ("fast",), depth=4200)
